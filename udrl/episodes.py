@@ -1,0 +1,81 @@
+"""Episodes and rejects: the one data type of the project, and its place in a run's storage.
+
+Layout under the storage URI::
+
+    recipe.yaml                    the resolved recipe
+    intents/{train,heldout}.parquet
+    completions/part-*.parquet     the ledger: every request that was paid for, raw
+    episodes/part-*.parquet        accepted and scored
+    rejects/part-*.parquet         the rest, each with its reason
+    student/                       the exported model
+    evaluation/                    report.md, metrics.json, plots, outputs.parquet
+"""
+
+import hashlib
+from collections.abc import Iterator
+from enum import StrEnum
+
+import pyarrow as pa
+
+from udrl import storage
+
+KEYS: list[tuple[str, pa.DataType]] = [
+    ("episode_id", pa.int64()),
+    ("intent_id", pa.int64()),
+    ("intent", pa.string()),
+    ("task", pa.string()),
+    ("policy", pa.string()),
+    ("model", pa.string()),
+    ("model_revision", pa.string()),
+    ("round", pa.int32()),
+    ("variation", pa.int32()),
+    ("command_words", pa.int32()),  # what was commanded; ANY (-1) for a policy that takes no commands
+    ("command_reward", pa.int32()),
+    ("request_fingerprint", pa.string()),
+    ("input_tokens", pa.int32()),
+    ("output_tokens", pa.int32()),
+    ("finish_reason", pa.string()),
+]
+COMPONENTS = ("relevance", "novelty", "repetition", "format", "length")
+
+COMPLETIONS = pa.schema([*KEYS, ("completion", pa.string()), ("error", pa.string())])
+EPISODES = pa.schema(
+    [*KEYS, ("prompt", pa.string()), ("n_words", pa.int32()), *((c, pa.float32()) for c in COMPONENTS), ("reward", pa.float32())]
+)
+REJECTS = pa.schema([*KEYS, ("completion", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
+
+
+class Reason(StrEnum):
+    """Why a completion is not an episode."""
+
+    ENGINE_ERROR = "engine_error"
+    EMPTY = "empty"
+    TRUNCATED = "truncated"
+    MALFORMED = "malformed"
+    ECHO = "echo"
+    REPETITIVE = "repetitive"
+    FEW_SHOT_LEAK = "few_shot_leak"
+    DUPLICATE = "duplicate"
+
+
+def stable_id(*parts: object) -> int:
+    """A 63-bit id that is the same on every machine and in every run."""
+    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def word_count(text: str) -> int:
+    """Length in words: what white space separates. The one definition of length in the project."""
+    return len(text.split())
+
+
+def iter_tables(uri: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """Yield the Parquet files of a folder one by one, in the order of their names."""
+    for name in storage.list_files(uri):
+        if name.endswith(".parquet"):
+            yield storage.read_table(storage.join(uri, name), columns)
+
+
+def count_rows(uri: str) -> int:
+    """Rows of all Parquet files of a folder."""
+    return sum(table.num_rows for table in iter_tables(uri, ["episode_id"]))

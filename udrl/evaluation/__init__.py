@@ -1,0 +1,1 @@
+"""Evaluation: outputs of several policies, judged, measured and reported."""

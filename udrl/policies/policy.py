@@ -1,0 +1,62 @@
+"""A policy: a model, how it is asked, and how its draws are made."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from udrl.recipe import Engine, Placement, Sampling
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Who writes: the teacher, a student of some round, a baseline.
+
+    ``render`` turns a request row (the key columns of ``udrl.episodes.KEYS``) into what the engine takes: ``{"prompt":
+    str}``, ``{"messages": [...]}`` (chat) or ``{"tokenized_prompt": [...]}``. ``describe`` is the plain data that its
+    behaviour depends on; together with model and sampling it makes the fingerprint.
+    """
+
+    name: str
+    model: str
+    path: str
+    revision: str
+    render: Callable[[Row], dict[str, Any]]
+    sampling: Sampling
+    engine: Engine
+    placement: Placement
+    chat: bool = False
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    banned_token_ids: tuple[int, ...] = ()
+    describe: dict[str, Any] = field(default_factory=dict)
+
+    def fingerprint(self) -> str:
+        """Template, sampling, model and revision in 16 hex digits: equal fingerprints draw from one distribution."""
+        facts = [self.model, self.revision, self.sampling.model_dump(), self.engine.dtype, self.describe, self.stop]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def sampling_params(self) -> dict[str, Any]:
+        """Keyword arguments of ``vllm.SamplingParams``."""
+        s = self.sampling
+        params: dict[str, Any] = {
+            "temperature": s.temperature,
+            "min_p": s.min_p,
+            "repetition_penalty": s.repetition_penalty,
+            "max_tokens": s.max_tokens,
+        }
+        # top_p and top_k are left out where they do nothing: vLLM sorts the vocabulary every step for them.
+        if s.top_p < 1:
+            params["top_p"] = s.top_p
+        if s.top_k > 0:
+            params["top_k"] = s.top_k
+        if self.stop:
+            params["stop"] = list(self.stop)
+        if self.stop_token_ids:
+            params["stop_token_ids"] = list(self.stop_token_ids)
+        if self.banned_token_ids:
+            params["logit_bias"] = {str(i): -100.0 for i in self.banned_token_ids}
+        return params

@@ -1,0 +1,281 @@
+"""The recipe: one typed config of a run, from YAML and dotted overrides.
+
+``load("recipes/quickstart.yaml", ["teacher.placement.replicas=4"])`` returns a :class:`Recipe` or raises a
+:class:`~udrl.errors.UserError` with one line a problem: the dotted key, what was given, what is allowed.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from udrl.errors import UserError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class Intents(Section):
+    """Where the short user requests come from."""
+
+    source: str = Field("builtin:composer", description="builtin:composer, or a URI of Parquet, JSONL, CSV, TSV or text")
+    column: str = Field("intent", description="the column that holds the intent (not used for text files)")
+    limit: int | None = Field(None, ge=1, description="take this many intents; the composer needs it")
+    heldout: float = Field(0.1, ge=0, lt=1, description="share of *subjects* kept out of training")
+
+
+class Sampling(Section):
+    """How completions are drawn. ``min_p`` and ``top_k`` are cheap; ``top_p`` sorts the vocabulary every step."""
+
+    temperature: float = Field(0.8, ge=0, le=2)
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    min_p: float = Field(0.08, ge=0, lt=1)
+    repetition_penalty: float = Field(1.0, ge=1, le=2)
+    max_tokens: int = Field(72, ge=1, le=4096)
+
+
+class Placement(Section):
+    """Where one engine replica runs. ``gpus: 0`` means CPU."""
+
+    replicas: int = Field(1, ge=1)
+    cpus: float = Field(1, ge=0)
+    gpus: float = Field(0, ge=0)
+    accelerator: str | None = Field(None, description="Ray accelerator type, such as A10G or H100")
+    threads: int | None = Field(None, ge=1, description="OpenMP threads of a CPU engine; default: all cores")
+
+
+class Engine(Section):
+    """vLLM's settings. ``kwargs`` go to vLLM as they are."""
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "bfloat16"
+    max_model_len: int = Field(1024, ge=64)
+    max_num_seqs: int = Field(128, ge=1)
+    batch_size: int = Field(32, ge=1, description="rows of one Ray Data batch; small ones keep the engine full")
+    concurrent_batches: int = Field(8, ge=1, description="batches in flight in one engine")
+    eager: bool = Field(True, description="false compiles the model: slower to start, quicker after")
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+
+
+class Teacher(Section):
+    """The policy of round 0."""
+
+    model: str = Field("bundled:smollm2-135m-instruct", description="bundled:NAME, Hugging Face id, path or storage URI")
+    revision: str | None = None
+    style: Literal["completion", "chat"] = Field("completion", description="raw few-shot completion, or the chat template")
+    samples: int = Field(4, ge=1, description="completions per intent and task")
+    sampling: Sampling = Sampling()
+    engine: Engine = Engine()
+    placement: Placement = Placement()
+    shard_size: int = Field(512, ge=1, description="requests of one durable unit of work")
+
+
+class RewardWeights(Section):
+    """The mix that makes ``reward``; components are stored apart, so another mix needs no new scoring."""
+
+    relevance: float = Field(1.0, ge=0)
+    novelty: float = Field(0.3, ge=0)
+    repetition: float = Field(0.2, ge=0)
+    format: float = Field(0.2, ge=0)
+    length: float = Field(0.0, ge=0)
+
+
+class Rewards(Section):
+    embedder: str = Field("bundled:minilm", description="bundled:minilm, or any sentence-transformers id or path")
+    batch_size: int = Field(256, ge=1)
+    weights: RewardWeights = RewardWeights()
+
+
+class Commands(Section):
+    """What can be asked of the student."""
+
+    max_words: int = Field(40, ge=4, le=256, description="length commands are exact words up to this cap")
+    reward_bins: int = Field(5, ge=2, le=20)
+    rank_within: Literal["task", "intent"] = Field("task", description="what an episode's reward is ranked within")
+    dropout: float = Field(0.03, ge=0, le=0.5, description="share of examples that carry the 'any' command")
+
+
+class Student(Section):
+    """A GPT-2. ``depth`` is the one dial; the rest follows from it unless set."""
+
+    depth: int = Field(6, ge=1, le=48)
+    width: int | None = Field(None, ge=16, description="default: 64 x depth (12 -> 768), at least 128")
+    heads: int | None = Field(None, ge=1, description="default: width / 64")
+    vocab_size: int = Field(6000, ge=400, le=65536)
+    context: int = Field(256, ge=32, le=4096, description="tokens of one packed row, and the model's positions")
+    lowercase: bool = Field(False, description="the tokenizer folds case: a smaller vocabulary, less to learn")
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class Train(Section):
+    workers: int = Field(1, ge=1)
+    cpus_per_worker: float = Field(1, gt=0)
+    gpus_per_worker: float = Field(0, ge=0)
+    accelerator: str | None = None
+    threads: int | None = Field(None, ge=1, description="OpenMP threads a CPU worker; default: cores / workers")
+    epochs: float = Field(4, gt=0)
+    batch_tokens: int = Field(2048, ge=32, description="tokens of one optimizer step, over all workers")
+    micro_batch_rows: int | None = Field(None, ge=1, description="rows of one forward pass; default: the whole share")
+    lr: float | None = Field(None, gt=0, description="default: falls with width (1e-3 at width 320)")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps")
+    weight_decay: float = Field(0.1, ge=0)
+    clip: float = Field(1.0, gt=0)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    checkpoint_every: int = Field(500, ge=1, description="steps")
+    keep_checkpoints: int = Field(2, ge=1)
+    max_failures: int = Field(3, ge=0, description="worker failures that Ray Train mends before it gives up")
+    validation: float = Field(0.03, ge=0, lt=0.5, description="share of intents kept for validation loss")
+
+
+class Evaluate(Section):
+    intents: int = Field(60, ge=1, description="held-out intents a task")
+    source: str | None = Field(None, description="evaluate on these intents instead of the run's held-out ones")
+    column: str = "intent"
+    samples: int = Field(2, ge=1, description="prompts of each policy per intent and task at its default command")
+    lengths: list[int] = Field(default_factory=lambda: [6, 10, 14, 18, 24], min_length=1)
+    sampling: Sampling = Sampling(temperature=0.7)
+    engine: Engine = Engine(max_model_len=256)
+    placement: Placement = Placement()
+    judge: str = Field("likelihood", description="'likelihood' (PMI under judge_model) or 'none'")
+    judge_model: str = "bundled:smollm2-135m-instruct"
+    bootstrap: int = Field(1000, ge=100)
+
+
+class Serve(Section):
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=1, le=65535)
+    min_replicas: int = Field(1, ge=0)
+    max_replicas: int = Field(2, ge=1)
+    target_ongoing_requests: int = Field(32, ge=1)
+    sampling: Sampling = Sampling(temperature=0.7)
+    engine: Engine = Engine(max_model_len=256, max_num_seqs=64)
+    placement: Placement = Placement()
+
+
+class Recipe(Section):
+    """One run."""
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]*$")
+    storage: str = Field(description="folder or URI of the run's outputs")
+    resume: Literal["never", "always", "if_possible"] = "if_possible"
+    seed: int = Field(0, ge=0)
+    tasks: list[str] = Field(min_length=1, description="shipped task names or paths of task files")
+    intents: Intents = Intents()
+    teacher: Teacher = Teacher()
+    rewards: Rewards = Rewards()
+    commands: Commands = Commands()
+    student: Student = Student()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    serve: Serve = Serve()
+
+    @field_validator("tasks")
+    @classmethod
+    def _distinct(cls, tasks: list[str]) -> list[str]:
+        if len(set(tasks)) < len(tasks):
+            raise ValueError("a task is named twice")
+        return tasks
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        if self.intents.source.startswith("builtin:") and self.intents.limit is None:
+            raise ValueError("intents.limit: must be set when intents.source is the built-in composer")
+        too_long = [n for n in self.evaluate.lengths if not 1 <= n <= self.commands.max_words]
+        if too_long:
+            raise ValueError(f"evaluate.lengths: {too_long} lie outside 1..commands.max_words={self.commands.max_words}")
+        if self.train.batch_tokens < self.student.context * self.train.workers:
+            raise ValueError(
+                f"train.batch_tokens: {self.train.batch_tokens} is less than one row of student.context={self.student.context}"
+                f" for each of train.workers={self.train.workers}"
+            )
+        return self
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and apply ``dotted.key=value`` overrides (values are YAML).
+
+    Raises:
+        UserError: file absent, not YAML, or a key or value that the recipe does not allow.
+    """
+    try:
+        with open(path, encoding="utf-8") as source:
+            values = yaml.safe_load(source)
+    except OSError as error:
+        raise UserError(f"recipe {path}: {error.strerror or error}; recipes shipped here lie in recipes/") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {path}: expected keys and values, found {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)
+    return validate(values, path)
+
+
+def validate(values: dict[str, Any], origin: str) -> Recipe:
+    """Build a recipe from plain values; ``origin`` is named in the error lines."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError("\n".join(problem_line(origin, problem) for problem in error.errors())) from error
+
+
+def problem_line(origin: str, problem: Any) -> str:
+    """One line of a pydantic problem: the dotted key, what was given, what is allowed."""
+    key = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        return f"{origin}: {key}: unknown key; allowed here: {', '.join(_siblings(problem['loc'])) or 'see the docs'}"
+    if problem["type"] == "missing":
+        return f"{origin}: {key}: missing; it must be given"
+    given = f": got {problem['input']!r}" if key else ""
+    return f"{origin}: {key + ': ' if key else ''}{message}{given[:120]}"
+
+
+def _siblings(loc: Sequence[str | int]) -> list[str]:
+    model: Any = Recipe
+    for part in loc[:-1]:
+        field = getattr(model, "model_fields", {}).get(part)
+        model = field.annotation if field else None
+    return sorted(getattr(model, "model_fields", {}))
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"override {override!r}: expected dotted.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not YAML: {' '.join(str(error).split())}") from error
+    *sections, last = key.split(".")
+    target = values
+    for section in sections:
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise UserError(f"override {override!r}: {section} is a value, not a section")
+    target[last] = value
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML: every key with its value."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def from_command_line(argv: Sequence[str], description: str) -> Recipe:
+    """Parse ``RECIPE [dotted.key=value ...]``; ``--print`` shows the resolved recipe and stops."""
+    parser = argparse.ArgumentParser(description=description, epilog="Overrides are YAML values: train.epochs=2")
+    parser.add_argument("recipe", help="recipe file, such as recipes/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
+    parser.add_argument("--print", action="store_true", help="print the resolved recipe and stop")
+    arguments = parser.parse_args(argv)
+    recipe = load(arguments.recipe, arguments.overrides)
+    recipe = recipe.model_copy(update={"storage": recipe.storage if "://" in recipe.storage else os.path.abspath(recipe.storage)})
+    if arguments.print:
+        print(dump(recipe), end="")
+        raise SystemExit(0)
+    return recipe

@@ -1,0 +1,148 @@
+"""Files under a run's storage URI: local paths, ``s3://``, ``gs://``, whatever pyarrow opens.
+
+Every write is whole or absent: local files are written beside their place and renamed, object stores put whole
+objects. So a reader never sees half a file, and a file that exists is done.
+"""
+
+import json
+import os
+import uuid
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from udrl.errors import UserError
+
+
+def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+    """Return the filesystem of ``uri`` and the path in it. A plain path is a local one.
+
+    Raises:
+        UserError: the scheme is unknown or the URI can't be opened.
+    """
+    try:
+        if "://" not in uri:
+            return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
+        return pafs.FileSystem.from_uri(uri)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{uri}: can't be opened ({_first_line(error)}); use a path, s3://, gs:// or hdfs://") from error
+
+
+def join(uri: str, *parts: str) -> str:
+    """Join path parts below a URI."""
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+def absolute(uri: str) -> str:
+    """Make a local path absolute, so that workers with another working folder find it; leave a URI as it is."""
+    return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
+
+
+def is_local(uri: str) -> bool:
+    return isinstance(open_filesystem(uri)[0], pafs.LocalFileSystem)
+
+
+def exists(uri: str) -> bool:
+    fs, path = open_filesystem(uri)
+    try:
+        return fs.get_file_info(path).type != pafs.FileType.NotFound
+    except OSError as error:
+        raise UserError(f"{uri}: can't be reached ({_first_line(error)})") from error
+
+
+def list_files(uri: str) -> list[str]:
+    """Names of the files directly under ``uri``, sorted; empty where the folder is absent."""
+    fs, path = open_filesystem(uri)
+    selector = pafs.FileSelector(path, allow_not_found=True)
+    infos = fs.get_file_info(selector)
+    return sorted(info.base_name for info in infos if info.type == pafs.FileType.File and info.base_name[0] != ".")
+
+
+def remove(uri: str) -> None:
+    """Delete a file or a folder with all it holds; nothing happens where it is absent."""
+    fs, path = open_filesystem(uri)
+    kind = fs.get_file_info(path).type
+    if kind == pafs.FileType.Directory:
+        fs.delete_dir(path)
+    elif kind == pafs.FileType.File:
+        fs.delete_file(path)
+
+
+def require_writable(uri: str) -> None:
+    """Write and delete a probe under ``uri``, so that a job fails before it has paid for anything.
+
+    Raises:
+        UserError: the storage can't be written.
+    """
+    probe = join(uri, f".probe-{uuid.uuid4().hex}")
+    try:
+        write_bytes(probe, b"")
+        remove(probe)
+    except OSError as error:
+        raise UserError(f"storage {uri}: not writable ({_first_line(error)}); set storage=<a folder or URI you own>") from error
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    fs, path = open_filesystem(uri)
+    if isinstance(fs, pafs.LocalFileSystem):
+        fs.create_dir(os.path.dirname(path), recursive=True)
+        partial = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{uuid.uuid4().hex}")
+        with open(partial, "wb") as out:
+            out.write(data)
+        os.replace(partial, path)
+    else:
+        with fs.open_output_stream(path) as out:
+            out.write(data)
+
+
+def read_bytes(uri: str) -> bytes:
+    fs, path = open_filesystem(uri)
+    try:
+        with fs.open_input_stream(path) as source:
+            return source.read()
+    except FileNotFoundError as error:
+        raise UserError(f"{uri}: no such file") from error
+
+
+def write_json(uri: str, value: Any) -> None:
+    write_bytes(uri, (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode())
+
+
+def read_json(uri: str) -> Any:
+    return json.loads(read_bytes(uri))
+
+
+def write_table(uri: str, table: pa.Table) -> None:
+    """Write one Parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    write_bytes(uri, sink.getvalue().to_pybytes())
+
+
+def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
+    """Read one Parquet file."""
+    fs, path = open_filesystem(uri)
+    with fs.open_input_file(path) as source:
+        return pq.ParquetFile(source).read(columns=columns)
+
+
+def upload_folder(local: str, uri: str) -> None:
+    """Copy a local folder to ``uri`` (the files of one finished model, say)."""
+    fs, path = open_filesystem(uri)
+    pafs.copy_files(local, path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=fs)
+
+
+def download_folder(uri: str, local: str) -> str:
+    """Copy a folder under ``uri`` to a local one and return its path; a local ``uri`` is returned as it is."""
+    fs, path = open_filesystem(uri)
+    if isinstance(fs, pafs.LocalFileSystem):
+        return path
+    os.makedirs(local, exist_ok=True)
+    pafs.copy_files(path, local, source_filesystem=fs, destination_filesystem=pafs.LocalFileSystem())
+    return local
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

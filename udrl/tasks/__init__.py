@@ -1,0 +1,129 @@
+"""Tasks: the kinds of prompt to write, each one YAML file; a user adds one with a file and no code."""
+
+import importlib.resources
+import os
+import re
+from collections.abc import Sequence
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from udrl.errors import UserError
+
+
+class Example(BaseModel):
+    """One few-shot example, written for the task file."""
+
+    model_config = ConfigDict(extra="forbid")
+    intent: str = Field(min_length=1)
+    prompt: str = Field(min_length=1)
+
+
+class Format(BaseModel):
+    """What makes a prompt well-formed (scored) or malformed (rejected)."""
+
+    model_config = ConfigDict(extra="forbid")
+    min_words: int = Field(4, ge=1)
+    max_words: int = Field(40, ge=2)
+    reject: list[str] = Field(default_factory=list, description="regular expressions of a malformed prompt (searched, any case)")
+    prefer: list[str] = Field(default_factory=list, description="regular expressions that a good prompt matches: its format score")
+
+    @field_validator("reject", "prefer")
+    @classmethod
+    def _compile(cls, patterns: list[str]) -> list[str]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"not a regular expression: {pattern!r} ({error})") from error
+        return patterns
+
+    @model_validator(mode="after")
+    def _range(self) -> "Format":
+        if self.min_words > self.max_words:
+            raise ValueError(f"min_words {self.min_words} is above max_words {self.max_words}")
+        return self
+
+
+class Task(BaseModel):
+    """A kind of prompt, with all that the teacher is told about it."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    title: str
+    instruction: str = Field(min_length=1, description="what the teacher is asked to do")
+    label: str = Field("Prompt", description="the word before each prompt in the raw few-shot text")
+    examples: list[Example] = Field(min_length=3)
+    format: Format = Format()
+
+    def malformed(self, prompt: str) -> str | None:
+        """Why ``prompt`` breaks the task's rules, or None. Lengths are in words."""
+        n = len(prompt.split())
+        if not self.format.min_words <= n <= self.format.max_words:
+            return f"{n} words; {self.format.min_words} to {self.format.max_words} are allowed"
+        for pattern in self.format.reject:
+            if re.search(pattern, prompt, re.IGNORECASE):
+                return f"matches {pattern!r}"
+        return None
+
+    def format_score(self, prompt: str) -> float:
+        """Share of the preferred patterns that ``prompt`` matches, 0 to 1; 1 where the task prefers nothing."""
+        if not self.format.prefer:
+            return 1.0
+        return sum(bool(re.search(p, prompt, re.IGNORECASE)) for p in self.format.prefer) / len(self.format.prefer)
+
+
+def shipped() -> list[str]:
+    """Names of the tasks that come with the package."""
+    files = importlib.resources.files(__package__).iterdir()
+    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
+
+
+def load_task(name: str) -> Task:
+    """Load a shipped task by name, or a task file by path.
+
+    Raises:
+        UserError: no such task, or the file is malformed.
+    """
+    if name in shipped():
+        text = importlib.resources.files(__package__).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    elif os.path.isfile(name):
+        with open(name, encoding="utf-8", errors="replace") as source:
+            text = source.read()
+    else:
+        raise UserError(f"task {name}: not shipped ({', '.join(shipped())}) and no such file")
+    try:
+        values = yaml.safe_load(text)
+        if not isinstance(values, dict):
+            raise UserError(f"task file {name}: expected keys and values, found {type(values).__name__}")
+        return Task.model_validate(values)
+    except yaml.YAMLError as error:
+        raise UserError(f"task file {name}: not YAML: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        lines = [f"task file {name}: {'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors()]
+        raise UserError("\n".join(lines)) from error
+
+
+def load_tasks(names: Sequence[str]) -> list[Task]:
+    """Load several tasks; two files that define one name are an error."""
+    tasks = [load_task(name) for name in names]
+    seen: set[str] = set()
+    for task, origin in zip(tasks, names, strict=True):
+        if task.name in seen:
+            raise UserError(f"task file {origin}: the task name {task.name!r} is defined twice")
+        seen.add(task.name)
+    return tasks
+
+
+def render_completion(task: Task, intent: str) -> str:
+    """Raw few-shot text that ends where the prompt should begin; a newline ends the completion."""
+    shots = "".join(f"Intent: {e.intent}\n{task.label}: {e.prompt}\n\n" for e in task.examples)
+    return f"{task.instruction.strip()}\n\n{shots}Intent: {intent}\n{task.label}:"
+
+
+def render_chat(task: Task, intent: str) -> list[dict[str, str]]:
+    """The same as chat messages: instruction, examples as turns, the intent last."""
+    messages = [{"role": "system", "content": task.instruction.strip()}]
+    for e in task.examples:
+        messages += [{"role": "user", "content": e.intent}, {"role": "assistant", "content": e.prompt}]
+    return [*messages, {"role": "user", "content": intent}]
