@@ -40,7 +40,13 @@ COMPONENTS = ("relevance", "novelty", "repetition", "format", "length")
 
 COMPLETIONS = pa.schema([*KEYS, ("completion", pa.string()), ("error", pa.string())])
 EPISODES = pa.schema(
-    [*KEYS, ("prompt", pa.string()), ("n_words", pa.int32()), *((c, pa.float32()) for c in COMPONENTS), ("reward", pa.float32())]
+    [
+        *KEYS,
+        ("prompt", pa.string()),
+        ("n_words", pa.int32()),
+        *((c, pa.float32()) for c in COMPONENTS),
+        ("reward", pa.float32()),
+    ]
 )
 REJECTS = pa.schema([*KEYS, ("completion", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
 

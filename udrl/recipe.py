@@ -16,7 +16,18 @@ from udrl.errors import UserError
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _over_defaults(cls, values: Any) -> Any:
+        """Keep a place's own defaults beside the keys that are given: serve.engine has others than teacher.engine."""
+        if not isinstance(values, dict):
+            return values
+        for key, field in cls.model_fields.items():
+            if isinstance(field.default, Section) and isinstance(values.get(key), dict):
+                values = {**values, key: {**field.default.model_dump(exclude_unset=True), **values[key]}}
+        return values
 
 
 class Intents(Section):
@@ -161,7 +172,7 @@ class Recipe(Section):
     """One run."""
 
     name: str = Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]*$")
-    storage: str = Field(description="folder or URI of the run's outputs")
+    storage: str = Field(min_length=1, description="folder or URI of the run's outputs")
     resume: Literal["never", "always", "if_possible"] = "if_possible"
     seed: int = Field(0, ge=0)
     tasks: list[str] = Field(min_length=1, description="shipped task names or paths of task files")
@@ -192,6 +203,10 @@ class Recipe(Section):
             raise ValueError(
                 f"train.batch_tokens: {self.train.batch_tokens} is less than one row of student.context={self.student.context}"
                 f" for each of train.workers={self.train.workers}"
+            )
+        if self.serve.min_replicas > self.serve.max_replicas:
+            raise ValueError(
+                f"serve.min_replicas: {self.serve.min_replicas} is more than serve.max_replicas={self.serve.max_replicas}"
             )
         return self
 
@@ -226,7 +241,8 @@ def validate(values: dict[str, Any], origin: str) -> Recipe:
 
 def problem_line(origin: str, problem: Any) -> str:
     """One line of a pydantic problem: the dotted key, what was given, what is allowed."""
-    key = ".".join(str(part) for part in problem["loc"])
+    parts = [str(part) for part in problem["loc"]]
+    key = ".".join(part if part and part.isprintable() else repr(part) for part in parts)
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
         return f"{origin}: {key}: unknown key; allowed here: {', '.join(_siblings(problem['loc'])) or 'see the docs'}"
@@ -255,7 +271,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
     *sections, last = key.split(".")
     target = values
     for section in sections:
-        target = target.setdefault(section, {})
+        if target.get(section) is None:  # absent, or a heading with nothing below it
+            target[section] = {}
+        target = target[section]
         if not isinstance(target, dict):
             raise UserError(f"override {override!r}: {section} is a value, not a section")
     target[last] = value
@@ -272,9 +290,11 @@ def from_command_line(argv: Sequence[str], description: str) -> Recipe:
     parser.add_argument("recipe", help="recipe file, such as recipes/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
     parser.add_argument("--print", action="store_true", help="print the resolved recipe and stop")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)  # --print may stand anywhere
     recipe = load(arguments.recipe, arguments.overrides)
-    recipe = recipe.model_copy(update={"storage": recipe.storage if "://" in recipe.storage else os.path.abspath(recipe.storage)})
+    recipe = recipe.model_copy(
+        update={"storage": recipe.storage if "://" in recipe.storage else os.path.abspath(os.path.expanduser(recipe.storage))}
+    )
     if arguments.print:
         print(dump(recipe), end="")
         raise SystemExit(0)

@@ -4,10 +4,13 @@ Every write is whole or absent: local files are written beside their place and r
 objects. So a reader never sees half a file, and a file that exists is done.
 """
 
+import contextlib
 import json
 import os
+import tempfile
 import uuid
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -25,6 +28,9 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     try:
         if "://" not in uri:
             return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
+        if uri.startswith(("gs://", "gcs://")) and "retry_limit_seconds" not in uri:
+            # Without it, missing credentials are retried for a quarter of an hour before they are told.
+            uri += ("&" if "?" in uri else "?") + "retry_limit_seconds=20"
         return pafs.FileSystem.from_uri(uri)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{uri}: can't be opened ({_first_line(error)}); use a path, s3://, gs:// or hdfs://") from error
@@ -60,6 +66,13 @@ def list_files(uri: str) -> list[str]:
     return sorted(info.base_name for info in infos if info.type == pafs.FileType.File and info.base_name[0] != ".")
 
 
+def list_folders(uri: str) -> list[str]:
+    """Names of the folders directly under ``uri``, sorted; empty where it is absent."""
+    fs, path = open_filesystem(uri)
+    infos = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
+
+
 def remove(uri: str) -> None:
     """Delete a file or a folder with all it holds; nothing happens where it is absent."""
     fs, path = open_filesystem(uri)
@@ -76,6 +89,7 @@ def require_writable(uri: str) -> None:
     Raises:
         UserError: the storage can't be written.
     """
+    open_filesystem(uri)  # what it refuses is told with the user's URI, not with the probe's
     probe = join(uri, f".probe-{uuid.uuid4().hex}")
     try:
         write_bytes(probe, b"")
@@ -87,14 +101,33 @@ def require_writable(uri: str) -> None:
 def write_bytes(uri: str, data: bytes) -> None:
     fs, path = open_filesystem(uri)
     if isinstance(fs, pafs.LocalFileSystem):
-        fs.create_dir(os.path.dirname(path), recursive=True)
-        partial = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{uuid.uuid4().hex}")
-        with open(partial, "wb") as out:
-            out.write(data)
-        os.replace(partial, path)
+        with whole_file(uri) as file:
+            file.write(data)
     else:
         with fs.open_output_stream(path) as out:
             out.write(data)
+
+
+@contextlib.contextmanager
+def whole_file(uri: str) -> Iterator[BinaryIO]:
+    """A binary file to stream into, which appears at ``uri`` when the block ends and not at all when it raises."""
+    fs, path = open_filesystem(uri)
+    local = isinstance(fs, pafs.LocalFileSystem)
+    if local:
+        fs.create_dir(os.path.dirname(path), recursive=True)
+    # An object store would publish what an aborted stream had written, so for those the file is made locally first.
+    folder = os.path.dirname(path) if local else tempfile.gettempdir()
+    partial = os.path.join(folder, f".{os.path.basename(path)}.{uuid.uuid4().hex}")
+    try:
+        with open(partial, "wb") as out:
+            yield out
+        if local:
+            os.replace(partial, path)
+        else:
+            pafs.copy_files(partial, path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=fs)
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)
 
 
 def read_bytes(uri: str) -> bytes:

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from udrl.recipe import Engine, Placement, Sampling
@@ -34,6 +35,7 @@ class Policy:
     banned_token_ids: tuple[int, ...] = ()
     describe: dict[str, Any] = field(default_factory=dict)
 
+    @cached_property
     def fingerprint(self) -> str:
         """Template, sampling, model and revision in 16 hex digits: equal fingerprints draw from one distribution."""
         facts = [self.model, self.revision, self.sampling.model_dump(), self.engine.dtype, self.describe, self.stop]

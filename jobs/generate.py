@@ -1,0 +1,18 @@
+"""`python -m jobs.generate RECIPE [key=value ...]`: the generate stage."""
+
+import sys
+from collections.abc import Sequence
+
+from udrl.errors import exit_code
+from udrl.recipe import from_command_line
+
+
+def main(argv: Sequence[str]) -> None:
+    recipe = from_command_line(argv, "Stream intents through the teacher into scored episodes.")
+    from udrl.policies import generate
+
+    print(generate.describe(generate.run(recipe)))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

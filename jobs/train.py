@@ -1,0 +1,18 @@
+"""`python -m jobs.train RECIPE [key=value ...]`: the train stage."""
+
+import sys
+from collections.abc import Sequence
+
+from udrl.errors import exit_code
+from udrl.recipe import from_command_line
+
+
+def main(argv: Sequence[str]) -> None:
+    recipe = from_command_line(argv, "Train the student on the episodes by upside-down reinforcement learning.")
+    from udrl.student import train
+
+    print(train.describe(train.run(recipe)))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

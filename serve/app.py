@@ -1,0 +1,186 @@
+"""Serve a run's student: ``python -m serve.app recipes/quickstart.yaml [dotted.key=value ...]``.
+
+On a cluster the same application is deployed by ``serve deploy serve/config.yaml``, which calls :func:`build`. Two
+deployments: the engine (serve/engine.py), which scales, and the ingress in front of it (serve/ingress.py).
+"""
+
+import errno
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from udrl import commands, storage
+from udrl.commands import Vocabulary
+from udrl.errors import UserError, exit_code
+from udrl.recipe import Recipe, from_command_line, load, problem_line
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+
+NAME = "udrl"
+
+
+class Arguments(BaseModel):
+    """``args`` of the application in a Serve config file."""
+
+    model_config = ConfigDict(extra="forbid")
+    recipe: str
+    overrides: list[str] = Field(default_factory=list, description="dotted.key=value, as on the command line")
+    storage: str | None = Field(None, description="the run's storage, instead of the recipe's")
+    model: str | None = Field(None, description="the exported student itself, instead of the one under storage")
+
+
+def build(args: dict[str, Any]) -> "Application":
+    """The Serve application of a config file's ``args`` (see :class:`Arguments`).
+
+    Raises:
+        UserError: the arguments or the recipe are wrong, or no student is there.
+    """
+    try:
+        arguments = Arguments.model_validate(args)
+    except ValidationError as error:
+        raise UserError("\n".join(problem_line("serve config: args", problem) for problem in error.errors())) from error
+    recipe = load(arguments.recipe, arguments.overrides)
+    return application(recipe, arguments.model or student_uri(arguments.storage or recipe.storage))
+
+
+def student_uri(run: str) -> str:
+    """Where a run's exported student lies."""
+    return storage.join(storage.absolute(run), "student")
+
+
+def application(recipe: Recipe, student: str) -> "Application":
+    """The engine and the ingress in front of it. Ray must be initialised.
+
+    Raises:
+        UserError: no student is there, or the recipe's serve section does not fit it.
+    """
+    context, _ = inspect_student(recipe, student)
+    from serve import engine
+    from serve.ingress import Ingress
+
+    ingress: Any = Ingress  # the decorators' own types hide the Deployment that they make
+    return ingress.bind(
+        engine.deployment(recipe, student, context), recipe.name, student, recipe.serve.sampling.model_dump(), context
+    )
+
+
+def inspect_student(recipe: Recipe, student: str) -> tuple[int, Vocabulary]:
+    """Check before anything is started; return the tokens that the engine will hold, and the command vocabulary.
+
+    Raises:
+        UserError: as :func:`application`.
+    """
+    missing = [name for name in (commands.FILE, "config.json") if not storage.exists(storage.join(student, name))]
+    if missing:
+        raise UserError(
+            f"student {student}: no exported model here ({missing[0]} is missing);"
+            " train one with `python -m jobs.train RECIPE`, or set storage=<the run that has one>"
+        )
+    try:
+        vocabulary = Vocabulary.model_validate(storage.read_json(storage.join(student, commands.FILE)))
+        positions = int(storage.read_json(storage.join(student, "config.json"))["n_positions"])
+    except (ValueError, KeyError) as error:
+        raise UserError(f"student {student}: unreadable ({str(error).splitlines()[0]}); export it again") from error
+    serve = recipe.serve
+    # A student with fewer positions than the recipe's engine would stop vLLM at start; the model is the one to follow.
+    context = min(serve.engine.max_model_len, positions)
+    if serve.sampling.max_tokens >= context:
+        raise UserError(
+            f"serve.sampling.max_tokens: {serve.sampling.max_tokens} leaves no room for an intent in {context} tokens"
+        )
+    if serve.min_replicas > serve.max_replicas:
+        raise UserError(f"serve.min_replicas: {serve.min_replicas} is more than serve.max_replicas={serve.max_replicas}")
+    return context, vocabulary
+
+
+def require_free_port(host: str, port: int) -> None:
+    """Raises:
+    UserError: the address is taken, or not one of this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(f"serve.port: {host}:{port} is in use; set serve.port=<a free port>") from error
+        raise UserError(f"serve.host: {host}:{port} can't be listened on ({error.strerror or error})") from error
+
+
+def curl_line(url: str, vocabulary: Vocabulary) -> str:
+    """A request to paste into a shell."""
+    task, learnt = next(iter(vocabulary.tasks.items()))
+    intent = "birthday invitation for a five-year-old who loves dinosaurs"
+    body = json.dumps({"intent": intent, "task": task, "length": learnt.default_words, "n": 2})
+    return f"curl -s {url}/v1/prompts -H 'Content-Type: application/json' -d '{body}'"
+
+
+def main(argv: Sequence[str]) -> None:
+    recipe = from_command_line(argv, "Serve a run's student over HTTP, with a playground page.")
+    student = student_uri(recipe.storage)
+    _, vocabulary = inspect_student(recipe, student)
+    host, port = recipe.serve.host, recipe.serve.port
+    require_free_port(host, port)
+
+    import ray
+    from ray import serve as ray_serve
+
+    # A bare ray.init() would attach to whatever cluster was left on this machine.
+    address = os.environ.get("RAY_ADDRESS", "local")
+    print(f"serve: starting {recipe.name} from {student} (half a minute or more) ...", flush=True)
+    started = time.monotonic()
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        ray.init(address=address, include_dashboard=False if address == "local" else None, log_to_driver=False)
+        if address == "local":
+            _require_resources(recipe, ray.cluster_resources())
+        ray_serve.start(http_options={"host": host, "port": port})
+        try:
+            ray_serve.run(application(recipe, student), name=NAME)
+        except RuntimeError as error:
+            raise UserError(f"serve: the engine did not start: {_cause(error)}") from error
+        url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+        print(f"serve: ready after {time.monotonic() - started:.0f} s")
+        print(f"\n  playground  {url}/\n  try         {curl_line(url, vocabulary)}\n")
+        print("Ctrl-C stops it.", flush=True)
+        while True:
+            signal.pause()
+    except KeyboardInterrupt:
+        print("serve: stopping", flush=True)
+    finally:
+        if ray.is_initialized():
+            ray_serve.shutdown()
+            ray.shutdown()
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _require_resources(recipe: Recipe, there: dict[str, float]) -> None:
+    # Serve would wait for them without end.
+    placement = recipe.serve.placement
+    for key, wanted, resource in (("cpus", placement.cpus, "CPU"), ("gpus", placement.gpus, "GPU")):
+        if wanted > there.get(resource, 0):
+            raise UserError(f"serve.placement.{key}: {wanted:g} wanted, this machine has {there.get(resource, 0):g}")
+
+
+def _cause(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+if __name__ == "__main__":
+    # Under -m this file is the module __main__, which Ray's workers can't import: run the importable one.
+    from serve import app
+
+    sys.exit(exit_code(app.main))

@@ -1,0 +1,66 @@
+"""Joining a Ray cluster, or starting one on this machine."""
+
+import logging
+import os
+import secrets
+import sys
+from typing import Any
+
+
+def connect(**options: Any) -> None:
+    """Join the cluster of ``RAY_ADDRESS`` (what ``ray job submit`` sets), else start one for this process alone.
+
+    A bare ``ray.init()`` would attach to whatever cluster an earlier program left on this machine.
+    """
+    own_token()
+    import ray
+
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    verbose = bool(os.environ.get("UDRL_VERBOSE"))
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO" if verbose else "ERROR")
+    if not address:
+        options.setdefault("include_dashboard", False)
+    # ray.data.llm calls ray.init() again, and Ray remarks on it.
+    logging.getLogger("ray._private.worker").addFilter(lambda record: "ray.init() again" not in record.getMessage())
+    ray.init(
+        address=address or "local",
+        log_to_driver=verbose,  # workers log thousands of lines; the logs lie in Ray's session folder
+        logging_level=logging.INFO if verbose else logging.WARNING,
+        **options,
+    )
+    quieten_data()
+
+
+def own_token() -> None:
+    """Token authentication for a cluster on this machine: a token file of this user, made once, readable by nobody else.
+
+    Ray reads these variables when it is imported; where that has happened already, its own default stands, which is the
+    same with a warning.
+    """
+    if "RAY_AUTH_MODE" in os.environ or "RAY_ADDRESS" in os.environ or "ray" in sys.modules:
+        return
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH", os.path.expanduser("~/.ray/auth_token"))
+    if not os.path.exists(path):
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
+            out.write(secrets.token_hex(32))
+    os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN_PATH"] = "token", path
+
+
+def quieten_data() -> None:
+    """Our own progress lines stand in for Ray Data's bars and plan dumps."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    if not os.environ.get("UDRL_VERBOSE"):
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        logging.getLogger("ray.llm").setLevel(logging.ERROR)
+
+
+def cpus() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0))

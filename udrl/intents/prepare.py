@@ -1,0 +1,91 @@
+"""The intents of a run: read or composed, split by subject, written to two Parquet files."""
+
+import contextlib
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from udrl import recipe, storage
+from udrl.errors import UserError
+from udrl.intents.composer import compose
+from udrl.intents.readers import read
+from udrl.intents.split import Intent, is_heldout, stable_hash
+
+SCHEMA = pa.schema([("intent_id", pa.int64()), ("intent", pa.string()), ("subject", pa.string())])
+ROW_GROUP = 4096  # rows
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was written. ``dropped`` counts the rows that gave no intent, ``reasons`` says why."""
+
+    n_train: int
+    n_heldout: int
+    n_subjects: int
+    dropped: int
+    reasons: dict[str, int] = field(default_factory=dict)
+
+
+def prepare(config: recipe.Intents, seed: int, out: str) -> Summary:
+    """Write ``out/train.parquet`` and ``out/heldout.parquet``: intent_id (63-bit hash of the text), intent, subject.
+
+    An existing pair is written again; the same recipe gives the same rows. Both files appear at the end, or neither.
+
+    Raises:
+        UserError: the source can't be read or gives nothing, or no subject is left to train on.
+    """
+    reasons: Counter[str] = Counter()
+    intents = _source(config, seed, reasons)
+    # The first intent is drawn before anything is made, so that a bad source leaves no empty folder.
+    intents = itertools.chain([next(intents)], intents)
+    counts = {"train": 0, "heldout": 0}
+    subjects: set[int] = set()
+    with contextlib.ExitStack() as stack:
+        writers = {name: stack.enter_context(_writer(storage.join(out, f"{name}.parquet"))) for name in counts}
+        for name, group in _batches(intents, config.heldout):
+            counts[name] += len(group)
+            subjects.update(stable_hash(intent.subject) for intent in group)
+            writers[name].write_table(_table(group), row_group_size=ROW_GROUP)
+        if not counts["train"]:
+            raise UserError(
+                f"intents.heldout={config.heldout}: all {counts['heldout']} intents of {config.source} are held out"
+                " and none is left to train on; lower intents.heldout or give more intents"
+            )
+    return Summary(counts["train"], counts["heldout"], len(subjects), reasons.total(), dict(reasons))
+
+
+def _source(config: recipe.Intents, seed: int, reasons: Counter[str]) -> Iterator[Intent]:
+    if not config.source.startswith("builtin:"):
+        return read(config.source, config.column, config.limit, reasons)
+    if config.source != "builtin:composer":
+        raise UserError(f"intents.source={config.source}: no such built-in source; use builtin:composer or a file's URI")
+    if config.limit is None:
+        raise UserError("intents.limit: must be set when intents.source is the built-in composer")
+    return compose(config.limit, seed)
+
+
+def _batches(intents: Iterator[Intent], share: float) -> Iterator[tuple[str, list[Intent]]]:
+    """Groups of one row group each, by the split that they belong to."""
+    waiting: dict[str, list[Intent]] = {"train": [], "heldout": []}
+    for intent in intents:
+        name = "heldout" if is_heldout(intent.subject, share) else "train"
+        waiting[name].append(intent)
+        if len(waiting[name]) == ROW_GROUP:
+            yield name, waiting[name]
+            waiting[name] = []
+    yield from ((name, group) for name, group in waiting.items() if group)
+
+
+def _table(group: list[Intent]) -> pa.Table:
+    columns = [[stable_hash(i.text) for i in group], [i.text for i in group], [i.subject for i in group]]
+    return pa.table(columns, schema=SCHEMA)
+
+
+@contextlib.contextmanager
+def _writer(uri: str) -> Iterator[pq.ParquetWriter]:
+    with storage.whole_file(uri) as sink, pq.ParquetWriter(sink, SCHEMA, compression="zstd") as writer:
+        yield writer
