@@ -29,7 +29,7 @@ serve: setup ## serve quickstart's student: playground and API on loopback
 	@"$(BIN)/python" -m serve.app recipes/quickstart.yaml $(ARGS)
 
 test: setup ## all tests, the quick ones first
-	@"$(BIN)/python" -m pytest tests/unit tests/integration tests/e2e $(ARGS)
+	@"$(BIN)/python" -m pytest $(ARGS)
 
 check: setup ## format, lint, types, import direction
 	@"$(BIN)/ruff" format --check .

@@ -207,8 +207,14 @@ def find_torch():
         return requirement + ", from pip's own sources"
     except Failure:
         extra_index[:] = ["--extra-index-url", TORCH_CPU_INDEX]  # added to what pip is configured with
+    try:
         pip("--dry-run", "--no-deps", "--ignore-installed", requirement)
         return f"{requirement}, from {TORCH_CPU_INDEX}"
+    except Failure as failure:
+        remedy = (
+            f"no {requirement} found: let pip reach {TORCH_CPU_INDEX}, or give it an index or find-links that has that build"
+        )
+        raise Failure(f"{remedy}\n{failure}") from failure
 
 
 def install_packages():

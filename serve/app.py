@@ -66,10 +66,12 @@ def application(recipe: Recipe, student: str) -> "Application":
     from serve import engine
     from serve.ingress import Ingress
 
+    try:
+        llm = engine.deployment(recipe, student, context)
+    except ValueError as error:  # Ray's checks of engine.kwargs and placement.accelerator
+        raise UserError(f"serve: {' '.join(str(error).split())[:300]}; mend serve.engine or serve.placement") from error
     ingress: Any = Ingress  # the decorators' own types hide the Deployment that they make
-    return ingress.bind(
-        engine.deployment(recipe, student, context), recipe.name, student, recipe.serve.sampling.model_dump(), context
-    )
+    return ingress.bind(llm, recipe.name, student, recipe.serve.sampling.model_dump(), context)
 
 
 def inspect_student(recipe: Recipe, student: str) -> tuple[int, Vocabulary]:
@@ -138,9 +140,12 @@ def main(argv: Sequence[str]) -> None:
     address = os.environ.get("RAY_ADDRESS", "local")
     print(f"serve: starting {recipe.name} from {student} (half a minute or more) ...", flush=True)
     started = time.monotonic()
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
         ray.init(address=address, include_dashboard=False if address == "local" else None, log_to_driver=False)
+        # After ray.init, which puts handlers of its own there: SIGTERM would abort with a native stack trace. SIGINT too,
+        # since a shell script starts background jobs with it ignored.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _interrupt)
         if address == "local":
             _require_resources(recipe, ray.cluster_resources())
         ray_serve.start(http_options={"host": host, "port": port})

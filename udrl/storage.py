@@ -164,6 +164,7 @@ def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
 def upload_folder(local: str, uri: str) -> None:
     """Copy a local folder to ``uri`` (the files of one finished model, say)."""
     fs, path = open_filesystem(uri)
+    fs.create_dir(path, recursive=True)
     pafs.copy_files(local, path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=fs)
 
 

@@ -60,5 +60,5 @@ class Policy:
         if self.stop_token_ids:
             params["stop_token_ids"] = list(self.stop_token_ids)
         if self.banned_token_ids:
-            params["logit_bias"] = {str(i): -100.0 for i in self.banned_token_ids}
+            params["logit_bias"] = {i: -100.0 for i in self.banned_token_ids}
         return params

@@ -27,9 +27,15 @@ ABOUT = "about.json"
 
 
 def score(
-    ledger: str, episodes: str, rejects: str, tasks: Sequence[Task], config: Rewards, what: str = "score"
+    ledger: str,
+    episodes: str,
+    rejects: str,
+    tasks: Sequence[Task],
+    config: Rewards,
+    what: str = "score",
+    deduplicate: bool = True,
 ) -> Counter[str]:
-    """Score every shard of ``ledger``; return the count of accepted rows (key ``accepted``) and of each reject reason."""
+    """Score every shard of ``ledger``; ``deduplicate`` rejects a prompt that its intent and task already have. Return the count of accepted rows (key ``accepted``) and of each reject reason."""
     about = {"ledger": ledger.rsplit("/", 1)[-1], "scoring": _fingerprint(tasks, config)}
     fresh = storage.exists(storage.join(episodes, ABOUT)) and storage.read_json(storage.join(episodes, ABOUT)) == about
     if not fresh:
@@ -52,7 +58,8 @@ def score(
                 "rejects": rejects,
                 "tasks": list(tasks),
                 "config": config,
-            },  # fmt: skip
+                "deduplicate": deduplicate,
+            },
             batch_size=None,
             num_cpus=1,
             concurrency=1,
@@ -79,7 +86,7 @@ def tally(episodes: str, rejects: str) -> Counter[str]:
 
 
 def score_rows(
-    rows: list[dict[str, Any]], tasks: dict[str, Task], embedder: Embedder, config: Rewards
+    rows: list[dict[str, Any]], tasks: dict[str, Task], embedder: Embedder, config: Rewards, deduplicate: bool
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Split completion rows into episode rows (scored) and reject rows."""
     good: list[dict[str, Any]] = []
@@ -88,8 +95,7 @@ def score_rows(
     for row in rows:
         prompt, reason, detail = parse(tasks[row["task"]], row["intent"], row["completion"], row["finish_reason"], row["error"])
         key = (row["intent"], row["task"], prompt.casefold())
-        if reason is None and row["command_words"] < 1 and key in seen:
-            # Only uncommanded draws: two commands may rightly be answered alike.
+        if reason is None and deduplicate and key in seen:
             reason = Reason.DUPLICATE
         if reason is not None:
             bad.append({**row, "reason": str(reason), "detail": detail})
@@ -113,7 +119,17 @@ def score_rows(
 class _Scorer:
     """Ray Data actor: scores whole shards."""
 
-    def __init__(self, todo: list[int], ledger: str, episodes: str, rejects: str, tasks: list[Task], config: Rewards) -> None:
+    def __init__(
+        self,
+        todo: list[int],
+        ledger: str,
+        episodes: str,
+        rejects: str,
+        tasks: list[Task],
+        config: Rewards,
+        deduplicate: bool,
+    ) -> None:
+        self.deduplicate = deduplicate
         self.todo, self.ledger, self.episodes, self.rejects = todo, ledger, episodes, rejects
         self.tasks = {t.name: t for t in tasks}
         self.config = config
@@ -124,7 +140,7 @@ class _Scorer:
         for index in batch["id"]:
             shard = self.todo[index]
             rows = completed_shard(self.ledger, shard).to_pylist()
-            good, bad = score_rows(rows, self.tasks, self.embedder, self.config)
+            good, bad = score_rows(rows, self.tasks, self.embedder, self.config, self.deduplicate)
             for folder, part, schema in ((self.episodes, good, EPISODES), (self.rejects, bad, REJECTS)):
                 table = pa.Table.from_pylist([{n: r[n] for n in schema.names} for r in part], schema=schema)
                 storage.write_table(storage.join(folder, _part(shard)), table)

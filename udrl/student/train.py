@@ -74,7 +74,7 @@ def _fit(recipe: Recipe, data: str, target: str, mark: str) -> None:
             "export": target,
             "fingerprint": mark,
             "board": board,
-        },  # fmt: skip
+        },
         torch_config=TorchConfig(backend="nccl" if place.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=place.workers,
@@ -117,7 +117,11 @@ def _environment() -> dict[str, str]:
     """DeepSpeed compiles its CPU op once into this folder; without it every run would compile again."""
     from udrl.models import cache_folder
 
-    return {"TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", os.path.join(cache_folder(), "torch_extensions"))}
+    return {
+        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", os.path.join(cache_folder(), "torch_extensions")),
+        # torch calls ninja by name; it lies beside the interpreter, whose folder need not be on the PATH.
+        "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")]),
+    }
 
 
 class Board:

@@ -25,8 +25,12 @@ class Format(BaseModel):
     model_config = ConfigDict(extra="forbid")
     min_words: int = Field(4, ge=1)
     max_words: int = Field(40, ge=2)
-    reject: list[str] = Field(default_factory=list, description="regular expressions of a malformed prompt (searched, any case)")
-    prefer: list[str] = Field(default_factory=list, description="regular expressions that a good prompt matches: its format score")
+    reject: list[str] = Field(
+        default_factory=list, description="regular expressions of a malformed prompt (searched, any case)"
+    )
+    prefer: list[str] = Field(
+        default_factory=list, description="regular expressions that a good prompt matches: its format score"
+    )
 
     @field_validator("reject", "prefer")
     @classmethod

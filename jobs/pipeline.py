@@ -1,0 +1,34 @@
+"""`python -m jobs.pipeline RECIPE [key=value ...]`: generate, train and evaluate, one after the other, on one cluster."""
+
+import sys
+import time
+from collections.abc import Sequence
+
+from udrl.errors import exit_code
+from udrl.recipe import from_command_line
+
+
+def main(argv: Sequence[str]) -> None:
+    recipe = from_command_line(argv, "Run generate, train and evaluate of one recipe.")
+    from udrl import progress
+    from udrl.evaluation import evaluate
+    from udrl.policies import generate
+    from udrl.student import train
+
+    times = []
+    for name, stage in (("generate", generate), ("train", train), ("evaluate", evaluate)):
+        begun = time.monotonic()
+        result = stage.run(recipe)
+        times.append(f"{name} {progress.duration(time.monotonic() - begun)}")
+        print(stage.describe(result), flush=True)
+    print(f"took: {', '.join(times)}")
+    print(f"serve the student: python -m serve.app {recipe_argument(argv)}")
+
+
+def recipe_argument(argv: Sequence[str]) -> str:
+    """The command line's own words: a recipe with the same overrides finds the same run."""
+    return " ".join(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -1,0 +1,70 @@
+"""The exported student as a policy of the shared vLLM stage."""
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from udrl import commands, storage
+from udrl.commands import Command, Vocabulary
+from udrl.errors import UserError
+from udrl.models import cache_folder
+from udrl.policies.policy import Policy, Row
+from udrl.recipe import Engine, Placement, Sampling
+from udrl.student import tokenizer as tokenizers
+from udrl.student.export import TRAINING
+
+
+@dataclass(frozen=True)
+class _Render:
+    """Request row -> token ids: the intent, then the command of the row."""
+
+    folder: str
+
+    @cached_property
+    def _parts(self) -> tuple[Any, Vocabulary]:
+        return tokenizers.load(self.folder), Vocabulary.load(self.folder)
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"folder": self.folder}  # the tokenizer is loaded where it is used
+
+    def __call__(self, row: Row) -> dict[str, Any]:
+        tokenizer, vocabulary = self._parts
+        command = Command(task=row["task"], words=row["command_words"], reward=row["command_reward"])
+        return {"tokenized_prompt": tokenizers.encode_request(tokenizer, vocabulary, row["intent"], command)}
+
+
+def fetch(uri: str) -> str:
+    """Local folder of an exported student; a remote one is copied to the cache.
+
+    Raises:
+        UserError: there is no finished export.
+    """
+    if not storage.exists(storage.join(uri, TRAINING)):
+        raise UserError(f"{uri}: no exported student; run jobs.train with this recipe first")
+    mark = storage.read_json(storage.join(uri, TRAINING))["fingerprint"]
+    return storage.download_folder(uri, os.path.join(cache_folder(), "students", mark))
+
+
+def student_policy(uri: str, sampling: Sampling, engine: Engine, placement: Placement) -> tuple[Policy, Vocabulary]:
+    """The student in the folder ``uri`` and its command vocabulary. It ends at ``<|end|>`` and may write no other control
+    token."""
+    folder = fetch(uri)
+    tokenizer, vocabulary = tokenizers.load(folder), Vocabulary.load(folder)
+    facts = storage.read_json(storage.join(folder, TRAINING))
+    # vLLM refuses a length beyond the model's positions.
+    positions = storage.read_json(storage.join(folder, "config.json"))["n_positions"]
+    engine = engine.model_copy(update={"max_model_len": min(engine.max_model_len, positions)})
+    policy = Policy(
+        name="student",
+        model=uri,
+        path=folder,
+        revision=facts["fingerprint"],
+        render=_Render(folder),
+        sampling=sampling,
+        engine=engine,
+        placement=placement,
+        stop_token_ids=tuple(tokenizers.control_ids(tokenizer, [commands.END])),
+        banned_token_ids=tuple(tokenizers.banned_ids(tokenizer, vocabulary)),
+    )
+    return policy, vocabulary
