@@ -98,8 +98,6 @@ def inspect_student(recipe: Recipe, student: str) -> tuple[int, Vocabulary]:
         raise UserError(
             f"serve.sampling.max_tokens: {serve.sampling.max_tokens} leaves no room for an intent in {context} tokens"
         )
-    if serve.min_replicas > serve.max_replicas:
-        raise UserError(f"serve.min_replicas: {serve.min_replicas} is more than serve.max_replicas={serve.max_replicas}")
     return context, vocabulary
 
 
@@ -152,7 +150,9 @@ def main(argv: Sequence[str]) -> None:
         try:
             ray_serve.run(application(recipe, student), name=NAME)
         except RuntimeError as error:
-            raise UserError(f"serve: the engine did not start: {_cause(error)}") from error
+            raise UserError(
+                f"serve: did not start: {_cause(error)}; /tmp/ray/session_latest/logs has the whole story"
+            ) from error
         url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
         print(f"serve: ready after {time.monotonic() - started:.0f} s")
         print(f"\n  playground  {url}/\n  try         {curl_line(url, vocabulary)}\n")
@@ -180,8 +180,14 @@ def _require_resources(recipe: Recipe, there: dict[str, float]) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    """The last line of a failed replica's traceback, which Serve keeps in the deployment's status, not in its error."""
+    from ray import serve as ray_serve
+
+    application = ray_serve.status().applications.get(NAME)
+    messages = [deployment.message for deployment in application.deployments.values()] if application else []
+    failed = [message for message in messages if "Error" in message]
+    lines = [line.strip() for line in (failed or [str(error)])[0].splitlines() if line.strip()]
+    return lines[-1][:400] if lines else type(error).__name__
 
 
 if __name__ == "__main__":

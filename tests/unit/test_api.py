@@ -202,8 +202,6 @@ def test_the_engine_holds_no_more_than_the_student_has_positions(tmp_path: Path,
     assert app.inspect_student(_recipe(tmp_path), student) == (128, vocabulary)
     with pytest.raises(UserError, match=r"serve.sampling.max_tokens: 128 leaves no room"):
         app.inspect_student(_recipe(tmp_path, serve={"sampling": {"max_tokens": 128}}), student)
-    with pytest.raises(UserError, match=r"serve.min_replicas: 3"):
-        app.inspect_student(_recipe(tmp_path, serve={"min_replicas": 3}), student)
 
 
 def test_a_broken_export_is_one_clear_line(tmp_path: Path, vocabulary: Vocabulary) -> None:

@@ -214,7 +214,7 @@ class _Expand:
         have = self._have(shard) if shard in self.partial else set()
         for request in self.requests.rows(shard):
             if request["episode_id"] not in have:
-                yield {**request, "shard": shard, "began": time.time()}
+                yield {**request, "shard": shard}
 
     def _have(self, shard: int) -> set[int]:
         tables = [storage.read_table(storage.join(self.out, n), ["episode_id"]) for n in _parts(self.out, shard)]
@@ -234,7 +234,9 @@ class _Render:
 def _pick(max_tokens: int) -> Callable[[Row], Row]:
     def pick(row: Row) -> Row:
         return {
-            **{name: row[name] for name in [*CARRIED, "shard", "began"]},
+            **{name: row[name] for name in [*CARRIED, "shard"]},
+            # Rows come here when their block is done; the slowest request of the first block began with the engine.
+            "began": time.time() - row["time_taken_llm"],
             "input_tokens": row["num_input_tokens"],
             "output_tokens": row["num_generated_tokens"],
             # Ray Data LLM drops vLLM's finish reason; a completion that used all its tokens was cut.
@@ -272,7 +274,7 @@ class _Sink:
                 "rows": [len(rows)],
                 "input_tokens": [sum(r["input_tokens"] for r in rows)],
                 "output_tokens": [sum(r["output_tokens"] for r in rows)],
-                "began": [min((r["began"] for r in rows), default=time.time())],
+                "began": [min((r.get("began") or time.time() for r in rows), default=time.time())],
                 "broken": [rows[0]["error"] if broken else ""],
             }
         )

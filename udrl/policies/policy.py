@@ -32,7 +32,6 @@ class Policy:
     chat: bool = False
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
-    banned_token_ids: tuple[int, ...] = ()
     describe: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -59,6 +58,4 @@ class Policy:
             params["stop"] = list(self.stop)
         if self.stop_token_ids:
             params["stop_token_ids"] = list(self.stop_token_ids)
-        if self.banned_token_ids:
-            params["logit_bias"] = {i: -100.0 for i in self.banned_token_ids}
         return params

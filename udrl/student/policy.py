@@ -15,6 +15,10 @@ from udrl.student import tokenizer as tokenizers
 from udrl.student.export import TRAINING
 
 
+# Named, not imported: vLLM loads it inside the engine.
+BAN = "udrl.student.ban:BanControlTokens"
+
+
 @dataclass(frozen=True)
 class _Render:
     """Request row -> token ids: the intent, then the command of the row."""
@@ -54,7 +58,12 @@ def student_policy(uri: str, sampling: Sampling, engine: Engine, placement: Plac
     facts = storage.read_json(storage.join(folder, TRAINING))
     # vLLM refuses a length beyond the model's positions.
     positions = storage.read_json(storage.join(folder, "config.json"))["n_positions"]
-    engine = engine.model_copy(update={"max_model_len": min(engine.max_model_len, positions)})
+    engine = engine.model_copy(
+        update={
+            "max_model_len": min(engine.max_model_len, positions),
+            "kwargs": {"logits_processors": [BAN], **engine.kwargs},
+        }
+    )
     policy = Policy(
         name="student",
         model=uri,
@@ -65,6 +74,5 @@ def student_policy(uri: str, sampling: Sampling, engine: Engine, placement: Plac
         engine=engine,
         placement=placement,
         stop_token_ids=tuple(tokenizers.control_ids(tokenizer, [commands.END])),
-        banned_token_ids=tuple(tokenizers.banned_ids(tokenizer, vocabulary)),
     )
     return policy, vocabulary
