@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 
 from udrl.commands import ANY, Command, Vocabulary
 from udrl.episodes import word_count
+from udrl.policies.policy import draws
 from udrl.recipe import Sampling
 
 MAX_PROMPTS = 16
@@ -116,7 +117,7 @@ def resolve(request: PromptsRequest, vocabulary: Vocabulary) -> Command:
 
 
 def engine_request(
-    ids: list[int], request: PromptsRequest, sampling: Sampling, *, context: int, end: int, banned: list[int]
+    ids: list[int], request: PromptsRequest, sampling: Sampling, *, context: int, end: int
 ) -> dict[str, Any]:
     """The OpenAI completions body, with vLLM's extra keys, that the engine is sent.
 
@@ -124,7 +125,6 @@ def engine_request(
         ids: the encoded intent and command.
         context: tokens that the engine holds for intent, command and prompt together.
         end: id of ``<|end|>``.
-        banned: ids that may not be written (the other control tokens).
 
     Raises:
         RequestError: the intent leaves no room for a prompt, or several prompts are asked of greedy decoding.
@@ -136,20 +136,12 @@ def engine_request(
     if temperature == 0 and request.n > 1:
         raise RequestError("n: must be 1 at temperature 0, where every prompt would be the same", "n")
     body: dict[str, Any] = {
+        **draws(sampling),
         "prompt": ids,
         "n": request.n,
-        "max_tokens": sampling.max_tokens,
         "temperature": temperature,
-        "min_p": sampling.min_p,
-        "repetition_penalty": sampling.repetition_penalty,
         "stop_token_ids": [end],
-        "logit_bias": {str(i): -100.0 for i in banned},
     }
-    # Left out where they do nothing: vLLM sorts the vocabulary every step for them.
-    if sampling.top_p < 1:
-        body["top_p"] = sampling.top_p
-    if sampling.top_k > 0:
-        body["top_k"] = sampling.top_k
     if request.seed is not None:
         body["seed"] = request.seed
     return body

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from udrl import commands, storage
+from udrl import cluster, commands, storage
 from udrl.commands import Vocabulary
 from udrl.errors import UserError, exit_code
 from udrl.recipe import Recipe, from_command_line, load, problem_line
@@ -131,20 +131,19 @@ def main(argv: Sequence[str]) -> None:
     host, port = recipe.serve.host, recipe.serve.port
     require_free_port(host, port)
 
+    cluster.own_token()  # before Ray is imported
     import ray
     from ray import serve as ray_serve
 
-    # A bare ray.init() would attach to whatever cluster was left on this machine.
-    address = os.environ.get("RAY_ADDRESS", "local")
     print(f"serve: starting {recipe.name} from {student} (half a minute or more) ...", flush=True)
     started = time.monotonic()
     try:
-        ray.init(address=address, include_dashboard=False if address == "local" else None, log_to_driver=False)
+        cluster.connect()
         # After ray.init, which puts handlers of its own there: SIGTERM would abort with a native stack trace. SIGINT too,
         # since a shell script starts background jobs with it ignored.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _interrupt)
-        if address == "local":
+        if "RAY_ADDRESS" not in os.environ:
             _require_resources(recipe, ray.cluster_resources())
         ray_serve.start(http_options={"host": host, "port": port})
         try:

@@ -4,7 +4,6 @@ Importing this module imports vLLM (seconds, most of a gigabyte): only the build
 """
 
 import asyncio
-import os
 import tempfile
 from typing import Any
 
@@ -12,7 +11,9 @@ from ray.serve import Application
 from ray.serve.llm import LLMConfig, LLMServer, build_llm_deployment
 
 from udrl import storage
-from udrl.recipe import Placement, Recipe
+from udrl.policies.engine import bundles, engine_kwargs, environment
+from udrl.recipe import Recipe, Serve
+from udrl.student.policy import fit
 
 
 class StudentServer(LLMServer):
@@ -67,15 +68,9 @@ def deployment(recipe: Recipe, student: str, context: int) -> Application:
     config = LLMConfig(
         model_loading_config={"model_id": recipe.name},
         accelerator_type=wanted.placement.accelerator,
-        placement_group_config={"bundles": [_bundle(wanted.placement)]},
-        runtime_env={"env_vars": _environment(wanted.placement)},
-        engine_kwargs={
-            "dtype": wanted.engine.dtype,
-            "max_model_len": context,
-            "max_num_seqs": wanted.engine.max_num_seqs,
-            "enforce_eager": wanted.engine.eager,
-            **wanted.engine.kwargs,
-        },
+        placement_group_config={"bundles": _bundles(wanted)},
+        runtime_env={"env_vars": environment(wanted.placement)},
+        engine_kwargs=engine_kwargs(fit(wanted.engine, context), wanted.placement),
         deployment_config={
             # Ray adds the replica actor's CPUs (1 unless said) to the first bundle: on two cores that would take both.
             "ray_actor_options": {"num_cpus": 0},
@@ -90,17 +85,6 @@ def deployment(recipe: Recipe, student: str, context: int) -> Application:
     return build_llm_deployment(config, deployment_cls=StudentServer, bind_kwargs={"student": student})
 
 
-def _bundle(placement: Placement) -> dict[str, float]:
+def _bundles(wanted: Serve) -> list[dict[str, float]]:
     # A bundle without GPU is what tells Ray that this is a CPU engine (infer_hardware_kind_from_bundles).
-    return {"CPU": placement.cpus, **({"GPU": placement.gpus} if placement.gpus else {})}
-
-
-def _environment(placement: Placement) -> dict[str, str]:
-    if placement.gpus:
-        return {}
-    return {
-        "OMP_NUM_THREADS": str(placement.threads or os.cpu_count() or 1),
-        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; vLLM's own guess is a share of the whole machine's memory
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # binding pins replicas that share a machine to the same cores
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    }
+    return [{k: v for k, v in bundle.items() if v or k == "CPU"} for bundle in bundles(wanted.engine, wanted.placement)]

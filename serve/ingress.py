@@ -66,7 +66,6 @@ class Ingress:
         self.vocabulary = Vocabulary.load(folder)
         self.tokenizer = student_tokenizer.load(folder)
         self.end = student_tokenizer.control_ids(self.tokenizer, [commands.END])[0]
-        self.banned = student_tokenizer.banned_ids(self.tokenizer, self.vocabulary)
         self.card = api.model_card(model, int(time.time()), self.vocabulary)
 
     @app.post("/v1/prompts")
@@ -74,7 +73,7 @@ class Ingress:
         command = api.resolve(request, self.vocabulary)
         # Token ids, not text, go to the engine: its tokenizer would turn "<|reward:4|>" in an intent into a command.
         ids = student_tokenizer.encode_request(self.tokenizer, self.vocabulary, request.intent, command)
-        body = api.engine_request(ids, request, self.sampling, context=self.context, end=self.end, banned=self.banned)
+        body = api.engine_request(ids, request, self.sampling, context=self.context, end=self.end)
         return api.answer(self.model, request, command, await self.engine.write.remote(body))
 
     @app.get("/v1/models")

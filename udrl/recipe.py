@@ -47,6 +47,7 @@ class Sampling(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     min_p: float = Field(0.08, ge=0, lt=1)
     repetition_penalty: float = Field(1.0, ge=1, le=2)
+    frequency_penalty: float = Field(0.0, ge=0, le=2, description="keeps a small teacher from looping")
     max_tokens: int = Field(72, ge=1, le=4096)
 
 

@@ -140,32 +140,31 @@ def test_what_is_left_out_becomes_the_tasks_default_command(vocabulary: Vocabula
     assert command(length=24, reward=0) == Command(task="text_to_image", words=24, reward=0)
 
 
-def test_the_engine_is_sent_token_ids_and_may_not_write_control_tokens() -> None:
+def test_the_engine_is_sent_token_ids_and_draws_as_the_recipe_says() -> None:
     request = api.PromptsRequest(**GOOD, n=3, seed=5)
     sampling = Sampling(temperature=0.7, min_p=0.1, max_tokens=20)
-    body = api.engine_request([7, 8, 9], request, sampling, context=64, end=0, banned=[1, 2])
+    body = api.engine_request([7, 8, 9], request, sampling, context=64, end=0)
     assert body["prompt"] == [7, 8, 9]
     assert body["stop_token_ids"] == [0]
-    assert body["logit_bias"] == {"1": -100.0, "2": -100.0}
     assert (body["n"], body["seed"], body["temperature"], body["min_p"], body["max_tokens"]) == (3, 5, 0.7, 0.1, 20)
     assert not {"top_p", "top_k"} & set(body)
     narrowed = sampling.model_copy(update={"top_k": 4, "top_p": 0.9})
-    body = api.engine_request([7], request, narrowed, context=64, end=0, banned=[])
+    body = api.engine_request([7], request, narrowed, context=64, end=0)
     assert (body["top_k"], body["top_p"]) == (4, 0.9)
 
 
 def test_an_intent_that_leaves_no_room_for_a_prompt_is_refused() -> None:
     request, sampling = api.PromptsRequest(**GOOD), Sampling(max_tokens=20)
-    api.engine_request([1] * 44, request, sampling, context=64, end=0, banned=[])
+    api.engine_request([1] * 44, request, sampling, context=64, end=0)
     with pytest.raises(api.RequestError, match=r"45 tokens .* at most 44") as caught:
-        api.engine_request([1] * 45, request, sampling, context=64, end=0, banned=[])
+        api.engine_request([1] * 45, request, sampling, context=64, end=0)
     assert caught.value.field == "intent"
 
 
 def test_several_prompts_at_temperature_zero_are_refused() -> None:
     request = api.PromptsRequest(**GOOD, n=2, temperature=0)
     with pytest.raises(api.RequestError) as caught:
-        api.engine_request([1], request, Sampling(), context=256, end=0, banned=[])
+        api.engine_request([1], request, Sampling(), context=256, end=0)
     assert caught.value.field == "n"
 
 

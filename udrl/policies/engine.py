@@ -152,7 +152,7 @@ def _config(policy: Policy) -> Any:
     engine, place = policy.engine, policy.placement
     return vLLMEngineProcessorConfig(
         model_source=policy.path,
-        engine_kwargs=engine_kwargs(engine),
+        engine_kwargs=engine_kwargs(engine, place),
         batch_size=engine.batch_size,
         concurrency=(place.replicas, place.replicas),  # a fixed pool: autoscaled ones ramp one engine at a time
         max_concurrent_batches=engine.concurrent_batches,
@@ -168,9 +168,13 @@ def _config(policy: Policy) -> Any:
     )
 
 
-def engine_kwargs(engine: Engine) -> dict[str, Any]:
+def engine_kwargs(engine: Engine, place: Placement) -> dict[str, Any]:
     """vLLM engine arguments shared by the batch stage and the server."""
+    # vLLM's CPU default of 128 tokens a cache block leaves up to 127 tokens of a shared few-shot prefix to be computed for
+    # every request; with 32 the bundled teacher wrote 26 prompts/s instead of 18. 16 is not supported.
+    blocks = {} if place.gpus else {"block_size": 32}
     return {
+        **blocks,
         "dtype": engine.dtype,
         "max_model_len": engine.max_model_len,
         "max_num_seqs": engine.max_num_seqs,

@@ -42,20 +42,19 @@ class Policy:
 
     def sampling_params(self) -> dict[str, Any]:
         """Keyword arguments of ``vllm.SamplingParams``."""
-        s = self.sampling
-        params: dict[str, Any] = {
-            "temperature": s.temperature,
-            "min_p": s.min_p,
-            "repetition_penalty": s.repetition_penalty,
-            "max_tokens": s.max_tokens,
-        }
-        # top_p and top_k are left out where they do nothing: vLLM sorts the vocabulary every step for them.
-        if s.top_p < 1:
-            params["top_p"] = s.top_p
-        if s.top_k > 0:
-            params["top_k"] = s.top_k
+        params = draws(self.sampling)
         if self.stop:
             params["stop"] = list(self.stop)
         if self.stop_token_ids:
             params["stop_token_ids"] = list(self.stop_token_ids)
         return params
+
+
+def draws(sampling: Sampling) -> dict[str, Any]:
+    """vLLM's names for how draws are made; the server's completion requests take the same.
+
+    What does nothing is left out: vLLM sorts the vocabulary every step for top_p and top_k, and counts all tokens for
+    penalties.
+    """
+    neutral = {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "frequency_penalty": 0.0}
+    return {name: value for name, value in sampling.model_dump().items() if neutral.get(name) != value}

@@ -56,14 +56,7 @@ def student_policy(uri: str, sampling: Sampling, engine: Engine, placement: Plac
     folder = fetch(uri)
     tokenizer, vocabulary = tokenizers.load(folder), Vocabulary.load(folder)
     facts = storage.read_json(storage.join(folder, TRAINING))
-    # vLLM refuses a length beyond the model's positions.
     positions = storage.read_json(storage.join(folder, "config.json"))["n_positions"]
-    engine = engine.model_copy(
-        update={
-            "max_model_len": min(engine.max_model_len, positions),
-            "kwargs": {"logits_processors": [BAN], **engine.kwargs},
-        }
-    )
     policy = Policy(
         name="student",
         model=uri,
@@ -71,8 +64,18 @@ def student_policy(uri: str, sampling: Sampling, engine: Engine, placement: Plac
         revision=facts["fingerprint"],
         render=_Render(folder),
         sampling=sampling,
-        engine=engine,
+        engine=fit(engine, positions),
         placement=placement,
         stop_token_ids=tuple(tokenizers.control_ids(tokenizer, [commands.END])),
     )
     return policy, vocabulary
+
+
+def fit(engine: Engine, positions: int) -> Engine:
+    """Engine settings for a student: no longer than its positions (vLLM refuses more), control tokens banned."""
+    return engine.model_copy(
+        update={
+            "max_model_len": min(engine.max_model_len, positions),
+            "kwargs": {"logits_processors": [BAN], **engine.kwargs},
+        }
+    )

@@ -1,0 +1,124 @@
+"""Commands: bins, ranks, the control tokens, and what travels with the model."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from pydantic import ValidationError
+
+from udrl import commands
+from udrl.commands import ANY, Command, Vocabulary
+
+VALUES = arrays(np.float64, st.integers(5, 200), elements=st.floats(0, 1, width=32))
+
+
+def episodes(n: int = 200, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {
+        "task": np.where(np.arange(n) % 2 == 0, "paint", "find"),
+        "intent_id": np.arange(n) // 4,
+        "n_words": rng.integers(3, 30, n),
+        "reward": rng.random(n),
+        "relevance": rng.random(n),
+    }
+
+
+def learnt(**more: object) -> tuple[Vocabulary, np.ndarray]:
+    options = {"max_words": 24, "reward_bins": 5, "rank_within": "task"} | more
+    return commands.learn(["paint", "find"], episodes(), **options)
+
+
+@given(VALUES, st.integers(2, 8))
+def test_a_higher_value_never_lies_in_a_lower_bin(values: np.ndarray, bins: int) -> None:
+    placed = commands.to_bin(values, commands.bin_edges(values, bins))
+    assert placed.min() >= 0
+    assert placed.max() <= bins - 1
+    order = np.argsort(values, kind="stable")
+    assert (np.diff(placed[order]) >= 0).all()
+
+
+def test_bins_of_distinct_values_are_equally_full() -> None:
+    values = np.random.default_rng(1).permutation(np.arange(1000.0))
+    counts = np.bincount(commands.to_bin(values, commands.bin_edges(values, 5)))
+    assert counts.tolist() == [200] * 5
+
+
+@given(VALUES, st.integers(1, 9))
+def test_ranks_within_a_group_take_the_group_s_difficulty_out(values: np.ndarray, size: int) -> None:
+    groups = np.arange(len(values)) // size
+    ranks = commands.rank_within_groups(values, groups)
+    for group in np.unique(groups):
+        mine = ranks[groups == group]
+        # Each group holds the same mid-quantiles, however good its members are.
+        assert np.allclose(np.sort(mine), (np.arange(len(mine)) + 0.5) / len(mine))
+        order = np.argsort(mine)
+        assert (np.diff(values[groups == group][order]) >= 0).all()
+
+
+def test_hindsight_bins_rise_with_the_reward_within_each_task() -> None:
+    vocabulary, labels = learnt()
+    columns = episodes()
+    for task in ("paint", "find"):
+        mine = columns["task"] == task
+        means = [columns["reward"][mine & (labels == b)].mean() for b in range(5)]
+        assert means == sorted(means)
+        assert np.allclose(means, vocabulary.tasks[task].achieved_reward)
+
+
+def test_ranking_within_the_intent_labels_easy_and_hard_intents_alike() -> None:
+    columns = episodes()
+    columns["reward"] = columns["reward"] * 0.1 + (columns["intent_id"] % 10)  # the intent decides nearly everything
+    options = {"max_words": 24, "reward_bins": 2}
+    _, by_task = commands.learn(["paint", "find"], columns, rank_within="task", **options)
+    _, by_intent = commands.learn(["paint", "find"], columns, rank_within="intent", **options)
+    hard = columns["intent_id"] % 10 == 0
+    assert by_task[hard].mean() == 0
+    assert 0.4 <= by_intent[hard].mean() <= 0.6
+
+
+def test_the_default_command_is_in_distribution() -> None:
+    vocabulary, _ = learnt()
+    default = vocabulary.default("paint")
+    assert default.reward == 4
+    assert 3 <= default.words <= 24
+
+
+def test_control_tokens_are_distinct_and_cover_every_command() -> None:
+    vocabulary, _ = learnt()
+    tokens = vocabulary.control_tokens()
+    assert len(tokens) == len(set(tokens))
+    for words in (ANY, 1, 24):
+        for reward in (ANY, 0, 4):
+            assert set(vocabulary.tokens(Command(task="find", words=words, reward=reward))) <= set(tokens)
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        (Command(task="sing"), "sing"),
+        (Command(task="find", words=25), "25"),
+        (Command(task="find", words=0), "0"),
+        (Command(task="find", reward=5), "5"),
+    ],
+)
+def test_a_command_outside_the_vocabulary_is_refused_by_name(command: Command, named: str) -> None:
+    vocabulary, _ = learnt()
+    with pytest.raises(ValueError, match=named):
+        vocabulary.tokens(command)
+
+
+def test_below_any_is_no_command() -> None:
+    with pytest.raises(ValidationError):
+        Command(task="find", words=-2)
+
+
+def test_the_vocabulary_survives_its_file(tmp_path: object) -> None:
+    vocabulary, _ = learnt()
+    vocabulary.save(str(tmp_path))
+    assert Vocabulary.load(str(tmp_path)) == vocabulary
+
+
+def test_a_task_without_episodes_is_named() -> None:
+    with pytest.raises(ValueError, match="sing"):
+        commands.learn(["sing"], episodes(), max_words=24, reward_bins=5, rank_within="task")

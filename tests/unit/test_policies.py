@@ -1,0 +1,167 @@
+"""Completions become prompts or rejections; requests are cut, named and counted so that nothing is lost."""
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from udrl import storage
+from udrl.episodes import COMPLETIONS, EPISODES, REJECTS, Reason, stable_id
+from udrl.policies import engine
+from udrl.policies.parsing import clean, parse
+from udrl.policies.policy import draws
+from udrl.policies.score import score_rows
+from udrl.policies.teacher import intent_requests, key_columns, teacher_policy
+from udrl.recipe import Rewards, Sampling, Teacher
+from udrl.tasks import Example, Format, Task
+
+TASK = Task(
+    name="paint",
+    title="Paint",
+    instruction="Write a prompt.",
+    examples=[Example(intent=f"thing {i}", prompt=f"a thing number {i} in light") for i in range(3)],
+    format=Format(min_words=3, max_words=12, reject=["https?://"]),
+)
+INTENT = "a red fox in the snow"
+
+
+def reason(completion: str, finish: str = "stop", error: str = "") -> Reason | None:
+    return parse(TASK, INTENT, completion, finish, error)[1]
+
+
+def test_a_prompt_is_the_first_line_without_quotes_and_spaces() -> None:
+    assert clean('  "A fox,  soft light"\nIntent: next') == "A fox, soft light"
+    assert parse(TASK, INTENT, ' "Fox at dusk,  soft light"\n', "stop", "") == ("Fox at dusk, soft light", None, "")
+
+
+@pytest.mark.parametrize(
+    ("completion", "finish", "error", "expected"),
+    [
+        ("", "stop", "", Reason.EMPTY),
+        ("  \n ", "stop", "", Reason.EMPTY),
+        ("fox at dusk in soft", "length", "", Reason.TRUNCATED),
+        ("fox dusk", "stop", "", Reason.MALFORMED),
+        ("fox dusk " * 9, "stop", "", Reason.MALFORMED),
+        ("fox at dusk http://example.org", "stop", "", Reason.MALFORMED),
+        ("A thing number 1 in light", "stop", "", Reason.FEW_SHOT_LEAK),
+        ("A red fox in the snow", "stop", "", Reason.ECHO),
+        ("soft light, soft light, soft light, soft light", "stop", "", Reason.REPETITIVE),
+        ("anything", "error", "EngineDead", Reason.ENGINE_ERROR),
+    ],
+)
+def test_a_bad_completion_is_rejected_for_what_is_wrong(completion: str, finish: str, error: str, expected: Reason) -> None:
+    assert reason(completion, finish, error) == expected
+
+
+def test_a_line_that_ended_before_the_token_limit_is_whole() -> None:
+    assert reason("fox at dusk in soft light\nIntent: more and mo", "length") is None
+
+
+@given(st.text(max_size=300), st.sampled_from(["stop", "length", "error"]), st.sampled_from(["", "boom"]))
+def test_any_completion_is_a_prompt_or_a_rejection(completion: str, finish: str, error: str) -> None:
+    prompt, found, detail = parse(TASK, INTENT, completion, finish, error)
+    assert found is None or found in set(Reason)
+    assert found is not None or TASK.malformed(prompt) is None
+    assert isinstance(detail, str)
+
+
+def test_scoring_splits_and_counts_every_row() -> None:
+    class Half:
+        def relevance(self, intents: list[str], prompts: list[str]) -> list[float]:
+            return [0.5] * len(prompts)
+
+    texts = ["fox at dusk in soft light", "fox at dusk in soft light", "", "owl over a dark wood"]
+    rows = [
+        {"intent": INTENT, "task": "paint", "completion": t, "finish_reason": "stop", "error": "", "command_words": -1}
+        for t in texts
+    ]
+    good, bad = score_rows(rows, {"paint": TASK}, Half(), Rewards(), True)  # type: ignore[arg-type]
+    assert [r["prompt"] for r in good] == [texts[0], texts[3]]
+    assert [r["reason"] for r in bad] == ["duplicate", "empty"]
+    assert all(0 <= r["reward"] <= 1 and r["n_words"] == len(r["prompt"].split()) for r in good)
+    kept, _ = score_rows(rows, {"paint": TASK}, Half(), Rewards(), False)  # type: ignore[arg-type]
+    assert len(kept) == 3
+
+
+def test_settings_that_do_nothing_are_not_sent() -> None:
+    assert set(draws(Sampling())) == {"temperature", "min_p", "max_tokens"}
+    assert draws(Sampling(top_k=5, frequency_penalty=0.3))["frequency_penalty"] == 0.3
+
+
+def write_intents(folder: str, n: int, group: int = 7) -> str:
+    import pyarrow.parquet as pq
+
+    uri = storage.join(folder, "intents.parquet")
+    table = pa.table({"intent_id": range(n), "intent": [f"intent {i}" for i in range(n)], "subject": ["s"] * n})
+    pq.write_table(table, uri, row_group_size=group)
+    return uri
+
+
+@pytest.fixture()
+def policy(tmp_path: object) -> object:
+    model = tmp_path / "model"  # type: ignore[operator]
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    return teacher_policy(Teacher(model=str(model)), [TASK])
+
+
+@given(n=st.integers(1, 40), samples=st.integers(1, 3), size=st.integers(1, 30))
+def test_shards_hold_each_request_once(tmp_path_factory: pytest.TempPathFactory, n: int, samples: int, size: int) -> None:
+    folder = tmp_path_factory.mktemp("shards")
+    (folder / "config.json").write_text("{}")
+    teacher = teacher_policy(Teacher(model=str(folder)), [TASK])
+    requests = intent_requests(teacher, write_intents(str(folder), n), ["paint", "find"], samples, size)
+    rows = [list(requests.rows(s)) for s in range(requests.shards)]
+    assert [len(r) for r in rows] == [requests.shard_size(s) for s in range(requests.shards)]
+    keys = {(r["intent_id"], r["task"], r["variation"]) for part in rows for r in part}
+    assert len(keys) == sum(len(r) for r in rows) == requests.total == n * 2 * samples
+    assert len({r["episode_id"] for part in rows for r in part}) == requests.total
+    assert all(r["intent"] == f"intent {r['intent_id']}" for part in rows for r in part)
+
+
+def test_ids_change_with_all_that_tells_two_requests_apart(policy: engine.Policy) -> None:
+    base = key_columns(policy, 1, "x", "paint", 0)["episode_id"]
+    others = [
+        key_columns(policy, 2, "x", "paint", 0),
+        key_columns(policy, 1, "x", "find", 0),
+        key_columns(policy, 1, "x", "paint", 1),
+        key_columns(policy, 1, "x", "paint", 0, round=1),
+        key_columns(policy, 1, "x", "paint", 0, command_words=7),
+    ]
+    assert base not in {row["episode_id"] for row in others}
+    assert 0 <= base < 2**63
+    assert base == key_columns(policy, 1, "x", "paint", 0)["episode_id"]
+    assert stable_id("a", "b") != stable_id("ab")
+
+
+def test_the_fingerprint_follows_templates_sampling_and_revision(tmp_path: object) -> None:
+    (tmp_path / "config.json").write_text("{}")  # type: ignore[operator]
+
+    def mark(**more: object) -> str:
+        return teacher_policy(Teacher.model_validate({"model": str(tmp_path), **more}), [TASK]).fingerprint
+
+    assert mark() == mark()
+    assert mark() != mark(sampling={"temperature": 0.5})
+    assert mark() != mark(revision="abc")
+    assert mark() != mark(style="chat")
+    assert mark() == mark(placement={"replicas": 4})  # where it runs does not matter
+
+
+def test_rows_written_twice_are_read_once(tmp_path: object) -> None:
+    def table(ids: list[int]) -> pa.Table:
+        blank = {"string": "", "int64": 0, "int32": 0}
+        rows = [{f.name: blank[str(f.type)] for f in COMPLETIONS} | {"episode_id": i, "completion": str(n)} for n, i in enumerate(ids)]
+        return pa.Table.from_pylist(rows, schema=COMPLETIONS)
+
+    out = str(tmp_path)
+    storage.write_table(storage.join(out, engine._name(3, 1, 2)), table([1, 2]))
+    storage.write_table(storage.join(out, engine._name(3, 2, 3)), table([2, 4, 5]))
+    storage.write_table(storage.join(out, engine._name(4, 9, 1)), table([9]))
+    assert engine.shards_of(out) == [3, 4]
+    assert engine.completed_shard(out, 3).column("episode_id").to_pylist() == [1, 2, 4, 5]
+
+
+def test_every_table_has_the_key_columns() -> None:
+    for schema in (COMPLETIONS, EPISODES, REJECTS):
+        assert schema.names[:2] == ["episode_id", "intent_id"]
+        assert len(schema.names) == len(set(schema.names))
