@@ -116,9 +116,7 @@ def resolve(request: PromptsRequest, vocabulary: Vocabulary) -> Command:
     return Command(task=request.task, words=words, reward=reward)
 
 
-def engine_request(
-    ids: list[int], request: PromptsRequest, sampling: Sampling, *, context: int, end: int
-) -> dict[str, Any]:
+def engine_request(ids: list[int], request: PromptsRequest, sampling: Sampling, *, context: int, end: int) -> dict[str, Any]:
     """The OpenAI completions body, with vLLM's extra keys, that the engine is sent.
 
     Args:

@@ -141,6 +141,9 @@ class Train(Section):
     checkpoint_every: int = Field(500, ge=1, description="steps")
     keep_checkpoints: int = Field(2, ge=1)
     max_failures: int = Field(3, ge=0, description="worker failures that Ray Train mends before it gives up")
+    swapped_copies: int = Field(
+        0, ge=0, le=8, description="copies of each episode with shared rare words swapped; they teach a small student to copy"
+    )
     validation: float = Field(0.03, ge=0, lt=0.5, description="share of intents kept for validation loss")
 
 

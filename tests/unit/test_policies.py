@@ -97,7 +97,7 @@ def write_intents(folder: str, n: int, group: int = 7) -> str:
     return uri
 
 
-@pytest.fixture()
+@pytest.fixture
 def policy(tmp_path: object) -> object:
     model = tmp_path / "model"  # type: ignore[operator]
     model.mkdir()
@@ -150,7 +150,10 @@ def test_the_fingerprint_follows_templates_sampling_and_revision(tmp_path: objec
 def test_rows_written_twice_are_read_once(tmp_path: object) -> None:
     def table(ids: list[int]) -> pa.Table:
         blank = {"string": "", "int64": 0, "int32": 0}
-        rows = [{f.name: blank[str(f.type)] for f in COMPLETIONS} | {"episode_id": i, "completion": str(n)} for n, i in enumerate(ids)]
+        rows = [
+            {f.name: blank[str(f.type)] for f in COMPLETIONS} | {"episode_id": i, "completion": str(n)}
+            for n, i in enumerate(ids)
+        ]
         return pa.Table.from_pylist(rows, schema=COMPLETIONS)
 
     out = str(tmp_path)

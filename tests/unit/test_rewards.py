@@ -10,7 +10,8 @@ from udrl.recipe import RewardWeights
 from udrl.rewards import components
 from udrl.rewards.relevance import Embedder
 
-WORDS = st.lists(st.sampled_from("red fox snow light owl jazz poster bold soft night".split()), min_size=1, max_size=20)
+VOCABULARY = "red fox snow light owl jazz poster bold soft night".split()  # noqa: SIM905
+WORDS = st.lists(st.sampled_from(VOCABULARY), min_size=1, max_size=20)
 
 
 def test_an_echo_has_no_novelty_and_a_fresh_text_has_all() -> None:

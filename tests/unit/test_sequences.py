@@ -24,9 +24,7 @@ def vocabulary(lowercase: bool = False) -> Vocabulary:
         "reward": np.linspace(0, 1, n),
         "relevance": np.linspace(0, 1, n),
     }
-    made, _ = commands.learn(
-        ["paint", "find"], columns, max_words=16, reward_bins=5, rank_within="task", lowercase=lowercase
-    )
+    made, _ = commands.learn(["paint", "find"], columns, max_words=16, reward_bins=5, rank_within="task", lowercase=lowercase)
     return made
 
 
@@ -70,7 +68,7 @@ def test_a_request_is_the_intent_and_then_the_command() -> None:
 
 def test_a_training_sequence_is_a_request_its_prompt_and_the_end() -> None:
     label = Command(task="paint", words=6, reward=2)
-    (ids, start), *_ = encode_examples(WORDS, VOCABULARY, ["an owl"], ["owl at night"], [label], 128)
+    (ids, start), *_ = encode_examples(WORDS, VOCABULARY, [("an owl", "owl at night", label)], 128)
     assert ids[:start] == tokenizer.encode_request(WORDS, VOCABULARY, "an owl", label)
     assert ids[start:] == [*tokenizer.encode_text(WORDS, ["owl at night"])[0], WORDS.eos_token_id]
 
@@ -139,9 +137,8 @@ def test_the_loss_of_a_packed_batch_is_the_sum_over_single_examples(shapes: list
 
 
 def test_the_packed_loss_is_transformers_own_on_one_example() -> None:
-    examples = encode_examples(
-        WORDS, VOCABULARY, ["an owl"], ["owl at night"], [Command(task="paint", words=3, reward=1)], 32
-    )
+    label = Command(task="paint", words=3, reward=1)
+    examples = encode_examples(WORDS, VOCABULARY, [("an owl", "owl at night", label)], 32)
     network = model.build(Student(depth=2, width=128, heads=2, context=32), Train(), WORDS, seed=3).eval()
     ids, start = examples[0]
     labels = torch.tensor([[-100] * start + ids[start:]])

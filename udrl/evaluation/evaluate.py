@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import platform
-import sys
 from typing import Any
 
 import numpy as np
@@ -152,7 +151,9 @@ def _speed(policy: Policy, work: str, done: Throughput) -> report.PolicyFacts:
     if done.rows:
         storage.write_json(file, {"tokens_per_second": done.tokens_per_second, "seconds": done.seconds})
     speed = storage.read_json(file) if storage.exists(file) else {}
-    facts = report.PolicyFacts(model=policy.model, **speed)
+    facts = report.PolicyFacts(model=policy.model)
+    if speed:
+        facts["tokens_per_second"], facts["seconds"] = speed["tokens_per_second"], speed["seconds"]
     parameters = _parameters(policy.path)
     if parameters:
         facts["parameters"] = parameters

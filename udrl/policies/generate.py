@@ -54,8 +54,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
         recipe.teacher.shard_size,
     )
     print(
-        f"generate: {split.n_train:,} intents x {len(tasks)} tasks x {recipe.teacher.samples} samples = {requests.total:,} prompts"
-        f" by {recipe.teacher.model}; {split.n_heldout:,} intents held out",
+        f"generate: {split.n_train:,} intents x {len(tasks)} tasks x {recipe.teacher.samples} samples = {requests.total:,}"
+        f" prompts by {recipe.teacher.model}; {split.n_heldout:,} intents held out",
         file=sys.stderr,
     )
     cluster.connect()
@@ -66,7 +66,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
     summary = _summary(recipe, mark, requests.total, dict(counts), done, policy.fingerprint)
     if summary["accepted"] + summary["rejected"] != summary["requested"]:
         raise RuntimeError(
-            f"accounting: {summary['accepted']} accepted + {summary['rejected']} rejected is not {summary['requested']} requested"
+            f"accounting: {summary['accepted']} accepted + {summary['rejected']} rejected"
+            f" is not {summary['requested']} requested"
         )
     storage.write_json(storage.join(recipe.storage, SUMMARY), summary)
     return summary

@@ -35,7 +35,11 @@ def score(
     what: str = "score",
     deduplicate: bool = True,
 ) -> Counter[str]:
-    """Score every shard of ``ledger``; ``deduplicate`` rejects a prompt that its intent and task already have. Return the count of accepted rows (key ``accepted``) and of each reject reason."""
+    """Score every shard of ``ledger``. ``deduplicate`` rejects a prompt that its intent and task already have.
+
+    Returns:
+        The count of accepted rows (key ``accepted``) and of each reject reason.
+    """
     about = {"ledger": ledger.rsplit("/", 1)[-1], "scoring": _fingerprint(tasks, config)}
     fresh = storage.exists(storage.join(episodes, ABOUT)) and storage.read_json(storage.join(episodes, ABOUT)) == about
     if not fresh:

@@ -48,7 +48,10 @@ def teacher_policy(config: Teacher, tasks: Sequence[Task]) -> Policy:
 
 
 def key_columns(policy: Policy, intent_id: int, intent: str, task: str, variation: int, **more: Any) -> Row:
-    """The key columns of one request that its policy does not give. The id covers everything that tells two requests of a run apart."""
+    """The key columns of one request that its policy does not give.
+
+    The id covers everything that tells two requests of a run apart.
+    """
     words, reward, round_ = more.get("command_words", ANY), more.get("command_reward", ANY), more.get("round", 0)
     return {
         "episode_id": stable_id(policy.fingerprint, intent_id, task, variation, round_, words, reward),

@@ -4,6 +4,7 @@ Relevance alone is easily gamed: echoing the intent scores 1.0. Novelty, repetit
 """
 
 import re
+from itertools import pairwise
 
 import numpy as np
 
@@ -27,7 +28,7 @@ def novelty(intent: str, prompt: str) -> float:
 def repetition(prompt: str) -> float:
     """1 where no word pair comes twice; the share of distinct pairs otherwise (distinct-2)."""
     w = words(prompt)
-    pairs = list(zip(w, w[1:], strict=False))
+    pairs = list(pairwise(w))
     return len(set(pairs)) / len(pairs) if pairs else 1.0
 
 

@@ -18,6 +18,7 @@ from udrl.errors import UserError
 from udrl.progress import Progress
 from udrl.recipe import Recipe
 from udrl.student import tokenizer as tokenizers
+from udrl.student.augment import rare_words, swap
 from udrl.student.packing import Rows, encode_examples, hindsight, pack
 
 # Texts the tokenizer is trained on: merges settle long before this many.
@@ -79,6 +80,12 @@ def load_rows(out: str, split: str) -> Rows:
     return Rows(matrix("tokens", np.int32), matrix("positions", np.int32), matrix("targets", bool))
 
 
+def _intents(episodes: str) -> Iterator[str]:
+    """Each distinct intent once, as far as its episodes stand in one file."""
+    for table in iter_tables(episodes, ["intent"]):
+        yield from sorted(set(table.column("intent").to_pylist()))
+
+
 def _texts(episodes: str) -> Iterator[str]:
     taken = 0
     for table in iter_tables(episodes, ["intent", "prompt"]):
@@ -94,10 +101,12 @@ def _pack_all(recipe: Recipe, episodes: str, out: str, tokenizer: Any, vocabular
     import ray
 
     names = [n for n in storage.list_files(episodes) if n.endswith(".parquet")]
-    settings = ray.put((tokenizer, vocabulary, bins))
+    pool = rare_words(_intents(episodes)) if recipe.train.swapped_copies else []
+    settings = ray.put((tokenizer, vocabulary, bins, pool))
 
     def pack_file(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        tokenizer, vocabulary, bins = ray.get(settings)
+        tokenizer, vocabulary, bins, pool = ray.get(settings)
+        rare = frozenset(pool)
         used, slots = 0, 0
         for index in batch["id"]:
             table = storage.read_table(
@@ -110,17 +119,19 @@ def _pack_all(recipe: Recipe, episodes: str, out: str, tokenizer: Any, vocabular
                 hindsight(vocabulary, task, words, int(b), recipe.commands.dropout, rng)
                 for task, words, b in zip(columns["task"], columns["n_words"], bins[index], strict=True)
             ]
+            intents, prompts = columns["intent"], columns["prompt"]
             held = _validation(np.array(columns["intent_id"], dtype=np.int64), recipe.train.validation)
             for split, wanted in (("train", ~held), ("validation", held)):
-                chosen = np.flatnonzero(wanted)
-                examples = encode_examples(
-                    tokenizer,
-                    vocabulary,
-                    [columns["intent"][i] for i in chosen],
-                    [columns["prompt"][i] for i in chosen],
-                    [labels[i] for i in chosen],
-                    recipe.student.context,
-                )
+                triples = [(intents[i], prompts[i], labels[i]) for i in np.flatnonzero(wanted)]
+                if split == "train":
+                    copies = [
+                        (*swapped, label)
+                        for _ in range(recipe.train.swapped_copies)
+                        for intent, prompt, label in triples
+                        if (swapped := swap(intent, prompt, pool, rare, rng))
+                    ]
+                    triples += copies
+                examples = encode_examples(tokenizer, vocabulary, triples, recipe.student.context)
                 rows = pack(examples, recipe.student.context, tokenizer.pad_token_id)
                 used += sum(len(ids) for ids, _ in examples)
                 slots += rows.tokens.size

@@ -217,7 +217,7 @@ def _optimizer(network: Any, recipe: Recipe) -> Any:
     return torch.optim.AdamW(groups, lr=model.Shape.of(recipe.student, recipe.train).lr, betas=(0.9, 0.95), eps=1e-8)
 
 
-def _Student(network: Any) -> Any:  # noqa: N802 - a class made here, so that reading a recipe does not import torch
+def _Student(network: Any) -> Any:
     import torch
 
     class Student(torch.nn.Module):

@@ -38,14 +38,16 @@ def hindsight(vocabulary: Vocabulary, task: str, n_words: int, bin_: int, dropou
 
 
 def encode_examples(
-    tokenizer: Any, vocabulary: Vocabulary, intents: list[str], prompts: list[str], labels: list[Command], context: int
+    tokenizer: Any, vocabulary: Vocabulary, triples: list[tuple[str, str, Command]], context: int
 ) -> list[tuple[list[int], int]]:
-    """Token ids of each example and where its targets begin. Examples longer than ``context`` are left out."""
+    """Token ids of each (intent, prompt, command) and where its targets begin; those over ``context`` are left out."""
     end = control_ids(tokenizer, [commands.END])
-    heads = encode_text(tokenizer, intents) if intents else []
-    bodies = encode_text(tokenizer, prompts) if prompts else []
+    if not triples:
+        return []
+    heads = encode_text(tokenizer, [intent for intent, _, _ in triples])
+    bodies = encode_text(tokenizer, [prompt for _, prompt, _ in triples])
     examples = []
-    for head, body, label in zip(heads, bodies, labels, strict=True):
+    for head, body, (_, _, label) in zip(heads, bodies, triples, strict=True):
         start = [*head, *control_ids(tokenizer, vocabulary.tokens(label))]
         ids = [*start, *body, *end]
         if len(ids) <= context:

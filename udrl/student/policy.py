@@ -14,7 +14,6 @@ from udrl.recipe import Engine, Placement, Sampling
 from udrl.student import tokenizer as tokenizers
 from udrl.student.export import TRAINING
 
-
 # Named, not imported: vLLM loads it inside the engine.
 BAN = "udrl.student.ban:BanControlTokens"
 

@@ -158,7 +158,8 @@ def _watch(board: Any, stop: threading.Event) -> None:
             bar = Progress("train", facts["steps"], "steps", start=resumed)
         if bar:
             valid = facts.get("validation_loss")
-            note = f"loss {facts['loss']:.3f}{f' (validation {valid:.3f})' if valid else ''}, {facts['tokens_per_second']:,.0f} tokens/s"
+            note = f"loss {facts['loss']:.3f}{f' (validation {valid:.3f})' if valid else ''}"
+            note += f", {facts['tokens_per_second']:,.0f} tokens/s"
             if ended:
                 bar.finish(facts["step"], note)
             else:

@@ -1,0 +1,101 @@
+"""The whole line on `recipes/smoke.yaml`: the jobs as a user runs them, and as `ray job submit` does."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The run's folder and what `python -m jobs.pipeline` printed."""
+    folder = tmp_path_factory.mktemp("smoke") / "run"
+    command = [sys.executable, "-m", "jobs.pipeline", "recipes/smoke.yaml", f"storage={folder}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder, done.stdout + done.stderr
+
+
+def test_every_stage_shows_its_progress_and_the_table_ends_it(run: tuple[Path, str]) -> None:
+    folder, said = run
+    for words in ("generate: ", "score: ", "train: ", "evaluate student: ", "evaluate teacher: ", "prompts/s", " left"):
+        assert words in said
+    assert "image_search" in said
+    assert f"report: {folder}/evaluation/report.md" in said
+    assert "python -m serve.app recipes/smoke.yaml" in said
+
+
+def test_the_run_is_complete(run: tuple[Path, str]) -> None:
+    folder, _ = run
+    generated = json.loads((folder / "generate.json").read_text())
+    assert generated["accepted"] + generated["rejected"] == generated["requested"]
+    for name in ("model.safetensors", "tokenizer.json", "commands.json", "training.json", "config.json"):
+        assert (folder / "student" / name).exists()
+    for name in ("report.md", "metrics.json", "outputs.parquet", "length_control.png", "reward_control.png"):
+        assert (folder / "evaluation" / name).exists()
+    assert (folder / "recipe.yaml").read_text().startswith("name: smoke")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A Ray head of this test's own, with token authentication; ended by its own process id."""
+
+    def free_port() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return int(probe.getsockname()[1])
+
+    folder = tmp_path_factory.mktemp("token")
+    (folder / "token").write_text("t" * 64)
+    os.chmod(folder / "token", 0o600)
+    gcs, dashboard = free_port(), free_port()
+    environment = {
+        **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+    }
+    head = subprocess.Popen(
+        [BIN / "ray", "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}", "--num-cpus=2",
+         "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--temp-dir={folder / 'ray'}"],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        yield {**environment, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    finally:
+        head.terminate()
+        head.wait(timeout=60)
+
+
+def test_a_job_submitted_to_a_cluster_finds_the_run_finished(
+    run: tuple[Path, str], cluster: dict[str, str], tmp_path: Path
+) -> None:
+    folder, _ = run
+    code = tmp_path / "code"  # what a user's checkout would be, without its caches
+    for name in ("jobs", "udrl", "recipes"):
+        shutil.copytree(ROOT / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for attempt in range(60):
+        listed = subprocess.run(
+            [BIN / "ray", "job", "list"], env=cluster, capture_output=True, text=True, timeout=60, check=False
+        )
+        if listed.returncode == 0:
+            break
+        assert attempt < 59, listed.stderr[-2000:]
+    done = subprocess.run(
+        [BIN / "ray", "job", "submit", f"--working-dir={code}", "--",
+         sys.executable, "-m", "jobs.pipeline", "recipes/smoke.yaml", f"storage={folder}"],
+        env={**cluster, "PYTHONPATH": ""}, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said[-4000:]
+    assert "succeeded" in said
+    assert "0 made now" in said  # generation was reused, not paid for again
+    assert "is there already" in said  # so was the student

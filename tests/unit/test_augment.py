@@ -1,0 +1,48 @@
+"""Swapped copies carry new words through intent and prompt alike."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from udrl.rewards.components import words
+from udrl.student.augment import rare_words, swap
+
+INTENTS = [f"poster of a {w}" for w in ["owl", "fox", "lynx", "otter", "heron", "newt"]] * 5 + ["poster of a dog"] * 40
+POOL = rare_words(INTENTS)
+RARE = frozenset(POOL)
+
+
+def test_the_words_that_frame_a_request_are_not_swapped() -> None:
+    assert "poster" not in POOL
+    assert "dog" not in POOL
+    many = [f"poster of a {w}{i}" for i in range(50) for w in ("owl", "fox")]
+    assert "owl7" in rare_words(many)
+    assert "poster" not in rare_words(many)
+
+
+MANY = [f"poster of a thing{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(200)]
+NAMES = rare_words(MANY)
+
+
+@given(st.sampled_from(NAMES), st.integers(0, 99))
+def test_a_shared_rare_word_changes_in_both_and_lengths_stay(name: str, seed: int) -> None:
+    intent, prompt = f"poster of a {name}", f"{name.capitalize()} under a lamp, the {name}'s shadow"
+    swapped = swap(intent, prompt, NAMES, frozenset(NAMES), np.random.default_rng(seed))
+    assert swapped
+    new_intent, new_prompt = swapped
+    assert len(new_intent.split()) == len(intent.split())
+    assert len(new_prompt.split()) == len(prompt.split())
+    new = new_intent.split()[-1]
+    assert new in NAMES
+    assert new_prompt.startswith(new.capitalize() + " under a lamp")
+
+
+def test_without_a_shared_rare_word_there_is_no_copy() -> None:
+    assert swap(MANY[0], "owl at night", NAMES, frozenset(NAMES), np.random.default_rng(0)) is None
+
+
+def test_only_whole_words_are_swapped() -> None:
+    name = NAMES[0]
+    _, prompt = swap(f"a {name}", f"{name} and un{name}ed", NAMES, frozenset(NAMES), np.random.default_rng(0)) or ("", "")
+    assert f"un{name}ed" in prompt
+    assert words(prompt)[0] in NAMES

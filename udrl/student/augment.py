@@ -1,0 +1,47 @@
+"""Swapped copies: what a small student needs to learn to carry an intent's rare words into the prompt.
+
+A word that stands in both intent and prompt is replaced in both by another intent's rare word. Task, length and the
+relation of prompt to intent stay as they are, so the episode's command still labels it. The same idea is known as
+delexicalisation or entity replacement in data-to-text generation (Wen et al. 2015, arXiv 1508.01745). The words come from
+training intents alone, so held-out subjects stay unseen.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+
+from udrl.rewards.components import words
+
+# A word of at most this share of the intents is a subject or a detail; commoner ones ("poster", "with") frame the request.
+RARE = 0.02
+
+
+def rare_words(intents: Iterable[str]) -> list[str]:
+    """Words of the intents that are rare enough to be swapped, sorted."""
+    counts: Counter[str] = Counter()
+    n = 0
+    for intent in intents:
+        n += 1
+        counts.update({w for w in words(intent) if len(w) > 2 and not w.isdigit()})
+    return sorted(w for w, c in counts.items() if c <= max(1, RARE * n))
+
+
+def swap(intent: str, prompt: str, pool: list[str], rare: frozenset[str], rng: np.random.Generator) -> tuple[str, str] | None:
+    """Replace every shared rare word by a random one of ``pool``, the same in both texts; None where none is shared.
+
+    The number of words does not change.
+    """
+    shared = sorted(set(words(intent)) & set(words(prompt)) & rare)
+    if not shared:
+        return None
+    new = {old: pool[i] for old, i in zip(shared, rng.integers(len(pool), size=len(shared)), strict=True)}
+    pattern = re.compile(r"(?<!\w)(" + "|".join(map(re.escape, shared)) + r")(?!\w)", re.IGNORECASE)
+
+    def put(match: re.Match[str]) -> str:
+        old = match.group(0)
+        word = new[old.casefold()]
+        return word.capitalize() if old[0].isupper() else word
+
+    return pattern.sub(put, intent), pattern.sub(put, prompt)
