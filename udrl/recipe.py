@@ -152,7 +152,9 @@ class Evaluate(Section):
     source: str | None = Field(None, description="evaluate on these intents instead of the run's held-out ones")
     column: str = "intent"
     samples: int = Field(2, ge=1, description="prompts of each policy per intent and task at its default command")
-    lengths: list[int] = Field(default_factory=lambda: [6, 10, 14, 18, 24], min_length=1)
+    lengths: list[int] | None = Field(
+        None, min_length=1, description="commanded words to sweep; default: five from each task's p5 to p95"
+    )
     sampling: Sampling = Sampling(temperature=0.7)
     engine: Engine = Engine(max_model_len=256)
     placement: Placement = Placement()
@@ -200,7 +202,7 @@ class Recipe(Section):
     def _consistent(self) -> "Recipe":
         if self.intents.source.startswith("builtin:") and self.intents.limit is None:
             raise ValueError("intents.limit: must be set when intents.source is the built-in composer")
-        too_long = [n for n in self.evaluate.lengths if not 1 <= n <= self.commands.max_words]
+        too_long = [n for n in self.evaluate.lengths or () if not 1 <= n <= self.commands.max_words]
         if too_long:
             raise ValueError(f"evaluate.lengths: {too_long} lie outside 1..commands.max_words={self.commands.max_words}")
         if self.train.batch_tokens < self.student.context * self.train.workers:

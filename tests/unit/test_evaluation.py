@@ -177,17 +177,17 @@ def test_mixing_in_better_outputs_raises_the_mean_and_the_judge(worse, better):
 
 def test_targets_say_met_missed_and_not_measured():
     good = metrics.compute(realistic(), bootstrap=100)
-    assert [t["met"] for t in good["targets"]] == [True] * 5
+    assert [t["met"] for t in good["targets"]] == [True] * 6
     teacher_only = metrics.compute(realistic(policies=("teacher",)), bootstrap=100)
-    assert [t["met"] for t in teacher_only["targets"]] == [None] * 5
+    assert [t["met"] for t in teacher_only["targets"]] == [None] * 6
     rows = realistic().to_pylist()
     for r in rows:
         if r["policy"] == "student" and r["task"] == "search":
             r["relevance"] = 0.1 - 0.01 * r["command_reward"]
             r["n_words"] = 40
     bad = metrics.compute(outputs(*rows), bootstrap=100)["targets"]
-    assert [t["met"] for t in bad] == [False] * 5
-    assert bad[1]["measured"] == "1 of 2 tasks; missed by search"
+    assert [t["met"] for t in bad] == [False] * 6
+    assert bad[2]["measured"] == "1 of 2 tasks; missed by search"
 
 
 # --- diversity ---

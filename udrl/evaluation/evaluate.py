@@ -102,12 +102,19 @@ def _student_requests(
         for task in tasks:
             default = vocabulary.default(task.name)
             asked = [(v, default.words, default.reward, "default") for v in range(recipe.evaluate.samples)]
-            asked += [(LENGTH_SWEEP, n, default.reward, "length") for n in recipe.evaluate.lengths]
+            lengths = recipe.evaluate.lengths or usual_lengths(vocabulary, task.name)
+            asked += [(LENGTH_SWEEP, n, default.reward, "length") for n in lengths]
             asked += [(REWARD_SWEEP, default.words, b, "reward") for b in range(vocabulary.reward_bins)]
             for variation, words, reward, probe in asked:
                 row = key_columns(policy, intent_id, intent, task.name, variation, command_words=words, command_reward=reward)
                 rows.append({**row, "probe": probe})
     return rows
+
+
+def usual_lengths(vocabulary: Vocabulary, task: str, steps: int = 5) -> list[int]:
+    """Lengths from the 5th to the 95th percentile of a task's training episodes, evenly spaced: what is in distribution."""
+    low, _, high = vocabulary.tasks[task].words
+    return sorted({int(n) for n in np.linspace(low, min(high, vocabulary.max_words), steps).round()})
 
 
 def _teacher_requests(policy: Policy, tasks: list[Task], chosen: list[tuple[int, str]], recipe: Recipe) -> list[Row]:

@@ -117,9 +117,13 @@ def compare(rows: Columns, *, resamples: int = 1000, seed: int = 0) -> dict[str,
         }
     student, teacher = (_where(rows, rows["policy"] == policy) for policy in (STUDENT, TEACHER))
     pair = {m: (student[m], student["intent_id"], teacher[m], teacher["intent_id"]) for m in ("relevance", "judge")}
+    # Rejected prompts left out on both sides: the harder reading for a student that is rejected less often.
+    kept = [_where(side, ~side["rejected"]) for side in (student, teacher)]
+    accepted = [column for side in kept for column in (side["relevance"], side["intent_id"])]
     return {
         "policies": policies,
         "ratio": intervals.ratio(*pair["relevance"], **options).plain(),
+        "ratio_accepted": intervals.ratio(*accepted, **options).plain(),
         "difference": intervals.difference(*pair["relevance"], **options).plain(),
         "judge_difference": intervals.difference(*pair["judge"], **options).plain(),
     }
@@ -198,10 +202,12 @@ def targets(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """What was promised, what was measured, and whether it is met (None: not measured)."""
     tasks, overall = metrics["tasks"], metrics["overall"]
     ratio, within = overall["ratio"]["value"], overall["length"]["within_2"]
+    accepted = overall["ratio_accepted"]["value"]
     return [
         _target(
             "student's mean relevance is at least 90% of the teacher's, over all tasks", _at_least(ratio, RATIO_TARGET), ratio
         ),
+        _target("the same among accepted prompts alone", _at_least(accepted, RATIO_TARGET), accepted),
         _on_every_task(
             "student's mean relevance is at least 90% of the teacher's, on every task",
             {name: _at_least(task["ratio"]["value"], RATIO_TARGET) for name, task in tasks.items()},

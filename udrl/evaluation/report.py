@@ -136,7 +136,15 @@ def _rows_of(metrics: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _headline(metrics: dict[str, Any]) -> str:
-    heads = ["task", "teacher relevance", "student relevance", "student / teacher", ">= 90%", "judge: student - teacher"]
+    heads = [
+        "task",
+        "teacher relevance",
+        "student relevance",
+        "student / teacher",
+        "accepted alone",
+        ">= 90%",
+        "judge: student - teacher",
+    ]
     heads += ["within 2 words", "length rises", "reward rises", "distinct-2 student / teacher", "rejected student / teacher"]
     lines = []
     for name, task in _rows_of(metrics):
@@ -148,6 +156,7 @@ def _headline(metrics: dict[str, Any]) -> str:
                 span(teacher.get("relevance")),
                 span(student.get("relevance")),
                 span(task["ratio"], percent),
+                percent(task["ratio_accepted"]["value"]),
                 _at_least_90(task),
                 span(task["judge_difference"], lambda value: number(value, "+.2f")),
                 percent(task["length"]["within_2"]),
