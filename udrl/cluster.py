@@ -58,7 +58,10 @@ def quieten_data() -> None:
     context.print_on_execution_start = False
     if not os.environ.get("UDRL_VERBOSE"):
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        logging.getLogger("ray.llm").setLevel(logging.ERROR)
+        for name in ("ray.llm", "vllm"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        # With a handler of its own there, ray.llm does not give each of its modules a chatty one.
+        logging.getLogger("ray.llm").addHandler(logging.NullHandler())
 
 
 def cpus() -> int:

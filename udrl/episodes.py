@@ -3,10 +3,12 @@
 Layout under the storage URI::
 
     recipe.yaml                    the resolved recipe
-    intents/{train,heldout}.parquet
-    completions/part-*.parquet     the ledger: every request that was paid for, raw
+    intents/<source>/              train.parquet, heldout.parquet
+    completions/<fingerprint>/     the ledger: every request that was paid for, raw
     episodes/part-*.parquet        accepted and scored
     rejects/part-*.parquet         the rest, each with its reason
+    generate.json                  what the generate stage counted
+    student_data/, checkpoints/    packed rows and training state, by fingerprint
     student/                       the exported model
     evaluation/                    report.md, metrics.json, plots, outputs.parquet
 """

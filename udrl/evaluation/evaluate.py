@@ -83,9 +83,10 @@ def _intents(recipe: Recipe) -> list[tuple[int, str]]:
     if config.source:
         texts = [i.text for i in intents.read(config.source, config.column, config.intents)]
         return [(intents.stable_hash(text), text) for text in texts]
-    uri = storage.join(recipe.storage, "intents", "heldout.parquet")
-    if not storage.exists(uri):
-        raise UserError(f"{uri}: no such file; run jobs.generate first, or set evaluate.source")
+    summary = storage.join(recipe.storage, "generate.json")
+    if not storage.exists(summary):
+        raise UserError(f"{recipe.storage}: no finished generate stage; run jobs.generate first, or set evaluate.source")
+    uri = storage.join(recipe.storage, "intents", storage.read_json(summary)["intents"], "heldout.parquet")
     table = storage.read_table(uri, ["intent_id", "intent"])
     if not table.num_rows:
         raise UserError(f"{uri}: no held-out intent; raise intents.heldout, or set evaluate.source")

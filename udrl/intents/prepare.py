@@ -1,6 +1,7 @@
 """The intents of a run: read or composed, split by subject, written to two Parquet files."""
 
 import contextlib
+import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Iterator
@@ -21,13 +22,15 @@ ROW_GROUP = 4096  # rows
 
 @dataclass(frozen=True)
 class Summary:
-    """What was written. ``dropped`` counts the rows that gave no intent, ``reasons`` says why."""
+    """What was written. ``dropped`` counts the rows that gave no intent, ``reasons`` says why; ``digest`` stands for the
+    intents themselves, in their order, so that a source that changed under its name is noticed."""
 
     n_train: int
     n_heldout: int
     n_subjects: int
     dropped: int
     reasons: dict[str, int] = field(default_factory=dict)
+    digest: str = ""
 
 
 def prepare(config: recipe.Intents, seed: int, out: str) -> Summary:
@@ -44,18 +47,20 @@ def prepare(config: recipe.Intents, seed: int, out: str) -> Summary:
     intents = itertools.chain([next(intents)], intents)
     counts = {"train": 0, "heldout": 0}
     subjects: set[int] = set()
+    digest = hashlib.blake2b(digest_size=8)
     with contextlib.ExitStack() as stack:
         writers = {name: stack.enter_context(_writer(storage.join(out, f"{name}.parquet"))) for name in counts}
         for name, group in _batches(intents, config.heldout):
             counts[name] += len(group)
             subjects.update(stable_hash(intent.subject) for intent in group)
+            digest.update("\n".join([name, *(intent.text for intent in group)]).encode())
             writers[name].write_table(_table(group), row_group_size=ROW_GROUP)
         if not counts["train"]:
             raise UserError(
                 f"intents.heldout={config.heldout}: all {counts['heldout']} intents of {config.source} are held out"
                 " and none is left to train on; lower intents.heldout or give more intents"
             )
-    return Summary(counts["train"], counts["heldout"], len(subjects), reasons.total(), dict(reasons))
+    return Summary(counts["train"], counts["heldout"], len(subjects), reasons.total(), dict(reasons), digest.hexdigest())
 
 
 def _source(config: recipe.Intents, seed: int, reasons: Counter[str]) -> Iterator[Intent]:

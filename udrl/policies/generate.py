@@ -5,7 +5,7 @@ import json
 import sys
 from typing import Any
 
-from udrl import cluster, intents, storage
+from udrl import cluster, intents, models, storage
 from udrl.errors import UserError
 from udrl.policies.engine import Throughput, complete
 from udrl.policies.score import score
@@ -30,7 +30,9 @@ def run(recipe: Recipe) -> dict[str, Any]:
     tasks = load_tasks(recipe.tasks)
     storage.require_writable(recipe.storage)
     policy = teacher_policy(recipe.teacher, tasks)
-    split = intents.prepare(recipe.intents, recipe.seed, storage.join(recipe.storage, "intents"))
+    # Beside other sources' intents, not over them: a run that is refused below must not have touched the old one.
+    folder = storage.join(recipe.storage, "intents", _mark([recipe.intents.model_dump(), recipe.seed]))
+    split = intents.prepare(recipe.intents, recipe.seed, folder)
     facts = {
         "policy": policy.fingerprint,
         "intents": recipe.intents.model_dump(),
@@ -38,9 +40,9 @@ def run(recipe: Recipe) -> dict[str, Any]:
         "samples": recipe.teacher.samples,
         "shard_size": recipe.teacher.shard_size,
         "seed": recipe.seed,
-        "n_train": split.n_train,
+        "digest": split.digest,
     }
-    mark = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    mark = _mark(facts)
     ledger = storage.join(recipe.storage, "completions", mark)
     _resume(recipe, ledger, facts, mark)
     storage.write_bytes(storage.join(recipe.storage, "recipe.yaml"), dump(recipe).encode())
@@ -48,7 +50,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
 
     requests = intent_requests(
         policy,
-        storage.join(recipe.storage, "intents", "train.parquet"),
+        storage.join(folder, "train.parquet"),
         [t.name for t in tasks],
         recipe.teacher.samples,
         recipe.teacher.shard_size,
@@ -64,6 +66,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
         ledger, storage.join(recipe.storage, "episodes"), storage.join(recipe.storage, "rejects"), tasks, recipe.rewards
     )
     summary = _summary(recipe, mark, requests.total, dict(counts), done, policy.fingerprint)
+    summary |= {"intents": folder.rsplit("/", 1)[-1], "licence": models.licence(recipe.teacher.model)}
     if summary["accepted"] + summary["rejected"] != summary["requested"]:
         raise RuntimeError(
             f"accounting: {summary['accepted']} accepted + {summary['rejected']} rejected"
@@ -71,6 +74,10 @@ def run(recipe: Recipe) -> dict[str, Any]:
         )
     storage.write_json(storage.join(recipe.storage, SUMMARY), summary)
     return summary
+
+
+def _mark(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _resume(recipe: Recipe, ledger: str, facts: dict[str, Any], mark: str) -> None:
