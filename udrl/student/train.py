@@ -16,6 +16,9 @@ from udrl.student.export import TRAINING
 from udrl.student.model import Shape
 from udrl.tasks import load_tasks
 
+# Settings of train that say where and how safely, not what: changing them neither retrains nor loses a checkpoint.
+OPERATIONAL = ("cpus_per_worker", "accelerator", "threads", "keep_checkpoints", "max_failures")
+
 
 def run(recipe: Recipe) -> dict[str, Any]:
     """Train the student of ``recipe`` on the run's episodes; return what ``student/training.json`` says.
@@ -52,6 +55,8 @@ def fingerprint(recipe: Recipe) -> str:
     """What the student depends on: the episodes, and the recipe's sections that shape it."""
     generated = storage.read_json(storage.join(recipe.storage, "generate.json"))
     sections = recipe.model_dump(include={"seed", "tasks", "commands", "student", "train"})
+    for name in OPERATIONAL:
+        sections["train"].pop(name)
     facts = [generated["ledger"], generated["scoring"], generated["accepted"], sections]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
