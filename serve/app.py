@@ -6,7 +6,6 @@ deployments: the engine (serve/engine.py), which scales, and the ingress in fron
 
 import errno
 import json
-import os
 import signal
 import socket
 import sys
@@ -143,8 +142,7 @@ def main(argv: Sequence[str]) -> None:
         # since a shell script starts background jobs with it ignored.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _interrupt)
-        if "RAY_ADDRESS" not in os.environ:
-            _require_resources(recipe, ray.cluster_resources())
+        cluster.require("serve.placement", recipe.serve.placement.cpus, recipe.serve.placement.gpus)
         ray_serve.start(http_options={"host": host, "port": port})
         try:
             ray_serve.run(application(recipe, student), name=NAME)
@@ -168,14 +166,6 @@ def main(argv: Sequence[str]) -> None:
 
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
-
-
-def _require_resources(recipe: Recipe, there: dict[str, float]) -> None:
-    # Serve would wait for them without end.
-    placement = recipe.serve.placement
-    for key, wanted, resource in (("cpus", placement.cpus, "CPU"), ("gpus", placement.gpus, "GPU")):
-        if wanted > there.get(resource, 0):
-            raise UserError(f"serve.placement.{key}: {wanted:g} wanted, this machine has {there.get(resource, 0):g}")
 
 
 def _cause(error: BaseException) -> str:

@@ -6,6 +6,8 @@ import secrets
 import sys
 from typing import Any
 
+from udrl.errors import UserError
+
 
 def connect(**options: Any) -> None:
     """Join the cluster of ``RAY_ADDRESS`` (what ``ray job submit`` sets), else start one for this process alone.
@@ -31,6 +33,24 @@ def connect(**options: Any) -> None:
         **options,
     )
     quieten_data()
+
+
+def require(section: str, cpus: float, gpus: float) -> None:
+    """Refuse what a cluster on this machine can never grant: Ray would wait for it without end.
+
+    A cluster that was joined may still grow, so nothing is said there.
+
+    Raises:
+        UserError: naming the recipe's section.
+    """
+    import ray
+
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    there = ray.cluster_resources()
+    for what, wanted, resource in (("CPUs", cpus, "CPU"), ("GPUs", gpus, "GPU")):
+        if wanted > there.get(resource, 0):
+            raise UserError(f"{section}: {wanted:g} {what} wanted, this machine has {there.get(resource, 0):g}")
 
 
 def own_token() -> None:

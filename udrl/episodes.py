@@ -82,8 +82,3 @@ def iter_tables(uri: str, columns: list[str] | None = None) -> Iterator[pa.Table
     for name in storage.list_files(uri):
         if name.endswith(".parquet"):
             yield storage.read_table(storage.join(uri, name), columns)
-
-
-def count_rows(uri: str) -> int:
-    """Rows of all Parquet files of a folder."""
-    return sum(table.num_rows for table in iter_tables(uri, ["episode_id"]))

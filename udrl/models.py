@@ -85,10 +85,15 @@ def resolve(model: str) -> str:
 
 
 def revision(model: str, asked: str | None) -> str:
-    """What identifies the weights: the file's hash of a bundled model, the asked revision of a hub model, else 'local'."""
+    """What identifies the weights: the hash of a bundled model's file, the asked revision of a hub model, the names, sizes
+    and times of a folder's files."""
     if model.startswith(PREFIX):
         return BUNDLED[model.removeprefix(PREFIX)].sha256[:12]
-    return asked or ("local" if os.path.isdir(model) or "://" in model else "main")
+    if os.path.isdir(model):
+        with os.scandir(model) as files:
+            facts = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file())
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
+    return asked or ("remote" if "://" in model else "main")
 
 
 def licence(model: str) -> str:

@@ -38,7 +38,8 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
 
 def join(uri: str, *parts: str) -> str:
     """Join path parts below a URI."""
-    return "/".join([uri.rstrip("/"), *parts])
+    path, mark, query = uri.partition("?") if "://" in uri else (uri, "", "")
+    return "/".join([path.rstrip("/"), *parts]) + mark + query
 
 
 def absolute(uri: str) -> str:

@@ -61,10 +61,12 @@ def test_the_same_episodes_and_settings_are_not_trained_twice(
         train.run(recipe(run_with_episodes, train={"epochs": 3}, resume="always"))
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_two_workers_learn_what_one_does(run_with_episodes: str, stage: int) -> None:
+@pytest.mark.parametrize(("stage", "micro"), [(1, None), (2, 2), (3, None)])
+def test_two_workers_learn_what_one_does(run_with_episodes: str, stage: int, micro: int | None) -> None:
     one = train.run(recipe(run_with_episodes, train={"precision": "fp32", "zero_stage": 0}))
-    two = train.run(recipe(run_with_episodes, train={"precision": "fp32", "workers": 2, "zero_stage": stage}))
+    more = {"workers": 2, "zero_stage": stage, "micro_batch_rows": micro}  # 2 rows at a time: accumulation
+    two = train.run(recipe(run_with_episodes, train={"precision": "fp32", **more}))
+    assert two["parameters"] == one["parameters"]
     assert two["workers"] == 2
     assert len(one["history"]) == len(two["history"])
     # The rows of a step do not depend on the worker count, so neither do the losses.
@@ -89,6 +91,8 @@ def test_a_killed_worker_resumes_from_the_checkpoint_with_the_same_losses(run_wi
                             process.kill()
                             killed.append(process.pid)
 
+    # The first run's checkpoints must not be what sets off the kill, nor what is resumed from.
+    storage.remove(storage.join(run_with_episodes, "checkpoints"))
     thread = threading.Thread(target=kill_one_worker)
     thread.start()
     try:
@@ -97,6 +101,8 @@ def test_a_killed_worker_resumes_from_the_checkpoint_with_the_same_losses(run_wi
         stop.set()
         thread.join()
     assert killed
+    assert broken["resumed_at"] >= 5
+    assert whole["resumed_at"] == 0
     assert [s for s, _ in broken["history"]] == [s for s, _ in whole["history"]]
     for (_, a), (_, b) in zip(whole["history"], broken["history"], strict=True):
         assert a == pytest.approx(b, rel=1e-3)

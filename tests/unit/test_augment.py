@@ -46,3 +46,9 @@ def test_only_whole_words_are_swapped() -> None:
     _, prompt = swap(f"a {name}", f"{name} and un{name}ed", NAMES, frozenset(NAMES), np.random.default_rng(0)) or ("", "")
     assert f"un{name}ed" in prompt
     assert words(prompt)[0] in NAMES
+
+
+def test_letters_that_only_the_expression_takes_for_equal_are_left_alone() -> None:
+    pool = ["istanbul", "ankara"]
+    swapped = swap("postcard of istanbul", "istanbul and \u0130stanbul", pool, frozenset(pool), np.random.default_rng(0))
+    assert swapped

@@ -142,9 +142,25 @@ def test_the_fingerprint_follows_templates_sampling_and_revision(tmp_path: objec
 
     assert mark() == mark()
     assert mark() != mark(sampling={"temperature": 0.5})
-    assert mark() != mark(revision="abc")
+    assert teacher_policy(Teacher(model="owner/name", revision="abc"), [TASK]).fingerprint != (
+        teacher_policy(Teacher(model="owner/name"), [TASK]).fingerprint
+    )
     assert mark() != mark(style="chat")
     assert mark() == mark(placement={"replicas": 4})  # where it runs does not matter
+
+
+def test_other_weights_in_the_same_folder_are_another_model(tmp_path: object) -> None:
+    folder = tmp_path  # type: ignore[assignment]
+    (folder / "config.json").write_text("{}")  # type: ignore[operator]
+    before = teacher_policy(Teacher(model=str(folder)), [TASK]).fingerprint
+    (folder / "model.safetensors").write_bytes(b"weights")  # type: ignore[operator]
+    assert teacher_policy(Teacher(model=str(folder)), [TASK]).fingerprint != before
+
+
+def test_a_hub_model_is_loaded_at_the_revision_that_is_recorded() -> None:
+    teacher = teacher_policy(Teacher(model="owner/name", revision="abc"), [TASK])
+    assert engine.pinned(teacher) == {"revision": "abc", "tokenizer_revision": "abc"}
+    assert teacher.revision == "abc"
 
 
 def test_rows_written_twice_are_read_once(tmp_path: object) -> None:

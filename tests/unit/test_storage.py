@@ -166,3 +166,9 @@ def test_only_local_paths_are_made_absolute(tmp_path: Path, monkeypatch: pytest.
     assert storage.absolute("runs/x") == str(tmp_path / "runs/x")
     assert storage.absolute("~/runs") == "/home/someone/runs"
     assert storage.absolute("gs://bucket/runs") == "gs://bucket/runs"
+
+
+def test_a_query_stays_behind_the_path() -> None:
+    uri = "s3://bucket/run?endpoint_override=localhost:9000"
+    assert storage.join(uri, "a", "b.json") == "s3://bucket/run/a/b.json?endpoint_override=localhost:9000"
+    assert storage.join("/folder/what?", "x") == "/folder/what?/x"

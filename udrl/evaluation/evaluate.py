@@ -48,6 +48,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
         storage.join(recipe.storage, "student"), config.sampling, config.engine, config.placement
     )
     teacher = teacher_policy(recipe.teacher, tasks)
+    for model in (recipe.rewards.embedder, *([config.judge_model] if config.judge == "likelihood" else [])):
+        models.resolve(model)  # found out now, not after both policies have written
     chosen = _intents(recipe)
     cluster.connect()
 

@@ -79,11 +79,14 @@ def complete(policy: Policy, requests: Requests, out: str, what: str) -> Through
     from ray.data.llm import build_processor
 
     cluster.quieten_data()
+    place = policy.placement
+    needs = [sum(bundle[kind] for bundle in bundles(policy.engine, place)) * place.replicas for kind in ("CPU", "GPU")]
+    cluster.require(f"{policy.name}: placement", *needs)
     begun = time.monotonic()
     processor = build_processor(
         _config(policy),
         preprocess=_Render(policy),
-        postprocess=_pick(policy.sampling.max_tokens),
+        postprocess=_pick(policy.sampling.max_tokens, policy.engine.max_model_len),
         preprocess_map_kwargs={"num_cpus": SLIVER},
         postprocess_map_kwargs={"num_cpus": SLIVER},
     )
@@ -96,7 +99,7 @@ def complete(policy: Policy, requests: Requests, out: str, what: str) -> Through
     bar = Progress(what, requests.total, "prompts", start=reused)
     bar.update(reused, "starting the engine", force=True)
     for batch in dataset.iter_batches(batch_size=None):
-        if batch["broken"].any():
+        if batch["broken"].any() and not reused + rows:
             raise UserError(f"{policy.name} {policy.model}: the engine refuses every request: {max(batch['broken'])}")
         rows += int(np.sum(batch["rows"]))
         tokens_in += int(np.sum(batch["input_tokens"]))
@@ -137,12 +140,13 @@ def _parts(out: str, shard: int) -> list[str]:
 
 
 def _done(out: str) -> dict[int, int]:
-    done: dict[int, int] = {}
+    """Rows that each shard has. Of a shard in several parts the ids are counted, since parts may overlap after a retry."""
+    sizes: dict[int, list[int]] = {}
     for name in storage.list_files(out):
         if name.startswith("part-"):
             shard, rows = _parse(name)
-            done[shard] = done.get(shard, 0) + rows
-    return done
+            sizes.setdefault(shard, []).append(rows)
+    return {s: parts[0] if len(parts) == 1 else completed_shard(out, s).num_rows for s, parts in sizes.items()}
 
 
 def _config(policy: Policy) -> Any:
@@ -152,7 +156,7 @@ def _config(policy: Policy) -> Any:
     engine, place = policy.engine, policy.placement
     return vLLMEngineProcessorConfig(
         model_source=policy.path,
-        engine_kwargs=engine_kwargs(engine, place),
+        engine_kwargs={**engine_kwargs(engine, place), **pinned(policy)},
         batch_size=engine.batch_size,
         concurrency=(place.replicas, place.replicas),  # a fixed pool: autoscaled ones ramp one engine at a time
         max_concurrent_batches=engine.concurrent_batches,
@@ -184,6 +188,12 @@ def engine_kwargs(engine: Engine, place: Placement) -> dict[str, Any]:
         "disable_log_stats": True,
         **engine.kwargs,
     }
+
+
+def pinned(policy: Policy) -> dict[str, str]:
+    """The revision of a model from a hub, so that what is recorded is what is loaded."""
+    on_hub = not os.path.isdir(policy.path)
+    return {"revision": policy.revision, "tokenizer_revision": policy.revision} if on_hub else {}
 
 
 def bundles(engine: Engine, place: Placement) -> list[dict[str, float]]:
@@ -235,16 +245,18 @@ class _Render:
         return {**self.render(row), "sampling_params": self.params}
 
 
-def _pick(max_tokens: int) -> Callable[[Row], Row]:
+def _pick(max_tokens: int, max_model_len: int) -> Callable[[Row], Row]:
     def pick(row: Row) -> Row:
+        used = row["num_generated_tokens"]
+        cut = used >= max_tokens or row["num_input_tokens"] + used >= max_model_len
         return {
             **{name: row[name] for name in [*CARRIED, "shard"]},
             # Rows come here when their block is done; the slowest request of the first block began with the engine.
             "began": time.time() - row["time_taken_llm"],
             "input_tokens": row["num_input_tokens"],
-            "output_tokens": row["num_generated_tokens"],
+            "output_tokens": used,
             # Ray Data LLM drops vLLM's finish reason; a completion that used all its tokens was cut.
-            "finish_reason": "length" if row["num_generated_tokens"] >= max_tokens else "stop",
+            "finish_reason": "length" if cut else "stop",
             "completion": row["generated_text"],
         }
 
@@ -265,9 +277,9 @@ class _Sink:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         rows = [self._completion(row) for row in block.to_pylist()]
-        # Where nothing succeeds the engine or its settings are at fault, not the requests: nothing is written, so that the
-        # requests stay open, and the driver ends the job with the engine's own words.
-        broken = bool(rows) and all(row["error"] for row in rows)
+        # Where nothing succeeds the engine or its settings may be at fault, not the requests: the driver then ends the job
+        # with the engine's own words, and the requests stay open. Once something has succeeded, errors are the requests'.
+        broken = bool(rows) and all(row["error"] for row in rows) and not _done(self.out)
         if not broken:
             for shard in {row["shard"] for row in rows}:
                 mine = [row for row in rows if row["shard"] == shard]

@@ -15,6 +15,7 @@ from udrl.recipe import Recipe, dump
 from udrl.tasks import load_tasks
 
 SUMMARY = "generate.json"
+MEASURED = ("input_tokens", "output_tokens", "startup_seconds", "generation_seconds", "tokens_per_second")
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
@@ -30,6 +31,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     tasks = load_tasks(recipe.tasks)
     storage.require_writable(recipe.storage)
     policy = teacher_policy(recipe.teacher, tasks)
+    models.resolve(recipe.rewards.embedder)  # found out now, not after the generation is paid for
     # Beside other sources' intents, not over them: a run that is refused below must not have touched the old one.
     folder = storage.join(recipe.storage, "intents", _mark([recipe.intents.model_dump(), recipe.seed]))
     split = intents.prepare(recipe.intents, recipe.seed, folder)
@@ -60,8 +62,12 @@ def run(recipe: Recipe) -> dict[str, Any]:
         f" prompts by {recipe.teacher.model}; {split.n_heldout:,} intents held out",
         file=sys.stderr,
     )
+    done_file = storage.join(recipe.storage, SUMMARY)
     cluster.connect()
+    before = storage.read_json(done_file) if storage.exists(done_file) else {}
     done = complete(policy, requests, ledger, "generate")
+    # The summary vouches for the episodes: it goes before scoring may clear them, and comes back when they are whole.
+    storage.remove(done_file)
     counts = score(
         ledger, storage.join(recipe.storage, "episodes"), storage.join(recipe.storage, "rejects"), tasks, recipe.rewards
     )
@@ -72,7 +78,9 @@ def run(recipe: Recipe) -> dict[str, Any]:
             f"accounting: {summary['accepted']} accepted + {summary['rejected']} rejected"
             f" is not {summary['requested']} requested"
         )
-    storage.write_json(storage.join(recipe.storage, SUMMARY), summary)
+    if not done.rows and before.get("ledger") == mark:
+        summary |= {name: before[name] for name in MEASURED}  # nothing ran now: what was measured still holds
+    storage.write_json(done_file, summary)
     return summary
 
 
@@ -83,7 +91,8 @@ def _mark(facts: Any) -> str:
 def _resume(recipe: Recipe, ledger: str, facts: dict[str, Any], mark: str) -> None:
     root = storage.join(recipe.storage, "completions")
     if recipe.resume == "never":
-        storage.remove(ledger)
+        for stale in (ledger, storage.join(recipe.storage, "episodes"), storage.join(recipe.storage, "rejects")):
+            storage.remove(stale)
         return
     if storage.exists(ledger):
         return

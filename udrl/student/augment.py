@@ -41,7 +41,8 @@ def swap(intent: str, prompt: str, pool: list[str], rare: frozenset[str], rng: n
 
     def put(match: re.Match[str]) -> str:
         old = match.group(0)
-        word = new[old.casefold()]
+        # The expression's idea of equal letters is a little wider than case folding (dotted and dotless i, say).
+        word = new.get(old.casefold(), old)
         return word.capitalize() if old[0].isupper() else word
 
     return pattern.sub(put, intent), pattern.sub(put, prompt)

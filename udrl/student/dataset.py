@@ -66,12 +66,8 @@ def learn_commands(recipe: Recipe, episodes: str, tasks: list[str]) -> tuple[Voc
 
 def load_rows(out: str, split: str) -> Rows:
     """All packed rows of ``split`` (``train`` or ``validation``), in the order of their files."""
-    tables = list(iter_tables(storage.join(out, split)))
-    if not tables:
-        empty = np.zeros((0, 1), dtype=np.int32)
-        return Rows(empty, empty, empty.astype(bool))
-    table = pa.concat_tables(tables)
-    context = len(table.column("tokens")[0])
+    table = pa.concat_tables(list(iter_tables(storage.join(out, split))))
+    context = table.schema.field("tokens").type.list_size
 
     def matrix(name: str, kind: Any) -> np.ndarray:
         flat = table.column(name).combine_chunks().flatten().to_numpy(zero_copy_only=False)
@@ -107,7 +103,7 @@ def _pack_all(recipe: Recipe, episodes: str, out: str, tokenizer: Any, vocabular
     def pack_file(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         tokenizer, vocabulary, bins, pool = ray.get(settings)
         rare = frozenset(pool)
-        used, slots = 0, 0
+        used, slots, dropped = 0, 0, 0
         for index in batch["id"]:
             table = storage.read_table(
                 storage.join(episodes, names[index]), ["intent_id", "intent", "task", "prompt", "n_words"]
@@ -133,20 +129,29 @@ def _pack_all(recipe: Recipe, episodes: str, out: str, tokenizer: Any, vocabular
                     triples += copies
                 examples = encode_examples(tokenizer, vocabulary, triples, recipe.student.context)
                 rows = pack(examples, recipe.student.context, tokenizer.pad_token_id)
+                dropped += len(triples) - len(examples)
                 used += sum(len(ids) for ids, _ in examples)
                 slots += rows.tokens.size
                 storage.write_table(storage.join(out, split, names[index]), _table(rows))
-        return {"files": np.array([len(batch["id"])]), "used": np.array([used]), "slots": np.array([slots])}
+        return {
+            "files": np.array([len(batch["id"])]),
+            "used": np.array([used]),
+            "slots": np.array([slots]),
+            "dropped": np.array([dropped]),
+        }
 
     dataset = ray.data.range(len(names), override_num_blocks=len(names)).map_batches(pack_file, batch_size=None, num_cpus=0.5)
     bar = Progress("tokenise and pack", len(names), "files")
-    done, used, slots = 0, 0, 0
+    done, used, slots, dropped = 0, 0, 0, 0
     for batch in dataset.iter_batches(batch_size=None):
         done += int(batch["files"].sum())
         used += int(batch["used"].sum())
         slots += int(batch["slots"].sum())
+        dropped += int(batch["dropped"].sum())
         bar.update(done)
-    bar.finish(done, f"{used:,} tokens, {100 * (1 - used / max(slots, 1)):.1f}% padding")
+    bar.finish(done, f"{used:,} tokens, {100 * (1 - used / max(slots, 1)):.1f}% padding, {dropped:,} too long")
+    if not used:
+        raise UserError(f"student.context: every one of {dropped:,} examples is longer than {recipe.student.context} tokens")
 
 
 def _validation(intent_ids: np.ndarray, share: float) -> np.ndarray:
@@ -157,7 +162,7 @@ def _validation(intent_ids: np.ndarray, share: float) -> np.ndarray:
 def _table(rows: Rows) -> pa.Table:
     def lists(matrix: np.ndarray, kind: pa.DataType) -> pa.Array:
         flat = pa.array(matrix.reshape(-1), type=kind)
-        return pa.FixedSizeListArray.from_arrays(flat, matrix.shape[1] if matrix.ndim == 2 else 1)
+        return pa.FixedSizeListArray.from_arrays(flat, matrix.shape[1])
 
     return pa.table(
         {

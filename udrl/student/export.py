@@ -26,18 +26,15 @@ def export(engine: Any, network: Any, tokenizer_folder: str, uri: str, training:
         state = network.state_dict()
     if rank != 0:
         return
+    # bf16 copies of tied weights are no longer one tensor, and transformers would save both.
+    state.pop("lm_head.weight", None)
     weights = {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in state.items()}
     with tempfile.TemporaryDirectory() as folder:
         network.config.dtype = "bfloat16"
         network.save_pretrained(folder, state_dict=weights)
         for name in os.listdir(tokenizer_folder):
             shutil.copy(os.path.join(tokenizer_folder, name), folder)
-        facts = {**training, "parameters": sum(p.numel() for p in _distinct(network))}
+        facts = {**training, "parameters": sum(tensor.numel() for tensor in weights.values())}
         storage.remove(storage.join(uri, TRAINING))
         storage.upload_folder(folder, uri)
         storage.write_bytes(storage.join(uri, TRAINING), json.dumps(facts).encode())
-
-
-def _distinct(network: Any) -> list[Any]:
-    """Parameters, tied ones once."""
-    return list({id(p): p for p in network.parameters()}.values())

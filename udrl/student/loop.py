@@ -8,6 +8,7 @@ import math
 import os
 import tempfile
 import time
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,7 @@ def train_worker(config: dict[str, Any]) -> None:
         "seconds": time.monotonic() - begun,
         "tokens_per_second": (step - begun_step) * tokens_a_step / max(time.monotonic() - begun, 1e-9),
         "workers": world,
+        "resumed_at": begun_step,
         "history": history,
         "validation_loss": _validate(engine, validation, plan.micro, rank, world),
         "fingerprint": config["fingerprint"],
@@ -136,9 +138,14 @@ def batch_rows(n_rows: int, size: int, step: int, seed: int) -> np.ndarray:
     while filled < size:
         epoch, offset = divmod(start + filled, n_rows)
         take = min(size - filled, n_rows - offset)
-        out[filled : filled + take] = np.random.default_rng([seed, epoch]).permutation(n_rows)[offset : offset + take]
+        out[filled : filled + take] = _order(n_rows, epoch, seed)[offset : offset + take]
         filled += take
     return out
+
+
+@lru_cache(maxsize=2)
+def _order(n_rows: int, epoch: int, seed: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(n_rows)
 
 
 def tokenizer_folder(data: str) -> str:
@@ -214,7 +221,7 @@ def _optimizer(network: Any, recipe: Recipe) -> Any:
     matrices = [p for p in network.parameters() if p.ndim >= 2]
     rest = [p for p in network.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": recipe.train.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=model.Shape.of(recipe.student, recipe.train).lr, betas=(0.9, 0.95), eps=1e-8)
+    return torch.optim.AdamW(groups, lr=model.Shape.of(recipe.student, recipe.train).lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
 def _Student(network: Any) -> Any:

@@ -44,6 +44,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
     storage.write_bytes(storage.join(recipe.storage, "recipe.yaml"), dump(recipe).encode())
     cluster.connect()
     data = storage.join(recipe.storage, "student_data", mark)
+    if recipe.resume == "never":
+        storage.remove(data)
     if not storage.exists(storage.join(data, "done.json")):
         dataset.prepare(recipe, episodes, data, tasks)
         storage.write_json(storage.join(data, "done.json"), {})
@@ -67,6 +69,7 @@ def _fit(recipe: Recipe, data: str, target: str, mark: str) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     place = recipe.train
+    cluster.require("train", place.workers * place.cpus_per_worker, place.workers * place.gpus_per_worker)
     board = ray.remote(num_cpus=0)(Board).remote()
     runs = storage.join(recipe.storage, "checkpoints")
     if recipe.resume == "never":
