@@ -27,7 +27,7 @@ def draw(metrics: dict[str, Any], losses: Sequence[tuple[float, float]] = ()) ->
     tasks = metrics["tasks"]
     plots: dict[str, bytes] = {}
     if any(task["length"]["levels"] for task in tasks.values()):
-        plots["length_control.png"] = _panels(tasks, _length_panel, "commanded words", "achieved words")
+        plots["length_control.png"] = _panels(tasks, _length_panel, "commanded words", "achieved words", share=False)
     if any(task["reward"]["levels"] for task in tasks.values()):
         plots["reward_control.png"] = _panels(tasks, _reward_panel, "commanded reward bin", "achieved relevance")
     if any(task["policies"] for task in tasks.values()):
@@ -37,14 +37,14 @@ def draw(metrics: dict[str, Any], losses: Sequence[tuple[float, float]] = ()) ->
     return plots
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1, share: bool = True) -> tuple[Any, Any]:
     """A figure without pyplot, which keeps global state and picks a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=share)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.6)
@@ -57,11 +57,11 @@ def _png(figure: Any) -> bytes:
     return out.getvalue()
 
 
-def _panels(tasks: dict[str, Any], panel: Callable[[Any, dict[str, Any]], None], x: str, y: str) -> bytes:
-    """One small panel a task, up to four side by side; one legend for all."""
+def _panels(tasks: dict[str, Any], panel: Callable[[Any, dict[str, Any]], None], x: str, y: str, share: bool = True) -> bytes:
+    """One small panel a task, up to four side by side; one legend for all. ``share`` gives them one y axis."""
     across = min(len(tasks), 4)
     down = -(-len(tasks) // across)
-    figure, axes = _figure(max(3.1 * across, 5.2), 3.0 * down + 0.5, down, across)
+    figure, axes = _figure(max(3.1 * across, 5.2), 3.0 * down + 0.5, down, across, share)
     for axis, (name, task) in zip(axes.flat, tasks.items(), strict=False):
         panel(axis, task)
         axis.set_title(_short(name), fontsize=10)
@@ -89,7 +89,7 @@ def _length_panel(axis: Any, task: dict[str, Any]) -> None:
     )
     axis.set_xticks(words)
     axis.set_xlim(*ends)
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, max(ends[1], (means + spread[1]).max()) + 2)
 
 
 def _reward_panel(axis: Any, task: dict[str, Any]) -> None:

@@ -221,7 +221,9 @@ def _optimizer(network: Any, recipe: Recipe) -> Any:
     matrices = [p for p in network.parameters() if p.ndim >= 2]
     rest = [p for p in network.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": recipe.train.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=model.Shape.of(recipe.student, recipe.train).lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    return torch.optim.AdamW(
+        groups, lr=model.Shape.of(recipe.student, recipe.train).lr, betas=(0.9, 0.95), eps=1e-8, fused=True
+    )
 
 
 def _Student(network: Any) -> Any:
