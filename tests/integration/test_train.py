@@ -81,10 +81,12 @@ def test_a_killed_worker_resumes_from_the_checkpoint_with_the_same_losses(run_wi
     stop = threading.Event()
 
     def kill_one_worker() -> None:
-        """End the training worker, a process below this one, once its first checkpoint is stored."""
+        """End the training worker, a process below this one, once Ray Train has noted its first checkpoint as stored: the
+        folder alone is there while the upload still goes on."""
         checkpoints = Path(run_with_episodes) / "checkpoints"
         while not stop.wait(0.05):
-            if list(checkpoints.glob("*/checkpoint_*")) and not killed:
+            notes = [note.read_text() for note in checkpoints.glob("*/checkpoint_manager_snapshot.json")]
+            if any("checkpoint_dir_name" in note for note in notes) and not killed:
                 for process in psutil.Process().children(recursive=True):
                     with contextlib.suppress(psutil.Error):
                         if "TrainWorker" in " ".join(process.cmdline()):

@@ -156,7 +156,7 @@ def _config(policy: Policy) -> Any:
     engine, place = policy.engine, policy.placement
     return vLLMEngineProcessorConfig(
         model_source=policy.path,
-        engine_kwargs={**engine_kwargs(engine, place), **pinned(policy)},
+        engine_kwargs={**engine_kwargs(engine, place), **pinned(policy), "disable_log_stats": True},
         batch_size=engine.batch_size,
         concurrency=(place.replicas, place.replicas),  # a fixed pool: autoscaled ones ramp one engine at a time
         max_concurrent_batches=engine.concurrent_batches,
@@ -185,7 +185,6 @@ def engine_kwargs(engine: Engine, place: Placement) -> dict[str, Any]:
         "enforce_eager": engine.eager,
         "enable_prefix_caching": True,
         "trust_remote_code": False,
-        "disable_log_stats": True,
         **engine.kwargs,
     }
 

@@ -29,12 +29,12 @@ def export(engine: Any, network: Any, tokenizer_folder: str, uri: str, training:
     # bf16 copies of tied weights are no longer one tensor, and transformers would save both.
     state.pop("lm_head.weight", None)
     weights = {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in state.items()}
+    facts = {**training, "parameters": sum(tensor.numel() for tensor in weights.values())}
     with tempfile.TemporaryDirectory() as folder:
         network.config.dtype = "bfloat16"
         network.save_pretrained(folder, state_dict=weights)
         for name in os.listdir(tokenizer_folder):
             shutil.copy(os.path.join(tokenizer_folder, name), folder)
-        facts = {**training, "parameters": sum(tensor.numel() for tensor in weights.values())}
         storage.remove(storage.join(uri, TRAINING))
         storage.upload_folder(folder, uri)
         storage.write_bytes(storage.join(uri, TRAINING), json.dumps(facts).encode())
