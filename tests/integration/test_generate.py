@@ -116,6 +116,15 @@ def test_other_weights_rescore_and_pay_for_nothing(setup: dict[str, Any]) -> Non
     assert after["reward"].to_pylist() == pytest.approx(after["novelty"].to_pylist())
 
 
+def test_a_teacher_can_be_asked_by_its_chat_template(tmp_path: Path, setup: dict[str, Any]) -> None:
+    teacher = setup["values"]["teacher"] | {"style": "chat", "samples": 1, "sampling": {"max_tokens": 48}}
+    summary = run(setup, storage=str(tmp_path / "run"), teacher=teacher)
+    assert summary["requested"] == 3 * 2
+    table = pa.concat_tables(engine.completed_shard(f"{tmp_path}/run/completions/{summary['ledger']}", s) for s in range(2))
+    assert all(table["error"].to_numpy(zero_copy_only=False) == "")
+    assert all("<|im_" not in text and text.strip() for text in table["completion"].to_pylist())
+
+
 def test_an_engine_that_refuses_everything_ends_the_job_with_its_words(tmp_path: Path, setup: dict[str, Any]) -> None:
     teacher = setup["values"]["teacher"] | {"engine": {"max_model_len": 64}}  # shorter than the few-shot prefix
     with pytest.raises(UserError, match="refuses every request"):

@@ -165,8 +165,8 @@ def _config(policy: Policy) -> Any:
         runtime_env={"env_vars": environment(place)},
         should_continue_on_error=True,
         log_engine_metrics=False,
-        # Raw text and token ids need no stage of their own: the engine tokenises and detokenises as it goes.
-        chat_template_stage={"enabled": policy.chat, "num_cpus": SLIVER, "concurrency": 1},
+        # Text and token ids need no stages of their own: the engine tokenises and detokenises as it goes.
+        chat_template_stage=False,
         tokenize_stage=False,
         detokenize_stage=False,
     )

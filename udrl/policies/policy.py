@@ -17,7 +17,7 @@ class Policy:
     """Who writes: the teacher, a student of some round, a baseline.
 
     ``render`` turns a request row (the key columns of ``udrl.episodes.KEYS``) into what the engine takes: ``{"prompt":
-    str}``, ``{"messages": [...]}`` (chat) or ``{"tokenized_prompt": [...]}``. ``describe`` is the plain data that its
+    str}`` or ``{"tokenized_prompt": [...]}``. ``describe`` is the plain data that its
     behaviour depends on; together with model and sampling it makes the fingerprint.
     """
 
@@ -29,7 +29,6 @@ class Policy:
     sampling: Sampling
     engine: Engine
     placement: Placement
-    chat: bool = False
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     describe: dict[str, Any] = field(default_factory=dict)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -17,31 +18,45 @@ from udrl.tasks import Task, render_chat, render_completion
 
 @dataclass(frozen=True)
 class _Render:
-    """Request row -> few-shot text or chat messages."""
+    """Request row -> few-shot text, or the token ids of a chat."""
 
     tasks: dict[str, Task]
     chat: bool
+    path: str
+    revision: str | None
 
     def __call__(self, row: Row) -> dict[str, Any]:
         task = self.tasks[row["task"]]
-        if self.chat:
-            return {"messages": render_chat(task, row["intent"])}
-        return {"prompt": render_completion(task, row["intent"])}
+        if not self.chat:
+            return {"prompt": render_completion(task, row["intent"])}
+        tokenizer = _tokenizer(self.path, self.revision)
+        # Ids, not text: a Llama 3 template writes its own begin-of-text token, and the engine would put another before it.
+        messages = render_chat(task, row["intent"])
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        return {"tokenized_prompt": ids}
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(path: str, revision: str | None) -> Any:
+    """Loaded once a worker process, not once a task."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path, revision=revision)
 
 
 def teacher_policy(config: Teacher, tasks: Sequence[Task]) -> Policy:
     """The teacher with the few-shot templates of ``tasks``."""
     chat = config.style == "chat"
+    path = models.resolve(config.model)
     return Policy(
         name="teacher",
         model=config.model,
-        path=models.resolve(config.model),
+        path=path,
         revision=models.revision(config.model, config.revision),
-        render=_Render({t.name: t for t in tasks}, chat),
+        render=_Render({t.name: t for t in tasks}, chat, path, config.revision),
         sampling=config.sampling,
         engine=config.engine,
         placement=config.placement,
-        chat=chat,
         stop=() if chat else ("\n",),
         describe={"style": config.style, "tasks": [t.model_dump(exclude={"format"}) for t in tasks]},
     )

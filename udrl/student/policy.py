@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from typing import Any
 
 from udrl import commands, storage
@@ -24,17 +24,16 @@ class _Render:
 
     folder: str
 
-    @cached_property
-    def _parts(self) -> tuple[Any, Vocabulary]:
-        return tokenizers.load(self.folder), Vocabulary.load(self.folder)
-
-    def __getstate__(self) -> dict[str, str]:
-        return {"folder": self.folder}  # the tokenizer is loaded where it is used
-
     def __call__(self, row: Row) -> dict[str, Any]:
-        tokenizer, vocabulary = self._parts
+        tokenizer, vocabulary = _parts(self.folder)
         command = Command(task=row["task"], words=row["command_words"], reward=row["command_reward"])
         return {"tokenized_prompt": tokenizers.encode_request(tokenizer, vocabulary, row["intent"], command)}
+
+
+@lru_cache(maxsize=2)
+def _parts(folder: str) -> tuple[Any, Vocabulary]:
+    """Loaded once a worker process, not once a task."""
+    return tokenizers.load(folder), Vocabulary.load(folder)
 
 
 def fetch(uri: str) -> str:
