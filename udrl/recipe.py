@@ -158,7 +158,7 @@ class Evaluate(Section):
     sampling: Sampling = Sampling(temperature=0.7)
     engine: Engine = Engine(max_model_len=256)
     placement: Placement = Placement()
-    judge: str = Field("likelihood", description="'likelihood' (PMI under judge_model) or 'none'")
+    judge: Literal["likelihood", "none"] = Field("likelihood", description="'likelihood' (PMI under judge_model) or 'none'")
     judge_model: str = "bundled:smollm2-135m-instruct"
     bootstrap: int = Field(1000, ge=100)
 
