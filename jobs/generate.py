@@ -8,10 +8,10 @@ from udrl.recipe import from_command_line
 
 
 def main(argv: Sequence[str]) -> None:
-    recipe = from_command_line(argv, "Stream intents through the teacher into scored episodes.")
-    from udrl.policies import generate
+    recipe = from_command_line(argv, "Stream intents through the teacher into scored episodes.", plans=True)
+    from udrl.generation import dry_run, generate
 
-    print(generate.describe(generate.run(recipe)))
+    print("\n".join(dry_run.run(recipe)) if recipe.dry_run else generate.describe(generate.run(recipe)))
 
 
 if __name__ == "__main__":

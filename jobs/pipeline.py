@@ -12,7 +12,7 @@ def main(argv: Sequence[str]) -> None:
     recipe = from_command_line(argv, "Run generate, train and evaluate of one recipe.")
     from udrl import progress
     from udrl.evaluation import evaluate
-    from udrl.policies import generate
+    from udrl.generation import generate
     from udrl.student import train
 
     times = []

@@ -11,7 +11,7 @@ from ray.serve import Application
 from ray.serve.llm import LLMConfig, LLMServer, build_llm_deployment
 
 from udrl import storage
-from udrl.policies.engine import bundles, engine_kwargs, environment
+from udrl.policies.settings import bundles, engine_kwargs, environment
 from udrl.recipe import Recipe, Serve
 from udrl.student.policy import fit
 

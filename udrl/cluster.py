@@ -8,6 +8,14 @@ from typing import Any
 
 from udrl.errors import UserError
 
+# What a node's Ray is started with. cluster.yaml sets the first; the second is for engines on CPUs.
+OF_A_NODE = {
+    # An engine that is killed leaves its core process behind, with the model in memory, unless the raylet ends its group.
+    "RAY_process_group_cleanup_enabled": "true",
+    # Ray gives its workers a low priority (nice 15); on two cores its own daemons then interrupt the engine.
+    "RAY_worker_niceness": "0",
+}
+
 
 def connect(**options: Any) -> None:
     """Join the cluster of ``RAY_ADDRESS`` (what ``ray job submit`` sets), else start one for this process alone.
@@ -24,6 +32,8 @@ def connect(**options: Any) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO" if verbose else "ERROR")
     if not address:
         options.setdefault("include_dashboard", False)
+        for name, value in OF_A_NODE.items():
+            os.environ.setdefault(name, value)
     # ray.data.llm calls ray.init() again, and Ray remarks on it.
     logging.getLogger("ray._private.worker").addFilter(lambda record: "ray.init() again" not in record.getMessage())
     ray.init(

@@ -3,8 +3,12 @@
 Layout under the storage URI::
 
     recipe.yaml                    the resolved recipe
-    intents/<source>/              train.parquet, heldout.parquet
-    completions/<fingerprint>/     the ledger: every request that was paid for, raw
+    README.md, card/               the dataset card and its pictures
+    plan.json                      what a dry run expected
+    intents/<source>/              train.parquet, heldout.parquet, rejects.parquet, expanded.parquet
+    expansion/<fingerprint>/       what the teacher wrote when it grew the intents
+    completions/<fingerprint>/     the ledger: every request that was paid for, raw; attempts/ says what each run cost
+    sifted/, relevance/            what scoring keeps between its passes
     episodes/part-*.parquet        accepted and scored
     rejects/part-*.parquet         the rest, each with its reason
     generate.json                  what the generate stage counted
@@ -40,7 +44,18 @@ KEYS: list[tuple[str, pa.DataType]] = [
 ]
 COMPONENTS = ("relevance", "novelty", "repetition", "format", "length")
 
-COMPLETIONS = pa.schema([*KEYS, ("completion", pa.string()), ("error", pa.string())])
+COMPLETIONS = pa.schema(
+    [
+        *KEYS,
+        ("prompts", pa.int32()),  # how many prompts this request asked for: more than 1 for a structured one
+        ("cached_tokens", pa.int32()),  # of the input, found in the engine's prefix cache
+        ("completion", pa.string()),
+        ("error", pa.string()),
+        # The likeliest first tokens with their log-probabilities, where the policy asks for them (judges); else empty.
+        ("top_tokens", pa.list_(pa.string())),
+        ("top_logprobs", pa.list_(pa.float32())),
+    ]
+)
 EPISODES = pa.schema(
     [
         *KEYS,
@@ -57,13 +72,20 @@ class Reason(StrEnum):
     """Why a completion is not an episode."""
 
     ENGINE_ERROR = "engine_error"
+    INPUT_TOO_LONG = "input_too_long"  # the request does not fit the engine's context
     EMPTY = "empty"
     TRUNCATED = "truncated"
+    MISSING = "missing"  # a structured completion brought fewer prompts than were asked for
+    GARBLED = "garbled"  # bytes that are no text
+    REFUSAL = "refusal"
     MALFORMED = "malformed"
+    WRONG_SCRIPT = "wrong_script"
+    WRONG_LANGUAGE = "wrong_language"
     ECHO = "echo"
     REPETITIVE = "repetitive"
     FEW_SHOT_LEAK = "few_shot_leak"
     DUPLICATE = "duplicate"
+    NEAR_DUPLICATE = "near_duplicate"
 
 
 def stable_id(*parts: object) -> int:

@@ -1,4 +1,4 @@
-"""Failures that the user caused, told in one line, with exit code 2."""
+"""Failures that are told in one line: the user's, with exit code 2, and a stage that hangs, with 3."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -8,14 +8,21 @@ class UserError(Exception):
     """Something the user can mend. The message names the thing and the remedy, one line a problem."""
 
 
+class Stalled(Exception):
+    """A stage made no progress for too long and was ended."""
+
+
 def exit_code(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
-    """Run ``main`` and turn a :class:`UserError` into its lines on stderr and exit code 2."""
+    """Run ``main`` and turn a :class:`UserError` into its lines on stderr and exit code 2, a :class:`Stalled` stage into 3."""
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return 2
+    except Stalled as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)
         return 130

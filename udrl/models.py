@@ -11,6 +11,7 @@ Bundled models are weights that ship inside packages of the Python registry, so 
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -96,14 +97,80 @@ def revision(model: str, asked: str | None) -> str:
     return asked or ("remote" if "://" in model else "main")
 
 
+@dataclass(frozen=True)
+class Licence:
+    """What a model's licence asks of those who publish data or models made with it: facts to start from, no legal advice."""
+
+    id: str  # as a Hugging Face card's front matter names it
+    name: str
+    duties: tuple[str, ...]
+    url: str
+    notice: str = ""  # words to be shown beside what was made with it
+
+
+_NOTICE = "Nothing is asked of the model's outputs; copies of the model itself carry the licence and its notices."
+APACHE = Licence("apache-2.0", "Apache License 2.0", (_NOTICE,), "https://www.apache.org/licenses/LICENSE-2.0")
+_SIZE = "Who had more than 700 million monthly active users at the model's release needs a licence of their own from Meta."
+_USE = "Use follows Meta's Acceptable Use Policy, which is part of the licence."
+# Section 1.b of the texts for 3 and 3.1 at github.com/meta-llama (llama3/LICENSE, llama-models/models/llama3_1/LICENSE). The
+# others are known by the same sentences as they are quoted elsewhere: 2 as 3; 3.2, 3.3 and 4 as 3.1.
+_NAMED = (
+    'A distributed model that was trained or improved with the outputs has a name that begins with "Llama".',
+    'Show "Built with Llama" prominently beside the model, or a product or service that contains it.',
+    _USE,
+    _SIZE,
+)
+_CLOSED = "The outputs may not be used to improve any other large language model than Meta's {} and its derivatives."
+LLAMA = {
+    "2": (_CLOSED.format("Llama 2"), _USE, _SIZE),
+    "3": (
+        _CLOSED.format("Llama 3"),
+        'A distributed model that was made with it has a name that begins with "Llama 3"; show "Built with Meta Llama 3".',
+        _USE,
+        _SIZE,
+    ),
+    "3.1": _NAMED,
+    "3.2": _NAMED,
+    "3.3": _NAMED,
+    "4": _NAMED,
+}
+_LLAMA_VERSION = re.compile(r"llama[-_ ]?(3[._][1-3]|[234])(?![\d.])")
+# Families that are published under it as a whole. A name that is not here is for a person to look up.
+_APACHE = re.compile(r"smollm|tinyllama|qwen3-|mistral-7b|mixtral|gpt-oss")
+
+
+def licence_facts(model: str) -> Licence:
+    """The licence of ``model``, from its name; where the name does not tell, one that says so."""
+    if model.startswith(PREFIX):
+        return APACHE  # every bundled model is
+    name = model.lower()
+    if _APACHE.search(name):
+        return APACHE
+    if version := _LLAMA_VERSION.search(name):
+        number = version[1].replace("_", ".")
+        link = f"https://www.llama.com/llama{number.replace('.', '_')}/license/"
+        notice = {"2": "", "3": "Built with Meta Llama 3"}.get(number, "Built with Llama")
+        return Licence(f"llama{number}", f"Llama {number} Community License", LLAMA[number], link, notice)
+    if "llama" in name:
+        open_question = (
+            "Find out the version: Llama 2 and 3 forbid improving other language models with the outputs, 3.1 and later ask"
+        )
+        return Licence(
+            "other", "a Llama Community License", (f"{open_question} for a name and a notice.",), "https://www.llama.com"
+        )
+    where = "the model's own card" if "://" in model or os.path.isdir(model) else f"https://huggingface.co/{model}"
+    return Licence("other", "unknown", ("Look up what the licence says about outputs before anything is published.",), where)
+
+
 def licence(model: str) -> str:
-    """The licence to be named beside data and models made with ``model``."""
+    """One line on the licence to be named beside data and models made with ``model``."""
     if model.startswith(PREFIX):
         entry = BUNDLED[model.removeprefix(PREFIX)]
         return f"{entry.licence} ({entry.source}, from the package {entry.distribution})"
-    if "llama" in model.lower():
-        return "Llama Community License: models trained on its outputs carry 'Llama' in their name and 'Built with Llama'"
-    return "see the model's card"
+    facts = licence_facts(model)
+    if facts.name == "unknown":
+        return "see the model's card"
+    return f"{facts.name}: {' '.join(facts.duties[:2])} {facts.url}"
 
 
 def _bundled(name: str) -> str:

@@ -30,6 +30,16 @@ class Section(BaseModel):
         return values
 
 
+class Expand(Section):
+    """The teacher grows the intents: it is shown some and asked for more of the kind (Self-Instruct, arXiv 2212.10560)."""
+
+    target: int = Field(ge=1, description="new intents to reach; it stops before where a pass brings too few")
+    shown: int = Field(8, ge=2, le=32, description="known intents that a request shows")
+    per_request: int = Field(8, ge=1, le=32, description="new intents that a request may bring")
+    near: float = Field(0.7, gt=0, le=1, description="a new intent this similar to a known one (Jaccard) is left out")
+    sampling: "Sampling" = Field(default_factory=lambda: Sampling(temperature=1.0, min_p=0.05, max_tokens=160))
+
+
 class Intents(Section):
     """Where the short user requests come from."""
 
@@ -37,6 +47,7 @@ class Intents(Section):
     column: str = Field("intent", description="the column that holds the intent (not used for text files)")
     limit: int | None = Field(None, ge=1, description="take this many intents; the composer needs it")
     heldout: float = Field(0.1, ge=0, lt=1, description="share of *subjects* kept out of training")
+    expand: Expand | None = Field(None, description="grow the training intents by the teacher")
 
 
 class Sampling(Section):
@@ -59,6 +70,7 @@ class Placement(Section):
     gpus: float = Field(0, ge=0)
     accelerator: str | None = Field(None, description="Ray accelerator type, such as A10G or H100")
     threads: int | None = Field(None, ge=1, description="OpenMP threads of a CPU engine; default: all cores")
+    dollars_per_hour: float | None = Field(None, ge=0, description="price of one replica's hour; the job then tells its cost")
 
 
 class Engine(Section):
@@ -67,8 +79,7 @@ class Engine(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "bfloat16"
     max_model_len: int = Field(1024, ge=64)
     max_num_seqs: int = Field(128, ge=1)
-    batch_size: int = Field(32, ge=1, description="rows of one Ray Data batch; small ones keep the engine full")
-    concurrent_batches: int = Field(8, ge=1, description="batches in flight in one engine")
+    batch_size: int = Field(32, ge=1, description="rows of one Ray Data batch; four of a shard are in the engine at a time")
     eager: bool = Field(True, description="false compiles the model: slower to start, quicker after")
     kwargs: dict[str, Any] = Field(default_factory=dict)
 
@@ -83,7 +94,16 @@ class Teacher(Section):
     sampling: Sampling = Sampling()
     engine: Engine = Engine()
     placement: Placement = Placement()
-    shard_size: int = Field(512, ge=1, description="requests of one durable unit of work")
+    shard_size: int | None = Field(
+        None, ge=1, description="requests of one durable unit of work; default: total / 4,096, within 128..16,384"
+    )
+    structured: dict[str, int] = Field(
+        default_factory=dict, description="task -> prompts that one request brings as JSON, by guided decoding"
+    )
+    max_rejects: float = Field(0.5, gt=0, le=1, description="the job ends early where more than this share is rejected")
+    tokens_per_second: float | None = Field(
+        None, gt=0, description="of one replica, for dry_run; default: measured on a few requests"
+    )
 
 
 class RewardWeights(Section):
@@ -96,9 +116,32 @@ class RewardWeights(Section):
     length: float = Field(0.0, ge=0)
 
 
+class Deduplicate(Section):
+    """What counts as said before, within a task and over all rounds."""
+
+    near: float | None = Field(
+        0.8, gt=0, le=1, description="MinHash-LSH: prompts of about this Jaccard similarity are near-duplicates; null: off"
+    )
+    false_positives: float = Field(1e-5, gt=0, lt=0.1, description="of each Bloom filter; smaller takes more memory")
+
+
+class RubricJudge(Section):
+    """A language model that scores a prompt from 1 to 10; the score is the expectation over its token probabilities."""
+
+    model: str = Field("bundled:smollm2-135m-instruct", description="bundled:NAME, Hugging Face id, path or storage URI")
+    revision: str | None = None
+    style: Literal["completion", "chat"] = "chat"
+    engine: Engine = Engine()
+    placement: Placement = Placement()
+
+
 class Rewards(Section):
+    relevance: Literal["embedding", "judge"] = Field("embedding", description="who scores relevance")
     embedder: str = Field("bundled:minilm", description="bundled:minilm, or any sentence-transformers id or path")
     batch_size: int = Field(256, ge=1)
+    judge: RubricJudge = RubricJudge()
+    placement: Placement = Field(Placement(), description="where the scoring pass runs; gpus: 0 means CPU")
+    deduplicate: Deduplicate = Deduplicate()
     weights: RewardWeights = RewardWeights()
 
 
@@ -179,7 +222,11 @@ class Recipe(Section):
 
     name: str = Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]*$")
     storage: str = Field(min_length=1, description="folder or URI of the run's outputs")
-    resume: Literal["never", "always", "if_possible"] = "if_possible"
+    resume: Literal["never", "always", "if_possible"] = Field(
+        "always", description="where settings changed, 'always' stops and names them, 'if_possible' starts anew beside the old"
+    )
+    dry_run: bool = Field(False, description="jobs.generate prints its plan (requests, tokens, files, hours, cost) and stops")
+    watchdog_minutes: float = Field(30, gt=0, description="a stage without progress for this long is ended")
     seed: int = Field(0, ge=0)
     tasks: list[str] = Field(min_length=1, description="shipped task names or paths of task files")
     intents: Intents = Intents()
@@ -290,8 +337,9 @@ def dump(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def from_command_line(argv: Sequence[str], description: str) -> Recipe:
-    """Parse ``RECIPE [dotted.key=value ...]``; ``--print`` shows the resolved recipe and stops."""
+def from_command_line(argv: Sequence[str], description: str, plans: bool = False) -> Recipe:
+    """Parse ``RECIPE [dotted.key=value ...]``; ``--print`` shows the resolved recipe and stops. ``plans`` says that the job
+    knows ``dry_run``."""
     parser = argparse.ArgumentParser(description=description, epilog="Overrides are YAML values: train.epochs=2")
     parser.add_argument("recipe", help="recipe file, such as recipes/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
@@ -301,6 +349,8 @@ def from_command_line(argv: Sequence[str], description: str) -> Recipe:
     recipe = recipe.model_copy(
         update={"storage": recipe.storage if "://" in recipe.storage else os.path.abspath(os.path.expanduser(recipe.storage))}
     )
+    if recipe.dry_run and not plans:
+        raise UserError("dry_run: only jobs.generate has a plan to show; run it there")
     if arguments.print:
         print(dump(recipe), end="")
         raise SystemExit(0)

@@ -151,7 +151,9 @@ def read_json(uri: str) -> Any:
 def write_table(uri: str, table: pa.Table) -> None:
     """Write one Parquet file."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
+        if table.num_rows:  # Hugging Face datasets takes a row group's size as its batch size, and fails on one of none
+            writer.write_table(table)
     write_bytes(uri, sink.getvalue().to_pybytes())
 
 

@@ -28,7 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_every_stage_shows_its_progress_and_the_table_ends_it(run: tuple[Path, str]) -> None:
     folder, said = run
-    for words in ("generate: ", "score: ", "train: ", "evaluate student: ", "evaluate teacher: ", "prompts/s", " left"):
+    for words in ("generate: ", "score: ", "train: ", "evaluate student: ", "evaluate teacher: ", "episodes/s", " left"):
         assert words in said
     assert "image_search" in said
     assert f"report: {folder}/evaluation/report.md" in said

@@ -1,19 +1,27 @@
 """Generation for real: Ray Data, vLLM, the bundled teacher; a user's own task and intents; resume."""
 
 import json
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from ray import cloudpickle
 
+from benchmarks.dummy_engine import DummyEngine
 from udrl import storage
-from udrl.episodes import EPISODES, iter_tables
+from udrl.episodes import EPISODES, REJECTS, iter_tables
 from udrl.errors import UserError
-from udrl.policies import engine, generate
+from udrl.generation import dry_run, generate
+from udrl.policies import engine
+from udrl.policies.ledger import list_parts, read_shard
 from udrl.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("local_ray")
+# The engines below travel to Ray's workers, which know no module of the tests.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 MUSIC = """
 name: music_search
@@ -79,7 +87,7 @@ def test_a_finished_job_starts_no_engine(setup: dict[str, Any], monkeypatch: pyt
     def no_engine(*_: object) -> None:
         raise AssertionError("an engine was configured")
 
-    monkeypatch.setattr(engine, "_config", no_engine)
+    monkeypatch.setattr(engine, "_dataset", no_engine)
     again = run(setup)
     assert again["generated_now"] == 0
     assert again["reused"] == again["requested"]
@@ -94,15 +102,15 @@ def test_lost_files_are_made_again_and_the_rest_is_kept(setup: dict[str, Any]) -
     storage.remove(storage.join(setup["values"]["storage"], "episodes"))
     again = run(setup)
     assert again["generated_now"] == len(lost)
-    ids = [i for s in engine.shards_of(ledger) for i in engine.completed_shard(ledger, s)["episode_id"].to_pylist()]
+    ids = [i for names in list_parts(ledger).values() for i in read_shard(ledger, names)["episode_id"].to_pylist()]
     assert len(ids) == len(set(ids)) == again["requested"]
     assert set(lost) <= set(ids)
 
 
 def test_a_changed_recipe_never_mixes_with_old_rows(setup: dict[str, Any]) -> None:
     changed = {"teacher": setup["values"]["teacher"] | {"sampling": {"max_tokens": 20}}}
-    with pytest.raises(UserError, match="policy"):
-        run(setup, resume="always", **changed)
+    with pytest.raises(UserError, match=r"teacher\.sampling\.max_tokens: 24 -> 20; undo the change, or set resume=if_possible"):
+        run(setup, **changed)
     # Refused before anything was touched: the old rows still stand.
     assert run(setup)["generated_now"] == 0
 
@@ -120,7 +128,8 @@ def test_a_teacher_can_be_asked_by_its_chat_template(tmp_path: Path, setup: dict
     teacher = setup["values"]["teacher"] | {"style": "chat", "samples": 1, "sampling": {"max_tokens": 48}}
     summary = run(setup, storage=str(tmp_path / "run"), teacher=teacher)
     assert summary["requested"] == 3 * 2
-    table = pa.concat_tables(engine.completed_shard(f"{tmp_path}/run/completions/{summary['ledger']}", s) for s in range(2))
+    ledger = f"{tmp_path}/run/completions/{summary['ledger']}"
+    table = pa.concat_tables(read_shard(ledger, names) for names in list_parts(ledger).values())
     assert all(table["error"].to_numpy(zero_copy_only=False) == "")
     assert all("<|im_" not in text and text.strip() for text in table["completion"].to_pylist())
 
@@ -130,3 +139,95 @@ def test_an_engine_that_refuses_everything_ends_the_job_with_its_words(tmp_path:
     with pytest.raises(UserError, match="refuses every request"):
         run(setup, storage=str(tmp_path / "run"), teacher=teacher)
     assert not list((tmp_path / "run").rglob("part-*"))
+
+
+def test_resume_never_makes_everything_again(tmp_path: Path) -> None:
+    values = weak_run(tmp_path, max_rejects=1, samples=2)
+    first = generate.run(Recipe.model_validate(values), actor=DummyEngine)
+    again = generate.run(Recipe.model_validate(values | {"resume": "never"}), actor=DummyEngine)
+    assert again["generated_now"] == again["requested"] == first["requested"]
+    assert again["reused"] == 0
+
+
+def test_a_run_tells_what_it_cost(setup: dict[str, Any]) -> None:
+    text = generate.describe(setup["summary"])
+    for part in (
+        "tokens in",
+        "prefix-cache hit rate",
+        "time to first token",
+        "engines busy",
+        "engine-hours",
+        "intents left out",
+    ):
+        assert part in text
+    ledger = storage.join(setup["values"]["storage"], "completions", setup["summary"]["ledger"])
+    assert sum(run["rows"] for run in engine.attempts(ledger)) >= setup["summary"]["requested"]
+
+
+def test_a_dry_run_plans_and_generates_nothing(setup: dict[str, Any], tmp_path: Path) -> None:
+    values = setup["values"] | {"storage": str(tmp_path / "planned"), "dry_run": True}
+    calibrated = "\n".join(dry_run.run(Recipe.model_validate(values)))
+    assert "12 for 12 prompts (counted)" in calibrated
+    assert "(measured)" in calibrated
+    given = Recipe.model_validate(values | {"teacher": values["teacher"] | {"tokens_per_second": 1000}})
+    assert "(given)" in "\n".join(dry_run.run(given)) or "(assumed)" in "\n".join(dry_run.run(given))
+    assert not list((tmp_path / "planned").rglob("part-*"))
+
+
+COMPLETIONS_OF_ALL_KINDS = {
+    "": "empty",
+    " \n ": "empty",
+    "I'm sorry, but I can't help with that request.": "refusal",
+    "http://example.org/cat.jpg free download here": "malformed",
+    "красная лиса на снегу в лесу под луной": "wrong_script",
+    "soft \ufffd\ufffd light over calm water at dawn": "garbled",
+    "wide quiet harbor photo, wide quiet harbor photo, wide quiet harbor photo": "repetitive",
+    "bright city skyline photo " * 40_000: "malformed",
+}
+
+
+class Weak(DummyEngine):
+    """Answers with every kind of bad completion in turn, and now and then with an error of the engine's."""
+
+    async def answer(self, row: dict[str, Any]) -> dict[str, Any]:
+        answer = await super().answer(row)
+        turn = row["variation"] % (len(COMPLETIONS_OF_ALL_KINDS) + 2)
+        if turn == len(COMPLETIONS_OF_ALL_KINDS):
+            raise ValueError("The decoder prompt (length 4096) is longer than the maximum model length of 1024.")
+        if turn < len(COMPLETIONS_OF_ALL_KINDS):
+            answer["completion"] = list(COMPLETIONS_OF_ALL_KINDS)[turn]
+        return answer
+
+
+def weak_run(tmp_path: Path, **teacher: Any) -> dict[str, Any]:
+    return {
+        "name": "weak",
+        "storage": str(tmp_path / "run"),
+        "tasks": ["text_to_image"],
+        "intents": {"limit": 40, "heldout": 0},
+        "teacher": {"samples": 10, "shard_size": 50, **teacher},
+    }
+
+
+def test_bad_rows_go_to_the_rejects_with_their_reason(tmp_path: Path) -> None:
+    recipe = Recipe.model_validate(weak_run(tmp_path, max_rejects=1))
+    summary = generate.run(recipe, actor=Weak)
+    assert summary["accepted"] + summary["rejected"] == summary["requested"] == 400
+    expected = Counter(40 * list(COMPLETIONS_OF_ALL_KINDS.values())) + Counter({"input_too_long": 40})
+    found = Counter(summary["reasons"])
+    assert {reason: n for reason, n in found.items() if "duplicate" not in reason and reason != "echo"} == expected
+    for table in iter_tables(storage.join(recipe.storage, "rejects")):
+        assert table.schema.equals(REJECTS)
+
+    # The run is a data set with its card. A cache of its own: datasets' goes by a folder's last name and knows older runs.
+    from datasets import load_dataset
+
+    cache = str(tmp_path / "cache")
+    assert load_dataset(recipe.storage, split="train", cache_dir=cache).num_rows == summary["accepted"] > 0
+    assert load_dataset(recipe.storage, "rejects", split="train", cache_dir=cache).num_rows == summary["rejected"]
+
+
+def test_a_run_that_mostly_makes_rejects_ends_early_and_says_why(tmp_path: Path) -> None:
+    recipe = Recipe.model_validate(weak_run(tmp_path))
+    with pytest.raises(UserError, match=r"9\d% of the first .* prompts are rejected.*malformed.*teacher.max_rejects"):
+        generate.run(recipe, actor=Weak)

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import re
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from udrl import intents, recipe
 from udrl.errors import UserError
 from udrl.intents import Intent, compose, composer, is_heldout, prepare, read
+from udrl.intents.readers import KEPT, MAX_LINE, Reject
 
 MANY = 20_000
 
@@ -29,6 +31,13 @@ def composed() -> list[Intent]:
 
 def texts(uri: Path | str, column: str = "intent", limit: int | None = None) -> list[str]:
     return [intent.text for intent in read(str(uri), column, limit)]
+
+
+def sorted_out(uri: Path) -> tuple[list[str], list[tuple[int, str, str]]]:
+    """The intents of a file, and its rejects as (row, text, reason)."""
+    rejected: list[Reject] = []
+    found = [intent.text for intent in read(str(uri), "intent", None, rejected.append)]
+    return found, [(r.row, r.text, str(r.reason)) for r in rejected]
 
 
 def one_line(problem: pytest.ExceptionInfo[UserError]) -> str:
@@ -150,7 +159,7 @@ class TestSplit:
 
 
 ROWS = ["a red kite over dunes", "  menu\tfor   a cafe ", "", "A RED kite over dunes", "x" * 2001, "poster, with a comma"]
-KEPT = ["a red kite over dunes", "menu for a cafe", "poster, with a comma"]
+USABLE = ["a red kite over dunes", "menu for a cafe", "poster, with a comma"]
 
 
 def write(path: Path, rows: list[str]) -> Path:
@@ -174,11 +183,15 @@ def write(path: Path, rows: list[str]) -> Path:
 class TestReaders:
     @pytest.mark.parametrize("kind", ["parquet", "jsonl", "ndjson", "json", "csv", "tsv", "txt"])
     def test_every_format_gives_the_usable_rows_in_order(self, tmp_path: Path, kind: str) -> None:
-        dropped: Counter[str] = Counter()
-        found = list(read(str(write(tmp_path / f"rows.{kind}", ROWS)), "intent", None, dropped))
-        assert [intent.text for intent in found] == KEPT
-        assert [intent.subject for intent in found] == KEPT
-        assert dropped == {"blank": 1, "duplicate": 1, "too long": 1}
+        rejected: list[Reject] = []
+        found = list(read(str(write(tmp_path / f"rows.{kind}", ROWS)), "intent", None, rejected.append))
+        assert [intent.text for intent in found] == USABLE
+        assert [intent.subject for intent in found] == USABLE
+        assert [(r.row, r.reason, r.text) for r in rejected] == [
+            (2, "blank", ""),
+            (3, "duplicate", "A RED kite over dunes"),
+            (4, "too long", "x" * 500),
+        ]
 
     def test_a_uri_with_a_scheme_and_a_compressed_file(self, tmp_path: Path) -> None:
         (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(b'{"intent": "one small fox"}\n'))
@@ -192,16 +205,52 @@ class TestReaders:
     def test_the_limit_counts_usable_intents(self, tmp_path: Path) -> None:
         assert texts(write(tmp_path / "rows.txt", ["", "one", "ONE", "two", "three"]), limit=2) == ["one", "two"]
 
-    def test_bytes_that_are_not_utf8_are_replaced(self, tmp_path: Path) -> None:
+    def test_bytes_that_are_not_utf8_are_rejected_and_cost_no_other_row(self, tmp_path: Path) -> None:
         bad = b"caf\xe9 poster"
-        (tmp_path / "a.txt").write_bytes(bad)
-        (tmp_path / "a.csv").write_bytes(b"intent\n" + bad)
-        (tmp_path / "a.tsv").write_bytes(b"intent\n" + bad)
-        (tmp_path / "a.jsonl").write_bytes(b'{"intent": "' + bad + b'"}')
-        column = pa.Array.from_buffers(pa.string(), 1, pa.array([bad]).buffers())  # a string column that lies
-        pq.write_table(pa.table({"intent": column}), tmp_path / "a.parquet")
+        (tmp_path / "a.txt").write_bytes(bad + b"\nan owl")
+        (tmp_path / "a.csv").write_bytes(b"intent\n" + bad + b"\nan owl")
+        (tmp_path / "a.tsv").write_bytes(b"intent\n" + bad + b"\nan owl")
+        (tmp_path / "a.jsonl").write_bytes(b'{"intent": "' + bad + b'"}\n{"intent": "an owl"}')
+        flat = pa.array([bad, b"an owl"]).buffers()
+        pq.write_table(pa.table({"intent": pa.Array.from_buffers(pa.string(), 2, flat)}), tmp_path / "a.parquet")  # it lies
         for kind in ("txt", "csv", "tsv", "jsonl", "parquet"):
-            assert texts(tmp_path / f"a.{kind}") == ["caf\ufffd poster"], kind
+            found, rejected = sorted_out(tmp_path / f"a.{kind}")
+            assert found == ["an owl"], kind
+            assert rejected == [(0, "caf\ufffd poster", "not UTF-8")], kind
+
+    def test_bad_bytes_beside_the_intent_do_no_harm(self, tmp_path: Path) -> None:
+        (tmp_path / "a.csv").write_bytes(b"note,intent\ncaf\xe9,an owl\n")
+        (tmp_path / "a.jsonl").write_bytes(b'{"note": "caf\xe9", "intent": "an owl"}\n')
+        assert texts(tmp_path / "a.csv") == texts(tmp_path / "a.jsonl") == ["an owl"]
+
+    @pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv", "tsv", "txt"])
+    def test_a_megabyte_is_rejected_by_its_first_characters(self, tmp_path: Path, kind: str) -> None:
+        found, rejected = sorted_out(write(tmp_path / f"a.{kind}", ["an owl", "long words " * 100_000, "a bat"]))
+        assert found == ["an owl", "a bat"]
+        ((row, text, reason),) = rejected
+        assert (row, len(text), text[:10], reason) == (1, KEPT, "long words", "too long")
+
+    @pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "txt"])
+    def test_a_line_without_end_is_read_past_in_bounded_memory(self, tmp_path: Path, kind: str) -> None:
+        path = write(tmp_path / f"a.{kind}", ["an owl", "y" * (20 * MAX_LINE), "a bat"])
+        tracemalloc.start()
+        found, rejected = sorted_out(path)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert found == ["an owl", "a bat"]
+        assert [(row, reason) for row, _, reason in rejected] == [(1, "too long")]
+        assert peak < 8 * MAX_LINE
+
+    def test_large_values_in_every_row_of_a_parquet_file_is_read_a_few_rows_at_a_time(self, tmp_path: Path) -> None:
+        rows = [f"{n} " + "z" * 300_000 for n in range(40)] * 10
+        pq.write_table(pa.table({"intent": pa.array(["an owl", *rows]).dictionary_encode()}), tmp_path / "a.parquet")
+        del rows
+        before = pa.total_allocated_bytes()
+        peaks: list[int] = []
+        for _ in read(str(tmp_path / "a.parquet"), "intent", None, lambda _: peaks.append(pa.total_allocated_bytes())):
+            pass
+        assert len(peaks) == 400
+        assert max(peaks) - before < 90e6  # of 120 MB
 
     def test_a_byte_order_mark_is_no_part_of_the_header(self, tmp_path: Path) -> None:
         (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbfintent\r\nan owl\r\n")
@@ -213,13 +262,31 @@ class TestReaders:
         assert texts(tmp_path / "a.csv") == ['two lines, "quoted"']
         assert texts(tmp_path / "a.tsv") == ['5" screen photo', 'all "quoted"']
 
-    def test_null_and_malformed_rows_are_left_out_and_counted(self, tmp_path: Path) -> None:
+    def test_null_and_malformed_rows_are_left_out_and_told_apart(self, tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_text(
-            '{"intent": null}\n{"intent": 3}\n{broken\n\n[1]\n{"other": "x"}\n{"intent": "\\ud800 ok"}\n'
+            '{"intent": null}\n{"intent": 3}\n{broken\n\n[1]\n{"other": "x"}\n{"intent": "\\ud800 ok"}\n{"intent": "an owl"}\n'
         )
-        dropped: Counter[str] = Counter()
-        assert [i.text for i in read(str(tmp_path / "a.jsonl"), "intent", None, dropped)] == ["? ok"]
-        assert dropped == {"blank": 1, "malformed": 4}
+        assert sorted_out(tmp_path / "a.jsonl") == (
+            ["an owl"],
+            [
+                (0, "", "null"),
+                (1, '{"intent": 3}', "malformed row"),
+                (2, "{broken", "malformed row"),
+                (3, "[1]", "malformed row"),
+                (4, '{"other": "x"}', "malformed row"),
+                (5, "\ufffd ok", "not UTF-8"),
+            ],
+        )
+
+    def test_a_short_csv_row_is_malformed_and_an_empty_cell_blank(self, tmp_path: Path) -> None:
+        (tmp_path / "a.csv").write_text("id,intent\n1\n2,\n3,an owl\n")
+        assert sorted_out(tmp_path / "a.csv") == (["an owl"], [(0, "1", "malformed row"), (1, "", "blank")])
+
+    def test_rejects_and_intents_together_are_the_rows(self, tmp_path: Path) -> None:
+        rows = [["", "an owl", "an OWL", f"a bat {n}", "x" * 3000][n % 5] for n in range(500)]
+        found, rejected = sorted_out(write(tmp_path / "a.parquet", rows))
+        assert len(found) + len(rejected) == len(rows)
+        assert [row for row, _, _ in rejected] == sorted({row for row, _, _ in rejected})
 
     def test_dictionary_encoded_and_null_parquet_values(self, tmp_path: Path) -> None:
         pq.write_table(pa.table({"intent": pa.array(["an owl", None, "a bat"]).dictionary_encode()}), tmp_path / "a.parquet")
@@ -286,6 +353,10 @@ class TestReaderErrors:
     def test_a_column_that_is_not_text(self, tmp_path: Path) -> None:
         assert "int64, not text" in self.fails(write(tmp_path / "a.parquet", ["x"]), "id")
 
+    def test_a_csv_that_ends_inside_a_quote_names_the_line_that_opens_it(self, tmp_path: Path) -> None:
+        (tmp_path / "a.csv").write_text('intent\nan owl\n"a bat\n' + "one more\n" * 100)
+        assert "inside a quote of the row that begins at line 3" in self.fails(tmp_path / "a.csv")
+
     def test_a_json_array(self, tmp_path: Path) -> None:
         (tmp_path / "a.json").write_text('[{"intent": "x"}]')
         assert "one object a line" in self.fails(tmp_path / "a.json")
@@ -309,12 +380,13 @@ class TestPrepare:
         assert len(set(ids)) == 9000
         assert min(ids) >= 0
         assert pq.ParquetFile(tmp_path / "train.parquet").metadata.row_group(0).num_rows == 4096
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["heldout.parquet", "train.parquet"]
+        assert pq.read_table(tmp_path / "rejects.parquet").num_rows == 0
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["heldout.parquet", "rejects.parquet", "train.parquet"]
 
     def test_a_second_run_writes_the_same_bytes(self, tmp_path: Path) -> None:
         def run() -> list[bytes]:
             prepare(recipe.Intents(limit=300), 0, str(tmp_path))
-            return [(tmp_path / name).read_bytes() for name in ("train.parquet", "heldout.parquet")]
+            return [(tmp_path / name).read_bytes() for name in ("train.parquet", "heldout.parquet", "rejects.parquet")]
 
         assert run() == run()
 
@@ -322,8 +394,16 @@ class TestPrepare:
         source = write(tmp_path / "rows.csv", ROWS)
         summary = prepare(recipe.Intents(source=str(source), heldout=0), 0, str(tmp_path / "out"))
         assert (summary.n_train, summary.n_heldout, summary.n_subjects, summary.dropped) == (3, 0, 3, 3)
-        assert pq.read_table(tmp_path / "out/train.parquet")["intent"].to_pylist() == KEPT
+        assert pq.read_table(tmp_path / "out/train.parquet")["intent"].to_pylist() == USABLE
         assert pq.read_table(tmp_path / "out/heldout.parquet").num_rows == 0
+        rejects = pq.read_table(tmp_path / "out/rejects.parquet")
+        assert [str(field.type) for field in rejects.schema] == ["int64", "string", "string"]
+        assert rejects.to_pylist() == [
+            {"row": 2, "text": "", "reason": "blank"},
+            {"row": 3, "text": "A RED kite over dunes", "reason": "duplicate"},
+            {"row": 4, "text": "x" * 500, "reason": "too long"},
+        ]
+        assert summary.reasons == {"blank": 1, "duplicate": 1, "too long": 1}
 
     @pytest.mark.parametrize("source", ["none.csv", "empty.txt", "builtin:nothing"])
     def test_a_bad_source_leaves_nothing_behind(self, tmp_path: Path, source: str) -> None:
@@ -342,7 +422,7 @@ class TestPrepare:
             prepare(recipe.Intents(source=str(write(tmp_path / "one.txt", [held])), heldout=0.5), 0, str(tmp_path / "out"))
         one_line(problem)
         assert (tmp_path / "out/train.parquet").read_bytes() == before
-        assert len(list((tmp_path / "out").iterdir())) == 2
+        assert len(list((tmp_path / "out").iterdir())) == 3
 
     def test_a_source_that_breaks_midway_publishes_nothing(self, tmp_path: Path) -> None:
         good = io.BytesIO()
@@ -353,3 +433,10 @@ class TestPrepare:
         with pytest.raises(UserError, match="can't be read"):
             prepare(recipe.Intents(source=str(tmp_path / "in")), 0, str(tmp_path / "out"))
         assert list((tmp_path / "out").iterdir()) == []
+
+    def test_many_rejects_before_the_first_intent_are_all_kept(self, tmp_path: Path) -> None:
+        source = write(tmp_path / "rows.txt", [*[" "] * 10_000, "an owl in a museum"])
+        summary = prepare(recipe.Intents(source=str(source), heldout=0), 0, str(tmp_path / "out"))
+        rejects = pq.read_table(tmp_path / "out/rejects.parquet")
+        assert rejects.column("row").to_pylist() == list(range(10_000))
+        assert summary.reasons == {"blank": 10_000}

@@ -1,4 +1,4 @@
-"""Completions become prompts or rejections; requests are cut, named and counted so that nothing is lost."""
+"""Requests are cut, named and counted so that nothing is lost."""
 
 import pyarrow as pa
 import pytest
@@ -6,13 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from udrl import storage
-from udrl.episodes import COMPLETIONS, EPISODES, REJECTS, Reason, stable_id
-from udrl.policies import engine
-from udrl.policies.parsing import clean, parse
-from udrl.policies.policy import draws
-from udrl.policies.score import score_rows
+from udrl.episodes import COMPLETIONS, EPISODES, REJECTS, stable_id
+from udrl.policies import ledger, settings
+from udrl.policies.policy import Policy, draws
 from udrl.policies.teacher import intent_requests, key_columns, teacher_policy
-from udrl.recipe import Rewards, Sampling, Teacher
+from udrl.recipe import Sampling, Teacher
 from udrl.tasks import Example, Format, Task
 
 TASK = Task(
@@ -22,65 +20,6 @@ TASK = Task(
     examples=[Example(intent=f"thing {i}", prompt=f"a thing number {i} in light") for i in range(3)],
     format=Format(min_words=3, max_words=12, reject=["https?://"]),
 )
-INTENT = "a red fox in the snow"
-
-
-def reason(completion: str, finish: str = "stop", error: str = "") -> Reason | None:
-    return parse(TASK, INTENT, completion, finish, error)[1]
-
-
-def test_a_prompt_is_the_first_line_without_quotes_and_spaces() -> None:
-    assert clean('  "A fox,  soft light"\nIntent: next') == "A fox, soft light"
-    assert parse(TASK, INTENT, ' "Fox at dusk,  soft light"\n', "stop", "") == ("Fox at dusk, soft light", None, "")
-
-
-@pytest.mark.parametrize(
-    ("completion", "finish", "error", "expected"),
-    [
-        ("", "stop", "", Reason.EMPTY),
-        ("  \n ", "stop", "", Reason.EMPTY),
-        ("fox at dusk in soft", "length", "", Reason.TRUNCATED),
-        ("fox dusk", "stop", "", Reason.MALFORMED),
-        ("fox dusk " * 9, "stop", "", Reason.MALFORMED),
-        ("fox at dusk http://example.org", "stop", "", Reason.MALFORMED),
-        ("A thing number 1 in light", "stop", "", Reason.FEW_SHOT_LEAK),
-        ("A red fox in the snow", "stop", "", Reason.ECHO),
-        ("soft light, soft light, soft light, soft light", "stop", "", Reason.REPETITIVE),
-        ("anything", "error", "EngineDead", Reason.ENGINE_ERROR),
-    ],
-)
-def test_a_bad_completion_is_rejected_for_what_is_wrong(completion: str, finish: str, error: str, expected: Reason) -> None:
-    assert reason(completion, finish, error) == expected
-
-
-def test_a_line_that_ended_before_the_token_limit_is_whole() -> None:
-    assert reason("fox at dusk in soft light\nIntent: more and mo", "length") is None
-
-
-@given(st.text(max_size=300), st.sampled_from(["stop", "length", "error"]), st.sampled_from(["", "boom"]))
-def test_any_completion_is_a_prompt_or_a_rejection(completion: str, finish: str, error: str) -> None:
-    prompt, found, detail = parse(TASK, INTENT, completion, finish, error)
-    assert found is None or found in set(Reason)
-    assert found is not None or TASK.malformed(prompt) is None
-    assert isinstance(detail, str)
-
-
-def test_scoring_splits_and_counts_every_row() -> None:
-    class Half:
-        def relevance(self, intents: list[str], prompts: list[str]) -> list[float]:
-            return [0.5] * len(prompts)
-
-    texts = ["fox at dusk in soft light", "fox at dusk in soft light", "", "owl over a dark wood"]
-    rows = [
-        {"intent": INTENT, "task": "paint", "completion": t, "finish_reason": "stop", "error": "", "command_words": -1}
-        for t in texts
-    ]
-    good, bad = score_rows(rows, {"paint": TASK}, Half(), Rewards(), True)  # type: ignore[arg-type]
-    assert [r["prompt"] for r in good] == [texts[0], texts[3]]
-    assert [r["reason"] for r in bad] == ["duplicate", "empty"]
-    assert all(0 <= r["reward"] <= 1 and r["n_words"] == len(r["prompt"].split()) for r in good)
-    kept, _ = score_rows(rows, {"paint": TASK}, Half(), Rewards(), False)  # type: ignore[arg-type]
-    assert len(kept) == 3
 
 
 def test_settings_that_do_nothing_are_not_sent() -> None:
@@ -119,7 +58,7 @@ def test_shards_hold_each_request_once(tmp_path_factory: pytest.TempPathFactory,
     assert all(r["intent"] == f"intent {r['intent_id']}" for part in rows for r in part)
 
 
-def test_ids_change_with_all_that_tells_two_requests_apart(policy: engine.Policy) -> None:
+def test_ids_change_with_all_that_tells_two_requests_apart(policy: Policy) -> None:
     base = key_columns(policy, 1, "x", "paint", 0)["episode_id"]
     others = [
         key_columns(policy, 2, "x", "paint", 0),
@@ -159,25 +98,28 @@ def test_other_weights_in_the_same_folder_are_another_model(tmp_path: object) ->
 
 def test_a_hub_model_is_loaded_at_the_revision_that_is_recorded() -> None:
     teacher = teacher_policy(Teacher(model="owner/name", revision="abc"), [TASK])
-    assert engine.pinned(teacher) == {"revision": "abc", "tokenizer_revision": "abc"}
+    assert settings.pinned(teacher) == {"revision": "abc", "tokenizer_revision": "abc"}
     assert teacher.revision == "abc"
 
 
 def test_rows_written_twice_are_read_once(tmp_path: object) -> None:
     def table(ids: list[int]) -> pa.Table:
-        blank = {"string": "", "int64": 0, "int32": 0}
+        blank = {"string": "", "int64": 0, "int32": 0}.get
         rows = [
-            {f.name: blank[str(f.type)] for f in COMPLETIONS} | {"episode_id": i, "completion": str(n)}
+            {f.name: blank(str(f.type), []) for f in COMPLETIONS} | {"episode_id": i, "completion": str(n)}
             for n, i in enumerate(ids)
         ]
         return pa.Table.from_pylist(rows, schema=COMPLETIONS)
 
+    def write(shard: int, rows: pa.Table) -> None:
+        storage.write_table(storage.join(out, ledger.part_name(shard, rows)), rows)
+
     out = str(tmp_path)
-    storage.write_table(storage.join(out, engine._name(3, 1, 2)), table([1, 2]))
-    storage.write_table(storage.join(out, engine._name(3, 2, 3)), table([2, 4, 5]))
-    storage.write_table(storage.join(out, engine._name(4, 9, 1)), table([9]))
-    assert engine.shards_of(out) == [3, 4]
-    assert engine.completed_shard(out, 3).column("episode_id").to_pylist() == [1, 2, 4, 5]
+    write(3, table([1, 2]))
+    write(3, table([2, 4, 5]))
+    write(4, table([9]))
+    assert list(ledger.list_parts(out)) == [3, 4]
+    assert ledger.read_shard(out, ledger.list_parts(out)[3]).column("episode_id").to_pylist() == [1, 2, 4, 5]
 
 
 def test_every_table_has_the_key_columns() -> None:

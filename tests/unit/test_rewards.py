@@ -1,14 +1,18 @@
 """Reward components: what they punish, and how they mix."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from udrl.episodes import COMPONENTS
+from udrl.episodes import COMPONENTS, EPISODES, REJECTS
 from udrl.recipe import RewardWeights
 from udrl.rewards import components
 from udrl.rewards.relevance import Embedder
+from udrl.scoring.score import RELEVANCE, score_rows
+from udrl.scoring.sift import SIFTED
+from udrl.tasks import Example, Task
 
 VOCABULARY = "red fox snow light owl jazz poster bold soft night".split()  # noqa: SIM905
 WORDS = st.lists(st.sampled_from(VOCABULARY), min_size=1, max_size=20)
@@ -54,3 +58,32 @@ def test_embeddings_find_the_prompt_that_is_about_the_intent() -> None:
     assert right > max(wrong, crossed) + 0.3
     assert embedder.relevance(["same"], ["same"])[0] == pytest.approx(1, abs=0.01)
     assert embedder.relevance([], []).shape == (0,)
+
+
+def test_a_megabyte_is_embedded_by_its_beginning() -> None:
+    embedder = Embedder("bundled:minilm", 8)
+    long = "a fox in the snow " * 60_000
+    assert embedder.relevance([long], [long[: 2**13]])[0] == pytest.approx(1, abs=0.01)
+
+
+def test_sifted_rows_become_episodes_and_rejects_and_none_is_lost() -> None:
+    task = Task(name="paint", title="P", instruction="I", examples=[Example(intent="a", prompt="b")] * 3)
+    blank = {"string": "", "int64": 0, "int32": 0}
+    rows = [
+        {f.name: blank[str(f.type)] for f in SIFTED}
+        | {"episode_id": i, "task": "paint", "intent": "red fox", "prompt": prompt, "n_words": 2, "reason": reason}
+        for i, (prompt, reason) in enumerate([("owl night", ""), ("", "empty"), ("jazz poster", ""), ("bold type", "")])
+    ]
+    relevance = {"episode_id": [0, 2], "relevance": [0.5, float("nan")]}  # a judge failed on two
+    good, bad = score_rows(
+        pa.Table.from_pylist(rows, schema=SIFTED),
+        pa.table(relevance, schema=RELEVANCE),
+        {"paint": task},
+        RewardWeights(relevance=1, novelty=1, repetition=0, format=0),
+        "some judge",
+    )
+    assert good.schema.equals(EPISODES)
+    assert bad.schema.equals(REJECTS)
+    assert good.select(["episode_id", "novelty", "reward"]).to_pylist() == [{"episode_id": 0, "novelty": 1.0, "reward": 0.75}]
+    assert bad.column("reason").to_pylist() == ["empty", "engine_error", "engine_error"]
+    assert bad.column("detail").to_pylist()[1:] == ["no relevance from some judge"] * 2

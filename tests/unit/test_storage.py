@@ -172,3 +172,14 @@ def test_a_query_stays_behind_the_path() -> None:
     uri = "s3://bucket/run?endpoint_override=localhost:9000"
     assert storage.join(uri, "a", "b.json") == "s3://bucket/run/a/b.json?endpoint_override=localhost:9000"
     assert storage.join("/folder/what?", "x") == "/folder/what?/x"
+
+
+def test_a_file_without_rows_is_read_here_and_by_datasets(tmp_path: Path) -> None:
+    from datasets import load_dataset
+
+    table = pa.table({"x": [1, 2]})
+    storage.write_table(str(tmp_path / "part-0.parquet"), table.slice(0, 0))
+    storage.write_table(str(tmp_path / "part-1.parquet"), table)
+    assert storage.read_table(str(tmp_path / "part-0.parquet")).schema == table.schema
+    loaded = load_dataset("parquet", data_files=f"{tmp_path}/*.parquet", split="train", cache_dir=str(tmp_path / "cache"))
+    assert loaded["x"][:] == [1, 2]

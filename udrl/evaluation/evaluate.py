@@ -19,13 +19,15 @@ from udrl.commands import Vocabulary
 from udrl.episodes import iter_tables, word_count
 from udrl.errors import UserError
 from udrl.evaluation import judges, metrics, report
-from udrl.policies.engine import Requests, Throughput, complete
-from udrl.policies.parsing import clean
+from udrl.policies.engine import complete
+from udrl.policies.ledger import Requests
 from udrl.policies.policy import Policy, Row
-from udrl.policies.score import score
+from udrl.policies.tally import Tally
 from udrl.policies.teacher import key_columns, teacher_policy
 from udrl.progress import Progress
 from udrl.recipe import Recipe, dump
+from udrl.scoring.parsing import clean
+from udrl.scoring.score import score
 from udrl.student.export import TRAINING
 from udrl.student.policy import student_policy
 from udrl.tasks import Task, load_tasks
@@ -138,8 +140,11 @@ def _outputs(recipe: Recipe, policy: Policy, rows: list[Row], tasks: list[Task])
         storage.remove(work)
     probes = {row["episode_id"]: row.pop("probe") for row in rows}
     ledger, scored, rejects = (storage.join(work, name) for name in ("completions", "episodes", "rejects"))
-    done = complete(policy, Requests.of_rows(rows, SHARD), ledger, f"evaluate {policy.name}")
-    score(ledger, scored, rejects, tasks, recipe.rewards, f"score {policy.name}", deduplicate=False)
+    done = complete(
+        policy, Requests.of_rows(rows, SHARD), ledger, f"evaluate {policy.name}", watchdog_minutes=recipe.watchdog_minutes
+    )
+    what = f"score {policy.name}"
+    score(ledger, work, tasks, recipe.rewards, what, deduplicate=False, watchdog_minutes=recipe.watchdog_minutes)
     table: list[Row] = []
     for part in iter_tables(scored):
         table += [{**row, "reason": "", "judge": float("nan")} for row in part.to_pylist()]
@@ -155,7 +160,7 @@ def _outputs(recipe: Recipe, policy: Policy, rows: list[Row], tasks: list[Task])
     return pa.Table.from_pylist(outputs, schema=metrics.OUTPUTS), _speed(policy, work, done)
 
 
-def _speed(policy: Policy, work: str, done: Throughput) -> report.PolicyFacts:
+def _speed(policy: Policy, work: str, done: Tally) -> report.PolicyFacts:
     """Parameters and tokens/s; of an evaluation that was resumed whole, the speed measured when it ran."""
     file = storage.join(work, "speed.json")
     if done.rows:

@@ -1,10 +1,12 @@
-"""The intents of a run: read or composed, split by subject, written to two Parquet files."""
+"""The intents of a run: read or composed, split by subject, written to two Parquet files; what gave no intent to a third."""
 
 import contextlib
 import hashlib
 import itertools
+import shutil
+import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -13,17 +15,18 @@ import pyarrow.parquet as pq
 from udrl import recipe, storage
 from udrl.errors import UserError
 from udrl.intents.composer import compose
-from udrl.intents.readers import read
+from udrl.intents.readers import Reject, read
 from udrl.intents.split import Intent, is_heldout, stable_hash
 
 SCHEMA = pa.schema([("intent_id", pa.int64()), ("intent", pa.string()), ("subject", pa.string())])
+REJECTS = pa.schema([("row", pa.int64()), ("text", pa.string()), ("reason", pa.string())])
 ROW_GROUP = 4096  # rows
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What was written. ``dropped`` counts the rows that gave no intent, ``reasons`` says why; ``digest`` stands for the
-    intents themselves, in their order, so that a source that changed under its name is noticed."""
+    """What was written. ``dropped`` counts the rows that gave no intent (those of ``rejects.parquet``), ``reasons`` says why;
+    ``digest`` stands for the intents themselves, in their order, so that a source that changed under its name is noticed."""
 
     n_train: int
     n_heldout: int
@@ -36,19 +39,22 @@ class Summary:
 def prepare(config: recipe.Intents, seed: int, out: str) -> Summary:
     """Write ``out/train.parquet`` and ``out/heldout.parquet``: intent_id (63-bit hash of the text), intent, subject.
 
-    An existing pair is written again; the same recipe gives the same rows. Both files appear at the end, or neither.
+    Rows that give no intent are written to ``out/rejects.parquet``: row (position in the source), text (its first 500
+    characters), reason. Existing files are written again; the same recipe gives the same rows. All files appear at the
+    end, or none.
 
     Raises:
         UserError: the source can't be read or gives nothing, or no subject is left to train on.
     """
     reasons: Counter[str] = Counter()
-    intents = _source(config, seed, reasons)
-    # The first intent is drawn before anything is made, so that a bad source leaves no empty folder.
-    intents = itertools.chain([next(intents)], intents)
     counts = {"train": 0, "heldout": 0}
     subjects: set[int] = set()
     digest = hashlib.blake2b(digest_size=8)
     with contextlib.ExitStack() as stack:
+        rejected = stack.enter_context(_rejects(storage.join(out, "rejects.parquet"), reasons))
+        intents = _source(config, seed, rejected)
+        # The first intent is drawn before anything is made, so that a bad source leaves no empty folder.
+        intents = itertools.chain([next(intents)], intents)
         writers = {name: stack.enter_context(_writer(storage.join(out, f"{name}.parquet"))) for name in counts}
         for name, group in _batches(intents, config.heldout):
             counts[name] += len(group)
@@ -63,9 +69,9 @@ def prepare(config: recipe.Intents, seed: int, out: str) -> Summary:
     return Summary(counts["train"], counts["heldout"], len(subjects), reasons.total(), dict(reasons), digest.hexdigest())
 
 
-def _source(config: recipe.Intents, seed: int, reasons: Counter[str]) -> Iterator[Intent]:
+def _source(config: recipe.Intents, seed: int, rejected: Callable[[Reject], None]) -> Iterator[Intent]:
     if not config.source.startswith("builtin:"):
-        return read(config.source, config.column, config.limit, reasons)
+        return read(config.source, config.column, config.limit, rejected)
     if config.source != "builtin:composer":
         raise UserError(f"intents.source={config.source}: no such built-in source; use builtin:composer or a file's URI")
     if config.limit is None:
@@ -94,3 +100,29 @@ def _table(group: list[Intent]) -> pa.Table:
 def _writer(uri: str) -> Iterator[pq.ParquetWriter]:
     with storage.whole_file(uri) as sink, pq.ParquetWriter(sink, SCHEMA, compression="zstd") as writer:
         yield writer
+
+
+@contextlib.contextmanager
+def _rejects(uri: str, reasons: Counter[str]) -> Iterator[Callable[[Reject], None]]:
+    """A sink of rejects, which appear at ``uri`` when the block ends and are counted in ``reasons`` as they come."""
+    waiting: list[Reject] = []
+    # Rows may be rejected before the first intent is found, and then nothing must have been made under ``uri`` yet.
+    with tempfile.TemporaryFile() as spool:
+        with pq.ParquetWriter(spool, REJECTS, compression="zstd") as writer:
+
+            def write() -> None:
+                columns = [[r.row for r in waiting], [r.text for r in waiting], [str(r.reason) for r in waiting]]
+                writer.write_table(pa.table(columns, schema=REJECTS))
+                waiting.clear()
+
+            def add(reject: Reject) -> None:
+                reasons[str(reject.reason)] += 1
+                waiting.append(reject)
+                if len(waiting) == ROW_GROUP:
+                    write()
+
+            yield add
+            write()
+        spool.seek(0)
+        with storage.whole_file(uri) as sink:
+            shutil.copyfileobj(spool, sink)

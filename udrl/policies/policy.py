@@ -17,8 +17,9 @@ class Policy:
     """Who writes: the teacher, a student of some round, a baseline.
 
     ``render`` turns a request row (the key columns of ``udrl.episodes.KEYS``) into what the engine takes: ``{"prompt":
-    str}`` or ``{"tokenized_prompt": [...]}``. ``describe`` is the plain data that its
-    behaviour depends on; together with model and sampling it makes the fingerprint.
+    str}`` or ``{"tokenized_prompt": [...]}``, and where this row is drawn in its own way ``{"sampling": {...}}``, which
+    goes over :meth:`sampling_params`. ``describe`` is the plain data that its behaviour depends on; together with model
+    and sampling it makes the fingerprint. ``top_tokens`` asks for that many first tokens with their log-probabilities.
     """
 
     name: str
@@ -32,12 +33,24 @@ class Policy:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     describe: dict[str, Any] = field(default_factory=dict)
+    top_tokens: int = 0
+
+    def facts(self) -> dict[str, Any]:
+        """What its draws depend on, as plain data: where two of these differ, the difference can be named."""
+        sampling = self.sampling.model_dump()
+        return {
+            "model": self.model,
+            "revision": self.revision,
+            "dtype": self.engine.dtype,
+            "sampling": sampling,
+            "stop": list(self.stop),
+            **self.describe,
+        }
 
     @cached_property
     def fingerprint(self) -> str:
-        """Template, sampling, model and revision in 16 hex digits: equal fingerprints draw from one distribution."""
-        facts = [self.model, self.revision, self.sampling.model_dump(), self.engine.dtype, self.describe, self.stop]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        """:meth:`facts` in 16 hex digits: equal fingerprints draw from one distribution."""
+        return hashlib.sha256(json.dumps(self.facts(), sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def sampling_params(self) -> dict[str, Any]:
         """Keyword arguments of ``vllm.SamplingParams``."""
@@ -46,6 +59,8 @@ class Policy:
             params["stop"] = list(self.stop)
         if self.stop_token_ids:
             params["stop_token_ids"] = list(self.stop_token_ids)
+        if self.top_tokens:
+            params["logprobs"] = self.top_tokens
         return params
 
 

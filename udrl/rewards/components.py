@@ -4,6 +4,7 @@ Relevance alone is easily gamed: echoing the intent scores 1.0. Novelty, repetit
 """
 
 import re
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -21,8 +22,14 @@ def words(text: str) -> list[str]:
 
 def novelty(intent: str, prompt: str) -> float:
     """Share of the prompt's distinct words that the intent does not have: 0 for an echo."""
-    said, written = set(words(intent)), set(words(prompt))
+    said, written = _said(intent), set(words(prompt))
     return len(written - said) / len(written) if written else 0.0
+
+
+@lru_cache(maxsize=16)
+def _said(intent: str) -> frozenset[str]:
+    """The intent's words: its prompts come one after another, and an intent may be long."""
+    return frozenset(words(intent))
 
 
 def repetition(prompt: str) -> float:

@@ -4,29 +4,40 @@ import numpy as np
 
 from udrl import models
 
+# The model reads some hundred tokens; a tokenizer would read all of a megabyte before it is cut.
+MAX_CHARACTERS = 8192
+
 
 class Embedder:
-    """A sentence-transformers model on GPU or CPU. Loading takes a few seconds; keep one in a Ray actor."""
+    """A sentence-transformers model on GPU or CPU. Loading takes a few seconds; keep one in a Ray actor.
 
-    def __init__(self, model: str, batch_size: int) -> None:
+    ``threads`` are those of a CPU model; None leaves torch's own number.
+    """
+
+    def __init__(self, model: str, batch_size: int, threads: int | None = None) -> None:
         import torch
         from sentence_transformers import SentenceTransformer
 
+        if threads:
+            torch.set_num_threads(threads)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = SentenceTransformer(models.resolve(model), device=device, model_kwargs={"dtype": torch.bfloat16})
         self.batch_size = batch_size
 
     def embed(self, texts: list[str]) -> np.ndarray:
-        """Unit vectors, float32 of shape (texts, dimensions). A text that comes twice is embedded once."""
-        distinct, inverse = np.unique(np.array(texts, dtype=object).astype(str), return_inverse=True)
+        """Unit vectors, float32 of shape (texts, dimensions). A text that comes twice is embedded once.
+
+        Texts of a batch have about one length: ``encode`` sorts them, so little is spent on padding.
+        """
+        distinct = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         vectors = self.model.encode(
-            distinct.tolist(),
+            [text[:MAX_CHARACTERS] for text in distinct],
             batch_size=self.batch_size,
             convert_to_tensor=True,
             normalize_embeddings=True,
             show_progress_bar=False,
         )
-        return vectors.float().cpu().numpy()[inverse]
+        return vectors.float().cpu().numpy()[[distinct[text] for text in texts]]
 
     def relevance(self, intents: list[str], prompts: list[str]) -> np.ndarray:
         """Cosine of each pair, cut to 0..1, float32 of shape (pairs,)."""

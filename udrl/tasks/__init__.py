@@ -1,6 +1,7 @@
 """Tasks: the kinds of prompt to write, each one YAML file; a user adds one with a file and no code."""
 
 import importlib.resources
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -9,6 +10,17 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from udrl.errors import UserError
+
+# What the language identifier (py3langid) can tell apart.
+LANGUAGES = frozenset(
+    (  # noqa: SIM905
+        "ace af am an ar ary arz as az ba bcl be bg bn br bs ca crh cs cy da de dz el en eo es et eu ext fa fi fo fr "
+        "fuv fy ga gcf gcr gd gl gom grc gu gug guw ha hbo he hi hr ht hu hy id ig is it ja jv ka kab kik kk km kn ko "
+        "ku ky la lb lg lij ln lo lt ltg lv mg mk ml mn mr ms mt my ne nl nn no nso oc om or pa pcm pl ps pt qu ro ru "
+        "rw sa sdh se si sk sl sn so sq sr st sv sw ta te tg th tk tl tr tt ug uk ur uz uzs vec vi vo wa wuu xh yo yue "
+        "zh zu"
+    ).split()
+)
 
 
 class Example(BaseModel):
@@ -31,6 +43,9 @@ class Format(BaseModel):
     prefer: list[str] = Field(
         default_factory=list, description="regular expressions that a good prompt matches: its format score"
     )
+    languages: list[str] = Field(
+        default_factory=list, description="ISO 639 codes: a prompt in none of these languages is rejected; empty: any"
+    )
 
     @field_validator("reject", "prefer")
     @classmethod
@@ -41,6 +56,14 @@ class Format(BaseModel):
             except re.error as error:
                 raise ValueError(f"not a regular expression: {pattern!r} ({error})") from error
         return patterns
+
+    @field_validator("languages")
+    @classmethod
+    def _known(cls, languages: list[str]) -> list[str]:
+        unknown = sorted(set(languages) - LANGUAGES)
+        if unknown:
+            raise ValueError(f"unknown language {', '.join(unknown)}; known: {' '.join(sorted(LANGUAGES))}")
+        return languages
 
     @model_validator(mode="after")
     def _range(self) -> "Format":
@@ -131,3 +154,28 @@ def render_chat(task: Task, intent: str) -> list[dict[str, str]]:
     for e in task.examples:
         messages += [{"role": "user", "content": e.intent}, {"role": "assistant", "content": e.prompt}]
     return [*messages, {"role": "user", "content": intent}]
+
+
+def render_completion_json(task: Task, intent: str, n: int) -> str:
+    """Raw few-shot text that ends where JSON with ``n`` prompts, ``{"prompts": [...]}``, should begin.
+
+    Each example says that it wants one. Arrays made of several examples' prompts, under a list of their intents, showed the
+    bundled teacher longer arrays, and it lost the intent: relevance 0.20 to 0.28 against 0.40 to 0.52.
+    """
+    shots = "".join(f"Intent: {e.intent} (1)\n{task.label}: {_answer(e)}\n\n" for e in task.examples)
+    return f"{task.instruction.strip()} {_AS_JSON}\n\n{shots}Intent: {intent} ({n})\n{task.label}:"
+
+
+def render_chat_json(task: Task, intent: str, n: int) -> list[dict[str, str]]:
+    """The same as chat messages: instruction, examples as turns, the intent with ``n`` last."""
+    messages = [{"role": "system", "content": f"{task.instruction.strip()} {_AS_JSON}"}]
+    for e in task.examples:
+        messages += [{"role": "user", "content": f"{e.intent} (1)"}, {"role": "assistant", "content": _answer(e)}]
+    return [*messages, {"role": "user", "content": f"{intent} ({n})"}]
+
+
+_AS_JSON = "Answer with JSON, as many different ones as the number after the request asks for."
+
+
+def _answer(example: Example) -> str:
+    return json.dumps({"prompts": [example.prompt]}, ensure_ascii=False)

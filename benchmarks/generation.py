@@ -1,0 +1,158 @@
+"""The generate stage against the bare engine, and all of it that is not the engine at a million rows.
+
+``python -m benchmarks.generation [engine] [rows] [scoring] [--requests N] [--rows N ...] [recipe] [key=value ...]``
+
+- ``engine``: tokens/s of the whole stage (Ray Data, ledger, inspection of every completion) over vLLM alone, on the same
+  requests, settings and machine, in turns in one run. Both are timed while the engine is full: after the first requests that
+  fill it are done, and before the last ones that empty it. The whole run, first request to last, stands beside it.
+- ``rows``: rows/s and peak memory of the driver with an engine that answers at once, at two sizes.
+- ``scoring``: prompts/s of each scoring pass, against the rate at which the stage makes them.
+
+Prints a table and, as its last line, JSON.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from udrl import recipe as recipes
+from udrl.recipe import Recipe
+
+PARTS = ("engine", "rows", "scoring")
+HERE = str(Path(__file__).parents[1])
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.generation", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("words", nargs="*", help="parts to run (default: all), a recipe file, key=value overrides")
+    parser.add_argument("--requests", type=int, default=2048, help="requests of the engine part")
+    parser.add_argument("--turns", type=int, default=2, help="turns of bare engine and stage")
+    parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000])
+    arguments = parser.parse_args(argv)
+    parts = [w for w in arguments.words if w in PARTS] or list(PARTS)
+    files = [w for w in arguments.words if w.endswith(".yaml")]
+    recipe = recipes.load(files[0] if files else "recipes/quickstart.yaml", [w for w in arguments.words if "=" in w])
+    found: dict[str, Any] = {"machine": machine()}
+    folder = tempfile.mkdtemp(prefix="udrl-benchmark-")
+    try:
+        if "engine" in parts:
+            found |= engine_part(recipe, arguments.requests, arguments.turns, folder)
+        if "scoring" in parts and "engine" in parts:
+            found |= scoring_part(recipe, folder)
+        if "rows" in parts:
+            found |= rows_part(recipe, arguments.rows, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(json.dumps(found))
+
+
+def machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
+    return f"{len(os.sched_getaffinity(0))} cores, {model}"
+
+
+def child(*command: str, env: dict[str, str] | None = None) -> str:
+    """Run a process of this project and return what it printed; its own lines go to a log that is shown if it fails."""
+    with tempfile.TemporaryFile("w+") as log:
+        done = subprocess.run(
+            [sys.executable, *command], cwd=HERE, env=os.environ | (env or {}), stdout=subprocess.PIPE, stderr=log, text=True
+        )
+        if done.returncode:
+            log.seek(0)
+            raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{log.read()[-4000:]}")
+    return done.stdout
+
+
+def engine_part(recipe: Recipe, n: int, turns: int, folder: str) -> dict[str, Any]:
+    from udrl.generation.cost import steady
+    from udrl.generation.prepare import prepare
+    from udrl.policies.settings import engine_kwargs, environment
+
+    per_intent = len(recipe.tasks) * recipe.teacher.samples
+    values = {
+        "storage": f"{folder}/run",
+        "intents": recipe.intents.model_copy(update={"heldout": 0.0, "limit": -(-n // per_intent)}),
+    }
+    recipe = recipe.model_copy(update=values)
+    work = prepare(recipe)
+    rows = [{"prompts": 1, **row} for shard in range(work.requests.shards) for row in work.requests.rows(shard)]
+    bare = {
+        "model": work.policy.path,
+        "engine_kwargs": engine_kwargs(recipe.teacher.engine, recipe.teacher.placement),
+        "sampling_params": work.policy.sampling_params(),
+        "prompts": [work.policy.render(row)["prompt"] for row in rows],
+    }
+    Path(folder, "bare.json").write_text(json.dumps(bare))
+    Path(folder, "recipe.yaml").write_text(recipes.dump(recipe))
+    seats = recipe.teacher.engine.max_num_seqs
+    rates: dict[str, list[float]] = {"bare": [], "stage": []}
+    print(f"{'':<8}{'tokens/s':>10}{'whole run':>11}{'tokens':>10}   {len(rows):,} requests, {recipe.teacher.model}")
+    for _ in range(turns):
+        threads = environment(recipe.teacher.placement)
+        child("-m", "benchmarks.bare_engine", f"{folder}/bare.json", f"{folder}/out.json", env=threads)
+        alone = json.loads(Path(folder, "out.json").read_text())
+        alone["tokens"] = sum(tokens for _, _, tokens in alone["finished"])
+        alone["steady"] = steady(alone["finished"], seats)
+        shutil.rmtree(work.ledger, ignore_errors=True)
+        whole = json.loads(child("-m", "benchmarks.generation_stage", f"{folder}/recipe.yaml").splitlines()[-1])
+        for name, result in (("bare", alone), ("stage", whole)):
+            rates[name].append(result["steady"])
+            whole_run = result["tokens"] / result["seconds"]
+            print(f"{name:<8}{result['steady']:>10,.0f}{whole_run:>11,.0f}{result['tokens']:>10,}", flush=True)
+    ratio = sum(rates["stage"]) / sum(rates["bare"])
+    print(f"ratio of the stage to the bare engine: {ratio:.3f}\n")
+    return {
+        "bare_tokens_per_second": [round(r, 1) for r in rates["bare"]],
+        "stage_tokens_per_second": [round(r, 1) for r in rates["stage"]],
+        "ratio_to_bare_engine": round(ratio, 3),
+        "stage": {k: v for k, v in whole.items() if k not in ("tokens", "seconds", "steady")},
+    }
+
+
+def scoring_part(recipe: Recipe, folder: str) -> dict[str, Any]:
+    """Scores the ledger that the last turn of the engine part left."""
+    lines = child("-m", "benchmarks.generation_stage", f"{folder}/recipe.yaml", "score").splitlines()
+    found: dict[str, Any] = json.loads(lines[-1])
+    print(
+        f"scoring: {found['prompts']:,} prompts in {found['seconds']:.1f} s, {found['prompts_per_second']:,.0f} prompts/s,"
+        f" {found['texts_per_second']:,.0f} texts/s embedded; again with other weights: {found['reweigh_seconds']:.1f} s\n",
+        flush=True,
+    )
+    return {"scoring": found}
+
+
+def rows_part(recipe: Recipe, sizes: list[int], folder: str) -> dict[str, Any]:
+    print(f"{'rows':>10}{'rows/s':>10}{'driver peak MiB':>17}{'files':>8}   the stage without its engine")
+    results = []
+    for n in sizes:
+        teacher = recipe.teacher.model_copy(update={"samples": 4, "shard_size": None})
+        per_intent = len(recipe.tasks) * 4
+        intents = recipe.intents.model_copy(update={"heldout": 0.0, "limit": -(-n // per_intent)})
+        values = {"storage": f"{folder}/rows-{n}", "teacher": teacher, "intents": intents}
+        Path(folder, "rows.yaml").write_text(recipes.dump(recipe.model_copy(update=values)))
+        out = json.loads(child("-m", "benchmarks.generation_stage", f"{folder}/rows.yaml", "dummy").splitlines()[-1])
+        print(f"{out['rows']:>10,}{out['rows_per_second']:>10,.0f}{out['driver_mib']:>17,.0f}{out['files']:>8,}", flush=True)
+        shutil.rmtree(f"{folder}/rows-{n}", ignore_errors=True)
+        results.append(out)
+    growth = results[-1]["driver_mib"] / results[0]["driver_mib"] - 1
+    hours = 52e6 / results[-1]["rows_per_second"] / 3600
+    print(f"driver's peak grows by {growth:+.1%}; 52M rows at that rate: {hours:.1f} hours on this machine\n")
+    return {"rows": results, "driver_growth": round(growth, 3), "hours_for_52M": round(hours, 2)}
+
+
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,78 @@
+"""``python -m benchmarks.generation_stage RECIPE [dummy|score]``: the generate stage's engine part in a process of its own.
+
+Prints one JSON line; ``benchmarks.generation`` reads it.
+"""
+
+import json
+import sys
+import time
+from typing import Any
+
+from udrl import cluster, recipe
+from udrl.generation.cost import steady_rate
+from udrl.generation.generate import Inspect
+from udrl.generation.prepare import prepare
+from udrl.policies.engine import complete
+from udrl.policies.ledger import list_parts
+
+
+def main(path: str, how: str = "vllm") -> None:
+    config = recipe.load(path)
+    work = prepare(config)
+    cluster.connect()
+    if how == "score":
+        print(json.dumps(score(config, work)))
+        return
+    actor = None
+    if how == "dummy":
+        from benchmarks.dummy_engine import DummyEngine
+
+        actor = DummyEngine
+    begun = time.monotonic()
+    tally = complete(work.policy, work.requests, work.ledger, "benchmark", inspect=Inspect(work.tasks), actor=actor)
+    found: dict[str, Any] = {
+        "tokens": tally.output_tokens,
+        "seconds": tally.seconds,
+        "steady": steady_rate(work.ledger, config.teacher.engine.max_num_seqs),
+        "startup_seconds": round(tally.startup_seconds, 1),
+        "accepted_share": round(tally.accepted_share, 3),
+        "engines_busy": round(tally.busy_share, 4),
+        "prefix_cache_hits": round(tally.cached_share, 4),
+        "first_token_p50": round(tally.first_token_seconds(0.5), 3),
+        "first_token_p95": round(tally.first_token_seconds(0.95), 3),
+    }
+    if how == "dummy":
+        from benchmarks.generation import peak_mib
+
+        found = {
+            "rows": tally.rows,
+            "rows_per_second": round(tally.rows / tally.seconds, 1),
+            "seconds": round(time.monotonic() - begun, 1),
+            "driver_mib": round(peak_mib(), 1),
+            "files": sum(map(len, list_parts(work.ledger).values())),
+        }
+    print(json.dumps(found))
+
+
+def score(config: recipe.Recipe, work: Any) -> dict[str, Any]:
+    from udrl.scoring.score import score as score_ledger
+
+    begun = time.monotonic()
+    counts = score_ledger(work.ledger, config.storage, work.tasks, config.rewards)
+    seconds = time.monotonic() - begun
+    other = config.rewards.model_copy(update={"weights": config.rewards.weights.model_copy(update={"novelty": 0.5})})
+    begun = time.monotonic()
+    score_ledger(work.ledger, config.storage, work.tasks, other)
+    reweigh = time.monotonic() - begun
+    return {
+        "prompts": counts.total(),
+        "accepted": counts["accepted"],
+        "seconds": round(seconds, 1),
+        "prompts_per_second": round(counts.total() / seconds, 1),
+        "texts_per_second": round((counts["accepted"] + work.n_train) / seconds, 1),
+        "reweigh_seconds": round(reweigh, 1),
+    }
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

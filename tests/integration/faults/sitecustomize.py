@@ -1,0 +1,45 @@
+"""Faults for the kill tests, in every process that finds this folder on PYTHONPATH.
+
+A fault is a file in $UDRL_FAULTS, named ``<when>-<what>-<n>``: before or after the n-th ledger file appears, ``kill`` the
+process that writes it, or ``hold`` it until the file is gone. The process that meets a fault claims it by renaming it, so
+that it strikes once.
+"""
+
+import os
+import signal
+import time
+
+_replace = os.replace
+_folder = os.environ.get("UDRL_FAULTS", "")
+
+
+def _strike(when: str, target: str) -> None:
+    folder, name = os.path.split(target)
+    if not name.startswith("part-") or os.environ.get("UDRL_FAULTS_IN", "/completions/") not in f"{folder}/":
+        return
+    written = sum(n.startswith("part-") for n in os.listdir(folder)) + (when == "before")
+    for fault in sorted(os.listdir(_folder)):
+        if fault.endswith(".struck") or not fault.startswith(when):
+            continue
+        _, what, at = fault.split("-")
+        if written < int(at):
+            continue
+        struck = os.path.join(_folder, f"{fault}.struck")
+        try:
+            os.rename(os.path.join(_folder, fault), struck)
+        except FileNotFoundError:  # another process met it first
+            continue
+        if what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        while os.path.exists(struck):
+            time.sleep(0.05)
+
+
+if _folder:
+
+    def replace(source: str, target: str) -> None:
+        _strike("before", str(target))
+        _replace(source, target)
+        _strike("after", str(target))
+
+    os.replace = replace  # type: ignore[assignment]

@@ -1,0 +1,280 @@
+"""Whatever is killed, the same command makes every episode exactly once, and pays again for what was in flight alone."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from udrl import storage
+from udrl.episodes import iter_tables
+from udrl.generation.prepare import prepare
+from udrl.policies.backpressure import UNWRITTEN
+from udrl.policies.engine import _tasks_in_flight
+from udrl.policies.ledger import list_parts, read_shard
+from udrl.recipe import load
+
+HERE = Path(__file__).parent
+SHARD, SEQS, INTENTS, SAMPLES = 8, 8, 20, 4
+REQUESTS = INTENTS * SAMPLES
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent", "python")
+WAIT = 240  # seconds until a trigger that never comes fails the test
+
+
+@pytest.fixture(scope="module")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Llama of two small layers with the bundled teacher's tokenizer: it writes nonsense, and starts in seconds."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from udrl import models
+
+    folder = str(tmp_path_factory.mktemp("tiny") / "llama")
+    tokenizer = AutoTokenizer.from_pretrained(models.resolve("bundled:smollm2-135m-instruct"))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        max_position_embeddings=1024,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+class Job:
+    """One recipe, started and killed as often as a test wants."""
+
+    def __init__(self, folder: Path, teacher: str, engine: str) -> None:
+        self.folder, self.engine, self.part = folder, engine, ""
+        self.log, self.faults = folder / "requests.log", folder / "faults"
+        self.faults.mkdir(parents=True)
+        self.log.touch()
+        values = {
+            "name": "kill",
+            "storage": str(folder / "run"),
+            "watchdog_minutes": 0.3 if engine == "stuck" else 30,
+            "tasks": ["image_search"],
+            "intents": {"source": "builtin:composer", "limit": INTENTS, "heldout": 0},
+            "teacher": {
+                "model": teacher,
+                "samples": SAMPLES,
+                "shard_size": SHARD,
+                "max_rejects": 1,
+                "sampling": {"max_tokens": 16},
+                "engine": {"max_num_seqs": SEQS, "batch_size": 8, "max_model_len": 512},
+            },
+        }
+        self.path = folder / "kill.yaml"
+        self.path.write_text(yaml.safe_dump(values))
+        self.recipe = load(str(self.path))
+        self.driver: subprocess.Popen[bytes] | None = None
+
+    def environment(self) -> dict[str, str]:
+        faults = str(HERE / "faults")
+        return {
+            "PYTHONPATH": os.pathsep.join([faults, str(HERE.parents[1])]),
+            "UDRL_FAULTS": str(self.faults),
+            "UDRL_REQUEST_LOG": str(self.log),
+        }
+
+    def fault(self, name: str) -> None:
+        (self.faults / name).touch()
+
+    def struck(self, name: str) -> bool:
+        return (self.faults / f"{name}.struck").exists()
+
+    def start(self) -> None:
+        self.driver = subprocess.Popen(
+            [sys.executable, str(HERE / "faults" / "driver.py"), str(self.path), self.engine, self.part],
+            env=os.environ | self.environment(),
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=(self.folder / "driver.log").open("ab"),
+        )
+
+    def until(self, met: Callable[[], bool]) -> None:
+        assert self.driver
+        assert wait(lambda: met() or self.driver.poll() is not None), self.told()  # type: ignore[union-attr]
+        assert self.driver.poll() is None, f"the job ended before it was killed\n{self.told()}"
+
+    def kill(self) -> None:
+        """SIGKILL the driver, and wait until its cluster has gone with it."""
+        assert self.driver
+        family = psutil.Process(self.driver.pid).children(recursive=True)
+        self.driver.kill()
+        self.driver.wait()
+        # Ray's agents take half a minute to notice; they hold no engine and write no file.
+        assert wait(lambda: all(gone(process) or process.name() in AGENTS for process in family))
+        for process in family:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        for held in self.faults.glob("*-hold-*.struck"):
+            held.unlink()
+
+    def finish(self) -> None:
+        if not self.driver or self.driver.poll() is not None:
+            self.start()
+        assert self.driver
+        assert self.driver.wait(WAIT) == 0, self.told()
+
+    def told(self) -> str:
+        return (self.folder / "driver.log").read_text(errors="replace")[-3000:]
+
+    def asked(self) -> list[tuple[int, int, str]]:
+        """(id, process, node) of every request that an engine took."""
+        lines = self.log.read_text().splitlines()
+        return [(int(i), int(pid), node) for i, pid, node in (line.split() for line in lines)]
+
+    def files(self) -> int:
+        return len(list((self.folder / "run" / "completions").glob("*/part-*.parquet")))
+
+    def assert_exactly_once(self, kills: int) -> None:
+        out = prepare(self.recipe).ledger
+        tables = [read_shard(out, names) for names in list_parts(out).values()]
+        ids = [i for table in tables for i in table["episode_id"].to_pylist()]
+        assert {error for table in tables for error in table["error"].to_pylist()} == {""}
+        assert len(ids) == len(set(ids)) == REQUESTS
+        asked = [i for i, _, _ in self.asked()]
+        assert set(asked) == set(ids)
+        # Shards that the engine held, and those on their way to a file.
+        bound = kills * SHARD * (_tasks_in_flight(prepare(self.recipe).policy, SHARD) + UNWRITTEN)
+        print(f"{self.engine}: {kills} kills, {len(asked) - len(ids)} of {REQUESTS} requests taken twice; at most {bound}")
+        assert len(asked) - len(ids) <= bound
+
+
+def gone(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or not process.cmdline()
+    except psutil.Error:  # a zombie: nobody may ever wait for it, and it does nothing
+        return True
+
+
+def wait(met: Callable[[], bool]) -> bool:
+    """Whether ``met`` came true in time; the clock only ends a test that has failed."""
+    pause = threading.Event()
+    for _ in range(WAIT * 20):
+        if met():
+            return True
+        pause.wait(0.05)
+    return False
+
+
+@pytest.fixture
+def job(tmp_path: Path, tiny_teacher: str) -> Iterator[Callable[[str], Job]]:
+    jobs: list[Job] = []
+
+    def make(engine: str) -> Job:
+        jobs.append(Job(tmp_path / f"job{len(jobs)}", tiny_teacher, engine))
+        return jobs[-1]
+
+    yield make
+    for made in jobs:
+        if made.driver and made.driver.poll() is None:
+            made.kill()
+
+
+def test_a_driver_that_was_killed_goes_on_where_it_was(job: Callable[[str], Job]) -> None:
+    killed = job("vllm")
+    killed.part = "all"
+    killed.fault("before-hold-4")
+    killed.start()
+    killed.until(lambda: killed.struck("before-hold-4"))
+    killed.kill()
+    assert killed.files() == 3
+    killed.finish()
+    killed.assert_exactly_once(kills=1)
+    where = killed.recipe.storage
+    sides = [storage.join(where, side) for side in ("episodes", "rejects")]
+    ids = [i for side in sides for table in iter_tables(side, ["episode_id"]) for i in table["episode_id"].to_pylist()]
+    assert len(ids) == len(set(ids)) == REQUESTS
+
+
+def test_a_driver_may_be_killed_twice_before_and_after_a_file_appears(job: Callable[[str], Job]) -> None:
+    killed = job("dummy")
+    for fault in ("before-hold-3", "after-hold-6"):
+        killed.fault(fault)
+        killed.start()
+        killed.until(lambda fault=fault: killed.struck(fault))  # type: ignore[misc]
+        written = killed.files()
+        killed.kill()
+        assert killed.files() == written
+    killed.finish()
+    killed.assert_exactly_once(kills=2)
+
+
+def test_engines_that_die_are_replaced_within_the_run(job: Callable[[str], Job]) -> None:
+    """First the engine's core process, whose actor lives on, then the actor that took its place."""
+    killed = job("vllm")
+    for fault in ("after-hold-2", "after-hold-5"):
+        killed.fault(fault)
+    killed.start()
+    for fault, victim in (("after-hold-2", "core"), ("after-hold-5", "actor")):
+        killed.until(lambda fault=fault: killed.struck(fault))  # type: ignore[misc]
+        actor = psutil.Process(killed.asked()[-1][1])
+        cores = [child for child in actor.children(recursive=True) if "EngineCore" in " ".join(child.cmdline())]
+        (cores[0] if victim == "core" else actor).kill()
+        # The core too: it holds the model, and on a GPU its successor would find no memory.
+        assert wait(lambda mine=[actor, *cores]: all(map(gone, mine)))  # type: ignore[misc]
+        (killed.faults / f"{fault}.struck").unlink()
+    killed.finish()
+    assert len({pid for _, pid, _ in killed.asked()}) == 3, killed.told()
+    killed.assert_exactly_once(kills=2)
+
+
+def test_writers_that_die_around_their_write_lose_and_double_nothing(job: Callable[[str], Job]) -> None:
+    killed = job("dummy")
+    faults = ("before-kill-3", "after-kill-5")
+    for fault in faults:
+        killed.fault(fault)
+    killed.finish()
+    assert all(map(killed.struck, faults))
+    killed.assert_exactly_once(kills=0)
+
+
+def test_an_engine_that_hangs_ends_the_job_with_what_was_going_on(job: Callable[[str], Job]) -> None:
+    """A process of its own, because nothing but its end frees a read of Ray's that never returns."""
+    stuck = job("stuck")
+    stuck.start()
+    assert stuck.driver
+    assert stuck.driver.wait(WAIT) == 3, stuck.told()
+    told = stuck.told()
+    for part in ("what was going on", "alive", "MapBatches(Stuck)", "generate: no progress for", "run the same command again"):
+        assert part in told
+
+
+def test_a_lost_node_takes_its_engine_and_nothing_else(job: Callable[[str], Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three nodes of one machine: the driver's, which may not hold an engine, and two that may."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    killed = job("vllm")
+    killed.fault("after-hold-2")
+    for name, value in killed.environment().items():
+        monkeypatch.setenv(name, value)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        nodes = {node.node_id: node for node in (cluster.add_node(num_cpus=2), cluster.add_node(num_cpus=2))}
+        cluster.wait_for_nodes()
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        killed.start()
+        killed.until(lambda: killed.struck("after-hold-2"))
+        (killed.faults / "after-hold-2.struck").unlink()
+        lost = killed.asked()[0][2]
+        cluster.remove_node(nodes[lost], allow_graceful=False)
+        killed.finish()
+        assert {node for _, _, node in killed.asked()} == set(nodes)
+        killed.assert_exactly_once(kills=1)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()

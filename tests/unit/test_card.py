@@ -1,0 +1,187 @@
+"""The dataset card: what it tells is what lies in the files, and ``datasets`` loads what it describes."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import yaml
+
+from udrl import models, recipe, storage
+from udrl.episodes import COMPONENTS, EPISODES, REJECTS, Reason
+from udrl.generation import card, histograms
+
+TASKS = ["text_to_image", "image_search"]
+
+
+def a_recipe(folder: str, **values: Any) -> recipe.Recipe:
+    base = {"name": "made-up", "storage": folder, "tasks": TASKS, "intents": {"limit": 10}}
+    return recipe.validate({**base, **values}, "test")
+
+
+def rows(schema: pa.Schema, n: int, **values: Any) -> pa.Table:
+    blank = {"string": "", "int64": 0, "int32": 0, "float": 0.5}
+    table = []
+    for i in range(n):
+        row = {f.name: blank[str(f.type)] for f in schema} | {"task": TASKS[i % 2], "policy": "teacher", "model": "m"}
+        row |= {name: value(i) if callable(value) else value for name, value in values.items()}
+        table.append(row)
+    return pa.Table.from_pylist(table, schema=schema)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    """Three files of 40 episodes, two of 9 rejects, the rest of a run's storage around them."""
+    rng = np.random.default_rng(0)
+    for part in range(3):
+        random = {c: lambda _: float(rng.random()) for c in (*COMPONENTS, "reward")}
+        table = rows(EPISODES, 40, n_words=lambda i: 3 + i // 4, prompt="a fox", intent='fox "card" | été', **random)
+        storage.write_table(str(tmp_path / f"episodes/part-{part:08d}.parquet"), table)
+    for part in range(2):
+        table = rows(REJECTS, 9, reason=lambda i: str([Reason.ECHO, Reason.EMPTY, Reason.ECHO][i % 3]), completion="a fox")
+        storage.write_table(str(tmp_path / f"rejects/part-{part:08d}.parquet"), table)
+    storage.write_json(str(tmp_path / "episodes/about.json"), {})
+    storage.write_table(str(tmp_path / "intents/abc/train.parquet"), pa.table({"intent_id": range(30)}))
+    storage.write_table(str(tmp_path / "intents/abc/heldout.parquet"), pa.table({"intent_id": range(4)}))
+    storage.write_table(str(tmp_path / "intents/abc/rejects.parquet"), pa.table({"reason": ["blank", "blank", "too long"]}))
+    storage.write_table(str(tmp_path / "completions/x/part-0.parquet"), pa.table({"other": ["x"]}))
+    return str(tmp_path)
+
+
+def written(folder: str, **values: Any) -> str:
+    card.write_card(a_recipe(folder, **values), {"intents": "abc"}, folder)
+    return (Path(folder) / "README.md").read_text()
+
+
+def test_datasets_loads_episodes_by_default_and_rejects_by_name(folder: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    import datasets
+
+    written(folder)
+    cache = str(tmp_path_factory.mktemp("cache"))
+    episodes = datasets.load_dataset(folder, split="train", cache_dir=cache)
+    rejects = datasets.load_dataset(folder, "rejects", split="train", cache_dir=cache)
+    assert (episodes.num_rows, episodes.column_names) == (120, EPISODES.names)
+    assert (rejects.num_rows, rejects.column_names) == (18, REJECTS.names)
+    assert episodes[0]["intent"] == 'fox "card" | été'
+
+
+def test_datasets_loads_a_run_without_rejects(folder: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    import datasets
+
+    storage.remove(f"{folder}/rejects")
+    assert "rejects/*.parquet" not in written(folder)
+    assert datasets.load_dataset(folder, split="train", cache_dir=str(tmp_path_factory.mktemp("cache"))).num_rows == 120
+
+
+def test_the_counts_are_those_of_the_files(folder: str) -> None:
+    text = written(folder)
+    assert "138 prompts were requested: 120 accepted (87.0%), 18 rejected." in text
+    assert "| `echo` | 12 | 8.7% |" in text
+    assert "| `empty` | 6 | 4.3% |" in text
+    assert "| `image_search` | 60 | 8 |" in text
+    assert "| teacher | `m` |" in text
+    assert "30 intents are for training, 4 are held out" in text
+    assert "2 blank, 1 too long" in text
+
+
+def test_the_front_matter_is_what_the_hub_expects(folder: str) -> None:
+    front = yaml.safe_load(written(folder).split("---\n")[1])
+    assert front["license"] == "apache-2.0"
+    assert front["language"] == ["en"]
+    assert front["size_categories"] == ["n<1K"]
+    assert [c["config_name"] for c in front["configs"]] == ["episodes", "rejects"]
+    assert front["configs"][0]["default"] is True
+
+
+@pytest.mark.parametrize(
+    ("n", "name"), [(999, "n<1K"), (1000, "1K<n<10K"), (52_000_000, "10M<n<100M"), (10**9, "1B<n<10B"), (10**12, "n>1T")]
+)
+def test_size_categories(n: int, name: str) -> None:
+    assert card._size_category(n) == name
+
+
+def test_every_column_and_every_reason_has_its_meaning() -> None:
+    assert list(card.COLUMNS) == EPISODES.names
+    assert set(card.REASONS) == set(Reason)
+
+
+def test_histograms_are_those_of_all_rows_at_once(folder: str) -> None:
+    counts = histograms.count(folder)
+    table = pa.concat_tables([storage.read_table(f"{folder}/episodes/part-{p:08d}.parquet") for p in range(3)]).to_pylist()
+    for task in TASKS:
+        mine = [row for row in table if row["task"] == task]
+        for name in ("reward", *COMPONENTS):
+            expected, _ = np.histogram(np.array([row[name] for row in mine], np.float32), histograms.BINS, (0, 1))
+            assert counts.values[task, name].tolist() == expected.tolist()
+        assert counts.words[task][:13].tolist() == np.bincount([row["n_words"] for row in mine], minlength=13).tolist()
+        assert histograms.median(counts.words[task]) == pytest.approx(np.median([row["n_words"] for row in mine]), abs=1)
+
+
+def test_the_pictures_are_png_files_that_the_text_shows_and_explains(folder: str) -> None:
+    from PIL import Image
+
+    text = written(folder)
+    for name, caption in histograms.CAPTIONS.items():
+        assert f"(card/{name})" in text
+        assert caption in text
+        image = Image.open(io.BytesIO((Path(folder) / "card" / name).read_bytes()))
+        image.load()
+        assert image.format == "PNG"
+        assert image.size[0] >= 480
+        assert len(set(image.convert("L").resize((64, 64)).getdata())) > 10  # something is drawn
+
+
+def test_a_run_in_which_nothing_was_accepted_has_a_card_too(folder: str) -> None:
+    storage.remove(f"{folder}/episodes")
+    storage.write_table(f"{folder}/episodes/part-00000000.parquet", rows(EPISODES, 0))
+    text = written(folder)
+    assert "18 prompts were requested: 0 accepted (0.0%), 18 rejected." in text
+    assert "card/" not in text
+
+
+def test_a_llama_teacher_brings_its_notice_name_and_licence(folder: str) -> None:
+    text = written(folder, teacher={"model": "meta-llama/Meta-Llama-3.1-8B-Instruct"})
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert front["license"] == "llama3.1"
+    assert "**Built with Llama**" in text
+    assert 'a name that begins with "Llama"' in text
+    assert "https://www.llama.com/llama3_1/license/" in text
+
+
+def test_an_unknown_licence_says_so_and_points_to_the_model(folder: str) -> None:
+    text = written(folder, teacher={"model": "somebody/model-7b"})
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert (front["license"], front["license_link"]) == ("other", "https://huggingface.co/somebody/model-7b")
+    assert "is not known to this project" in text
+
+
+def test_keys_in_a_source_uri_do_not_reach_the_card(folder: str) -> None:
+    text = written(folder, intents={"source": "s3://KEY:SECRET@bucket/intents.parquet?region=x", "limit": 10})
+    assert "SECRET" not in text
+    assert "`s3://bucket/intents.parquet`" in text
+
+
+@pytest.mark.parametrize(
+    ("model", "licence"),
+    [
+        ("bundled:smollm2-135m-instruct", "apache-2.0"),
+        ("meta-llama/Llama-2-7b-chat-hf", "llama2"),
+        ("meta-llama/Meta-Llama-3-8B-Instruct", "llama3"),
+        ("meta-llama/Meta-Llama-3.1-8B-Instruct", "llama3.1"),
+        ("meta-llama/Llama-3.3-70B-Instruct", "llama3.3"),
+        ("meta-llama/Llama-4-Scout-17B-16E-Instruct", "llama4"),
+        ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "apache-2.0"),
+        ("Qwen/Qwen3-8B", "apache-2.0"),
+        ("Qwen/Qwen2.5-3B", "other"),
+        ("s3://bucket/llama", "other"),
+    ],
+)
+def test_licences_by_name(model: str, licence: str) -> None:
+    assert models.licence_facts(model).id == licence
+
+
+def test_llama_3_forbids_what_llama_3_1_allows() -> None:
+    assert "may not be used to improve" in models.licence("meta-llama/Meta-Llama-3-8B")
+    assert "may not be used to improve" not in models.licence("meta-llama/Meta-Llama-3.1-8B")

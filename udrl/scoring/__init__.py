@@ -1,0 +1,1 @@
+"""From raw completions to scored episodes: parse, reject, deduplicate, judge relevance, mix the reward."""
