@@ -65,7 +65,13 @@ def child(*command: str, env: dict[str, str] | None = None) -> str:
     """Run a process of this project and return what it printed; its own lines go to a log that is shown if it fails."""
     with tempfile.TemporaryFile("w+") as log:
         done = subprocess.run(
-            [sys.executable, *command], cwd=HERE, env=os.environ | (env or {}), stdout=subprocess.PIPE, stderr=log, text=True
+            [sys.executable, *command],
+            cwd=HERE,
+            env=os.environ | (env or {}),
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            timeout=3600,  # a process that hangs must not hang the benchmark
         )
         if done.returncode:
             log.seek(0)

@@ -3,12 +3,14 @@
 import sys
 from collections.abc import Sequence
 
-from udrl.errors import exit_code
+from udrl.errors import UserError, exit_code
 from udrl.recipe import from_command_line
 
 
 def main(argv: Sequence[str]) -> None:
     recipe = from_command_line(argv, "Stream intents through the teacher into scored episodes.", plans=True)
+    if recipe.episodes_from:
+        raise UserError(f"episodes_from: nothing to generate; the episodes are those of {recipe.episodes_from}")
     from udrl.generation import dry_run, generate
 
     print("\n".join(dry_run.run(recipe)) if recipe.dry_run else generate.describe(generate.run(recipe)))

@@ -13,10 +13,13 @@ def main(argv: Sequence[str]) -> None:
     from udrl import progress
     from udrl.evaluation import evaluate
     from udrl.generation import generate
-    from udrl.student import train
+    from udrl.rounds import run as rounds
 
     times = []
-    for name, stage in (("generate", generate), ("train", train), ("evaluate", evaluate)):
+    for name, stage in (("generate", generate), ("train", rounds), ("evaluate", evaluate)):
+        if stage is generate and recipe.episodes_from:
+            print(f"generate: skipped; the episodes are those of {recipe.episodes_from}", flush=True)
+            continue
         begun = time.monotonic()
         result = stage.run(recipe)
         times.append(f"{name} {progress.duration(time.monotonic() - begun)}")

@@ -8,10 +8,12 @@ from udrl.recipe import from_command_line
 
 
 def main(argv: Sequence[str]) -> None:
-    recipe = from_command_line(argv, "Train the student on the episodes by upside-down reinforcement learning.")
-    from udrl.student import train
+    recipe = from_command_line(
+        argv, "Train the student by upside-down reinforcement learning, in rounds if the recipe has any."
+    )
+    from udrl.rounds import run as rounds
 
-    print(train.describe(train.run(recipe)))
+    print(rounds.describe(rounds.run(recipe)))
 
 
 if __name__ == "__main__":

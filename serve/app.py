@@ -119,7 +119,8 @@ def curl_line(url: str, vocabulary: Vocabulary) -> str:
     """A request to paste into a shell."""
     task, learnt = next(iter(vocabulary.tasks.items()))
     intent = "birthday invitation for a five-year-old who loves dinosaurs"
-    body = json.dumps({"intent": intent, "task": task, "length": learnt.default_words, "n": 2})
+    length = {"length": learnt.default_words} if learnt.default_words > 0 else {}
+    body = json.dumps({"intent": intent, "task": task, **length, "n": 2})
     return f"curl -s {url}/v1/prompts -H 'Content-Type: application/json' -d '{body}'"
 
 

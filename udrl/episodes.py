@@ -13,7 +13,10 @@ Layout under the storage URI::
     rejects/part-*.parquet         the rest, each with its reason
     generate.json                  what the generate stage counted
     student_data/, checkpoints/    packed rows and training state, by fingerprint
-    student/                       the exported model
+    student/                       the exported model: the last round's
+    rounds/<k>/                    of each round: completions/<mark>/, sifted/, relevance/, episodes/, rejects/ as above,
+                                   round.json (what was asked and achieved), student/; round 0 has the last two alone
+    rounds.json                    one entry a round, and whose student is in student/
     evaluation/                    report.md, metrics.json, plots, outputs.parquet
 """
 

@@ -157,6 +157,9 @@ class Commands(Section):
 class Student(Section):
     """A GPT-2. ``depth`` is the one dial; the rest follows from it unless set."""
 
+    init: str | None = Field(
+        None, description="pretrained GPT-2 to start from: Hugging Face id, path or URI; its shape and tokenizer stand"
+    )
     depth: int = Field(6, ge=1, le=48)
     width: int | None = Field(None, ge=16, description="default: 64 x depth (12 -> 768), at least 128")
     heads: int | None = Field(None, ge=1, description="default: width / 64")
@@ -167,7 +170,13 @@ class Student(Section):
 
 
 class Train(Section):
+    objective: Literal["udrl", "sft", "sft_top"] = Field(
+        "udrl", description="hindsight commands; or plain fine-tuning on all episodes, or on the top ones, at equal budget"
+    )
+    top_share: float = Field(0.3, gt=0, le=1, description="of each task's episodes by reward: what sft_top learns from")
     workers: int = Field(1, ge=1)
+    min_workers: int | None = Field(None, ge=1, description="go on with this many when nodes are lost, and grow back")
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     cpus_per_worker: float = Field(1, gt=0)
     gpus_per_worker: float = Field(0, ge=0)
     accelerator: str | None = None
@@ -176,18 +185,45 @@ class Train(Section):
     batch_tokens: int = Field(2048, ge=32, description="tokens of one optimizer step, over all workers")
     micro_batch_rows: int | None = Field(None, ge=1, description="rows of one forward pass; default: the whole share")
     lr: float | None = Field(None, gt=0, description="default: falls with width (1e-3 at width 320)")
+    schedule: Literal["cosine", "wsd"] = Field("cosine", description="after the warm-up: a cosine, or stable and then decay")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps")
+    decay: float = Field(0.2, gt=0, le=1, description="share of the steps in which wsd falls, linearly")
+    final_lr: float = Field(0.1, ge=0, le=1, description="where the schedule ends, as a share of lr")
     weight_decay: float = Field(0.1, ge=0)
     clip: float = Field(1.0, gt=0)
     precision: Literal["bf16", "fp32"] = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 1
+    deepspeed: str | None = Field(None, description="a DeepSpeed JSON of your own, in place of the one made from these keys")
     checkpoint_every: int = Field(500, ge=1, description="steps")
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(2, ge=1, description="the latest ones; the best by validation loss is kept beside them")
+    validate_every: int | None = Field(None, ge=1, description="steps; default: checkpoint_every")
+    sample_intents: int = Field(4, ge=0, description="validation intents a task that are written out at each validation")
+    export: Literal["last", "best"] = Field("last", description="which weights become the student")
+    trackers: list[Literal["mlflow", "wandb"]] = Field(
+        default_factory=list, description="beside TensorBoard; each takes its address and key from its own environment"
+    )
     max_failures: int = Field(3, ge=0, description="worker failures that Ray Train mends before it gives up")
     swapped_copies: int = Field(
         0, ge=0, le=8, description="copies of each episode with shared rare words swapped; they teach a small student to copy"
     )
     validation: float = Field(0.03, ge=0, lt=0.5, description="share of intents kept for validation loss")
+
+
+class Explore(Section):
+    """How the student of each round makes the next one's episodes."""
+
+    intents: int | None = Field(None, ge=1, description="training intents a round, drawn by seed; default: all")
+    samples: int = Field(2, ge=1, description="prompts of an intent and task")
+    top_share: float = Field(0.3, gt=0, le=1, description="the buffer's best, from whose mean upwards rewards are commanded")
+    sampling: Sampling = Sampling(temperature=1.0, min_p=0.05)
+    engine: Engine = Engine(max_model_len=256)
+    placement: Placement = Placement()
+    epochs: float = Field(1, gt=0, description="of the retraining, over the buffer")
+    lr: float | None = Field(None, gt=0, description="of the retraining; default: a third of train's")
+    replay: float = Field(0.5, ge=0, lt=1, description="least share of earlier rounds' episodes in the retraining")
+    min_diversity: float = Field(
+        0.7, ge=0, le=1, description="a round whose distinct bigrams fall below this share of round 0's is not trained on"
+    )
 
 
 class Evaluate(Section):
@@ -225,6 +261,9 @@ class Recipe(Section):
     resume: Literal["never", "always", "if_possible"] = Field(
         "always", description="where settings changed, 'always' stops and names them, 'if_possible' starts anew beside the old"
     )
+    episodes_from: str | None = Field(
+        None, min_length=1, description="storage of another run, on whose intents and episodes this one trains and is evaluated"
+    )
     dry_run: bool = Field(False, description="jobs.generate prints its plan (requests, tokens, files, hours, cost) and stops")
     watchdog_minutes: float = Field(30, gt=0, description="a stage without progress for this long is ended")
     seed: int = Field(0, ge=0)
@@ -235,8 +274,14 @@ class Recipe(Section):
     commands: Commands = Commands()
     student: Student = Student()
     train: Train = Train()
+    rounds: int = Field(0, ge=0, le=50, description="after the teacher's: explore, score, relabel, retrain")
+    explore: Explore = Explore()
     evaluate: Evaluate = Evaluate()
     serve: Serve = Serve()
+
+    def episodes_of(self) -> str:
+        """Storage of the run whose intents and episodes are used."""
+        return self.episodes_from or self.storage
 
     @field_validator("tasks")
     @classmethod
@@ -346,8 +391,12 @@ def from_command_line(argv: Sequence[str], description: str, plans: bool = False
     parser.add_argument("--print", action="store_true", help="print the resolved recipe and stop")
     arguments = parser.parse_intermixed_args(argv)  # --print may stand anywhere
     recipe = load(arguments.recipe, arguments.overrides)
+    places = {"storage": recipe.storage, "episodes_from": recipe.episodes_from}
     recipe = recipe.model_copy(
-        update={"storage": recipe.storage if "://" in recipe.storage else os.path.abspath(os.path.expanduser(recipe.storage))}
+        update={
+            key: place if place is None or "://" in place else os.path.abspath(os.path.expanduser(place))
+            for key, place in places.items()
+        }
     )
     if recipe.dry_run and not plans:
         raise UserError("dry_run: only jobs.generate has a plan to show; run it there")

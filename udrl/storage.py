@@ -74,6 +74,13 @@ def list_folders(uri: str) -> list[str]:
     return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
 
 
+def file_sizes(uri: str) -> dict[str, int]:
+    """Bytes of every file below ``uri``, by its path relative to it; empty where it is absent."""
+    fs, path = open_filesystem(uri)
+    infos = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=True))
+    return {info.path[len(path.rstrip("/")) + 1 :]: info.size for info in infos if info.type == pafs.FileType.File}
+
+
 def remove(uri: str) -> None:
     """Delete a file or a folder with all it holds; nothing happens where it is absent."""
     fs, path = open_filesystem(uri)

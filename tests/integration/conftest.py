@@ -1,17 +1,10 @@
-"""A real local Ray for the integration tests, and a run's storage filled with made-up episodes."""
+"""A real local Ray for the integration tests, and a run with made-up episodes."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 import pytest
-
-from udrl import storage
-from udrl.episodes import COMPONENTS, EPISODES, stable_id
-
-SUBJECTS = "owl fox lynx otter heron newt violin kettle lantern bicycle".split()  # noqa: SIM905
-WORDS = "soft light snow night bold type wide shot gold blue quiet forest paper texture warm".split()  # noqa: SIM905
+from episodes_made_up import fill_with_episodes
 
 
 @pytest.fixture(scope="module")
@@ -24,27 +17,6 @@ def local_ray() -> Iterator[None]:
     cluster.connect(num_cpus=3)
     yield
     ray.shutdown()
-
-
-def fill_with_episodes(uri: str, files: int = 3, rows: int = 80) -> None:
-    """Write a generate stage's outputs, two tasks, as if a teacher had made them."""
-    rng = np.random.default_rng(0)
-    blank = {"string": "", "int64": 0, "int32": 0, "float": 0.5}
-    for part in range(files):
-        table = []
-        for i in range(rows):
-            subject = SUBJECTS[i % len(SUBJECTS)]
-            intent = f"poster of a {subject} {part} {i // 2}"
-            prompt = " ".join([subject, *rng.choice(WORDS, rng.integers(3, 12))])
-            row = {f.name: blank[str(f.type)] for f in EPISODES}
-            row |= {"intent": intent, "intent_id": stable_id(intent), "prompt": prompt, "n_words": len(prompt.split())}
-            row |= {"task": ["text_to_image", "image_search"][i % 2], "episode_id": part * rows + i}
-            row |= {c: float(rng.random()) for c in COMPONENTS} | {"reward": float(rng.random())}
-            table.append(row)
-        uri_part = storage.join(uri, "episodes", f"part-{part:08d}.parquet")
-        storage.write_table(uri_part, pa.Table.from_pylist(table, schema=EPISODES))
-    summary = {"ledger": "made-up", "scoring": "made-up", "accepted": files * rows}
-    storage.write_json(storage.join(uri, "generate.json"), summary)
 
 
 @pytest.fixture

@@ -1,16 +1,13 @@
 """Whatever is killed, the same command makes every episode exactly once, and pays again for what was in flight alone."""
 
-import contextlib
-import os
-import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
+from killing import HERE, WAIT, Killable, gone, wait
 
 from udrl import storage
 from udrl.episodes import iter_tables
@@ -20,11 +17,8 @@ from udrl.policies.engine import _tasks_in_flight
 from udrl.policies.ledger import list_parts, read_shard
 from udrl.recipe import load
 
-HERE = Path(__file__).parent
 SHARD, SEQS, INTENTS, SAMPLES = 8, 8, 20, 4
 REQUESTS = INTENTS * SAMPLES
-AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent", "python")
-WAIT = 240  # seconds until a trigger that never comes fails the test
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +46,12 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
-class Job:
-    """One recipe, started and killed as often as a test wants."""
+class Job(Killable):
+    """One recipe."""
 
     def __init__(self, folder: Path, teacher: str, engine: str) -> None:
-        self.folder, self.engine, self.part = folder, engine, ""
-        self.log, self.faults = folder / "requests.log", folder / "faults"
-        self.faults.mkdir(parents=True)
+        super().__init__(folder)
+        self.engine, self.part, self.log = engine, "", folder / "requests.log"
         self.log.touch()
         values = {
             "name": "kill",
@@ -78,58 +71,12 @@ class Job:
         self.path = folder / "kill.yaml"
         self.path.write_text(yaml.safe_dump(values))
         self.recipe = load(str(self.path))
-        self.driver: subprocess.Popen[bytes] | None = None
+
+    def command(self) -> list[str]:
+        return [sys.executable, str(HERE / "faults" / "driver.py"), str(self.path), self.engine, self.part]
 
     def environment(self) -> dict[str, str]:
-        faults = str(HERE / "faults")
-        return {
-            "PYTHONPATH": os.pathsep.join([faults, str(HERE.parents[1])]),
-            "UDRL_FAULTS": str(self.faults),
-            "UDRL_REQUEST_LOG": str(self.log),
-        }
-
-    def fault(self, name: str) -> None:
-        (self.faults / name).touch()
-
-    def struck(self, name: str) -> bool:
-        return (self.faults / f"{name}.struck").exists()
-
-    def start(self) -> None:
-        self.driver = subprocess.Popen(
-            [sys.executable, str(HERE / "faults" / "driver.py"), str(self.path), self.engine, self.part],
-            env=os.environ | self.environment(),
-            start_new_session=True,
-            stdout=subprocess.DEVNULL,
-            stderr=(self.folder / "driver.log").open("ab"),
-        )
-
-    def until(self, met: Callable[[], bool]) -> None:
-        assert self.driver
-        assert wait(lambda: met() or self.driver.poll() is not None), self.told()  # type: ignore[union-attr]
-        assert self.driver.poll() is None, f"the job ended before it was killed\n{self.told()}"
-
-    def kill(self) -> None:
-        """SIGKILL the driver, and wait until its cluster has gone with it."""
-        assert self.driver
-        family = psutil.Process(self.driver.pid).children(recursive=True)
-        self.driver.kill()
-        self.driver.wait()
-        # Ray's agents take half a minute to notice; they hold no engine and write no file.
-        assert wait(lambda: all(gone(process) or process.name() in AGENTS for process in family))
-        for process in family:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        for held in self.faults.glob("*-hold-*.struck"):
-            held.unlink()
-
-    def finish(self) -> None:
-        if not self.driver or self.driver.poll() is not None:
-            self.start()
-        assert self.driver
-        assert self.driver.wait(WAIT) == 0, self.told()
-
-    def told(self) -> str:
-        return (self.folder / "driver.log").read_text(errors="replace")[-3000:]
+        return super().environment() | {"UDRL_REQUEST_LOG": str(self.log)}
 
     def asked(self) -> list[tuple[int, int, str]]:
         """(id, process, node) of every request that an engine took."""
@@ -153,23 +100,6 @@ class Job:
         assert len(asked) - len(ids) <= bound
 
 
-def gone(process: psutil.Process) -> bool:
-    try:
-        return not process.is_running() or not process.cmdline()
-    except psutil.Error:  # a zombie: nobody may ever wait for it, and it does nothing
-        return True
-
-
-def wait(met: Callable[[], bool]) -> bool:
-    """Whether ``met`` came true in time; the clock only ends a test that has failed."""
-    pause = threading.Event()
-    for _ in range(WAIT * 20):
-        if met():
-            return True
-        pause.wait(0.05)
-    return False
-
-
 @pytest.fixture
 def job(tmp_path: Path, tiny_teacher: str) -> Iterator[Callable[[str], Job]]:
     jobs: list[Job] = []
@@ -180,8 +110,7 @@ def job(tmp_path: Path, tiny_teacher: str) -> Iterator[Callable[[str], Job]]:
 
     yield make
     for made in jobs:
-        if made.driver and made.driver.poll() is None:
-            made.kill()
+        made.end()
 
 
 def test_a_driver_that_was_killed_goes_on_where_it_was(job: Callable[[str], Job]) -> None:

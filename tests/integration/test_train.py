@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from episodes_made_up import fill_with_episodes
 
 from udrl import storage
 from udrl.commands import Command, Vocabulary
 from udrl.errors import UserError
 from udrl.recipe import Recipe
-from udrl.student import dataset, tokenizer, train
+from udrl.student import checkpoint, tokenizer, train
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -22,6 +23,7 @@ def recipe(run: str, **more: Any) -> Recipe:
     values: dict[str, Any] = {
         "name": "tiny",
         "storage": run,
+        "resume": "if_possible",
         "tasks": ["text_to_image", "image_search"],
         "intents": {"limit": 10},
         "student": {"depth": 2, "width": 128, "vocab_size": 500, "context": 64},
@@ -61,68 +63,62 @@ def test_the_same_episodes_and_settings_are_not_trained_twice(
         train.run(recipe(run_with_episodes, train={"epochs": 3}, resume="always"))
 
 
-@pytest.mark.parametrize(("stage", "micro"), [(1, None), (2, 2), (3, None)])
-def test_two_workers_learn_what_one_does(run_with_episodes: str, stage: int, micro: int | None) -> None:
-    one = train.run(recipe(run_with_episodes, train={"precision": "fp32", "zero_stage": 0}))
-    more = {"workers": 2, "zero_stage": stage, "micro_batch_rows": micro}  # 2 rows at a time: accumulation
-    two = train.run(recipe(run_with_episodes, train={"precision": "fp32", **more}))
-    assert two["parameters"] == one["parameters"]
+FP32 = {"precision": "fp32", "checkpoint_every": 5, "epochs": 4, "zero_stage": 1}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One worker, nothing that goes wrong."""
+    run = str(tmp_path_factory.mktemp("unbroken"))
+    fill_with_episodes(run)
+    return train.run(recipe(run, train=FP32))
+
+
+def assert_same_losses(one: dict[str, Any], other: dict[str, Any], rel: float) -> None:
+    assert [step for step, _ in one["history"]] == [step for step, _ in other["history"]]
+    for (_, a), (_, b) in zip(one["history"], other["history"], strict=True):
+        assert a == pytest.approx(b, rel=rel)
+
+
+@pytest.mark.parametrize(("stage", "micro"), [(2, 1), (3, None)])
+def test_two_workers_learn_what_one_does(
+    run_with_episodes: str, unbroken: dict[str, Any], stage: int, micro: int | None
+) -> None:
+    more = {"workers": 2, "zero_stage": stage, "micro_batch_rows": micro}  # a row at a time: accumulation
+    two = train.run(recipe(run_with_episodes, train=FP32 | more))
+    assert two["parameters"] == unbroken["parameters"]
     assert two["workers"] == 2
-    assert len(one["history"]) == len(two["history"])
-    # The rows of a step do not depend on the worker count, so neither do the losses.
-    for (_, a), (_, b) in zip(one["history"], two["history"], strict=True):
-        assert a == pytest.approx(b, rel=2e-3)
+    assert_same_losses(unbroken, two, rel=2e-3)
 
 
-def test_a_killed_worker_resumes_from_the_checkpoint_with_the_same_losses(run_with_episodes: str, tmp_path: Path) -> None:
-    settings = {"precision": "fp32", "checkpoint_every": 5, "epochs": 4}
-    whole = train.run(recipe(run_with_episodes, train=settings))
+def test_a_killed_worker_resumes_from_the_checkpoint_with_the_same_losses(
+    run_with_episodes: str, unbroken: dict[str, Any]
+) -> None:
     killed: list[int] = []
     stop = threading.Event()
 
     def kill_one_worker() -> None:
-        """End the training worker, a process below this one, once Ray Train has noted its first checkpoint as stored: the
-        folder alone is there while the upload still goes on."""
-        checkpoints = Path(run_with_episodes) / "checkpoints"
+        """End the training worker, a process below this one, once its first checkpoint is whole."""
+        folder = Path(run_with_episodes) / "checkpoints"
         while not stop.wait(0.05):
-            notes = [note.read_text() for note in checkpoints.glob("*/checkpoint_manager_snapshot.json")]
-            if any("checkpoint_dir_name" in note for note in notes) and not killed:
+            if not killed and any(checkpoint.latest(str(runs)) for runs in folder.glob("*")):
                 for process in psutil.Process().children(recursive=True):
                     with contextlib.suppress(psutil.Error):
                         if "TrainWorker" in " ".join(process.cmdline()):
                             process.kill()
                             killed.append(process.pid)
 
-    # The first run's checkpoints must not be what sets off the kill, nor what is resumed from.
-    storage.remove(storage.join(run_with_episodes, "checkpoints"))
     thread = threading.Thread(target=kill_one_worker)
     thread.start()
     try:
-        broken = train.run(recipe(run_with_episodes, train=settings, resume="never"))
+        broken = train.run(recipe(run_with_episodes, train=FP32))
     finally:
         stop.set()
         thread.join()
     assert killed
     assert broken["resumed_at"] >= 5
-    assert whole["resumed_at"] == 0
-    assert [s for s, _ in broken["history"]] == [s for s, _ in whole["history"]]
-    for (_, a), (_, b) in zip(whole["history"], broken["history"], strict=True):
-        assert a == pytest.approx(b, rel=1e-3)
-
-
-def test_packed_rows_do_not_depend_on_the_run(run_with_episodes: str, tmp_path: Path) -> None:
-    made = []
-    for name in ("a", "b"):
-        out = str(tmp_path / name)
-        dataset.prepare(
-            recipe(run_with_episodes, train={"swapped_copies": 1}),
-            storage.join(run_with_episodes, "episodes"),
-            out,
-            ["text_to_image", "image_search"],
-        )
-        made.append(dataset.load_rows(out, "train"))
-    assert np.array_equal(made[0].tokens, made[1].tokens)
-    assert np.array_equal(made[0].targets, made[1].targets)
+    assert unbroken["resumed_at"] == 0
+    assert_same_losses(unbroken, broken, rel=1e-3)
 
 
 def test_no_episode_is_a_user_s_error(tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
 """Swapped copies carry new words through intent and prompt alike."""
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from udrl.rewards.components import words
-from udrl.student.augment import rare_words, swap
+from udrl.student.augment import rare_words, shared_words, swap
 
 INTENTS = [f"poster of a {w}" for w in ["owl", "fox", "lynx", "otter", "heron", "newt"]] * 5 + ["poster of a dog"] * 40
 POOL = rare_words(INTENTS)
@@ -24,12 +24,13 @@ MANY = [f"poster of a thing{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range
 NAMES = rare_words(MANY)
 
 
+@settings(deadline=None)
 @given(st.sampled_from(NAMES), st.integers(0, 99))
 def test_a_shared_rare_word_changes_in_both_and_lengths_stay(name: str, seed: int) -> None:
     intent, prompt = f"poster of a {name}", f"{name.capitalize()} under a lamp, the {name}'s shadow"
-    swapped = swap(intent, prompt, NAMES, frozenset(NAMES), np.random.default_rng(seed))
-    assert swapped
-    new_intent, new_prompt = swapped
+    shared = shared_words(intent, prompt, frozenset(NAMES))
+    assert shared == [name]
+    new_intent, new_prompt = swap(intent, prompt, shared, NAMES, np.random.default_rng(seed))
     assert len(new_intent.split()) == len(intent.split())
     assert len(new_prompt.split()) == len(prompt.split())
     new = new_intent.split()[-1]
@@ -37,18 +38,19 @@ def test_a_shared_rare_word_changes_in_both_and_lengths_stay(name: str, seed: in
     assert new_prompt.startswith(new.capitalize() + " under a lamp")
 
 
-def test_without_a_shared_rare_word_there_is_no_copy() -> None:
-    assert swap(MANY[0], "owl at night", NAMES, frozenset(NAMES), np.random.default_rng(0)) is None
+def test_only_rare_words_of_both_texts_are_shared() -> None:
+    assert shared_words(MANY[0], "owl at night", frozenset(NAMES)) == []
+    assert shared_words("Fox and owl", "owl, fox, lynx", frozenset({"fox", "lynx", "and"})) == ["fox"]
 
 
 def test_only_whole_words_are_swapped() -> None:
     name = NAMES[0]
-    _, prompt = swap(f"a {name}", f"{name} and un{name}ed", NAMES, frozenset(NAMES), np.random.default_rng(0)) or ("", "")
+    _, prompt = swap(f"a {name}", f"{name} and un{name}ed", [name], NAMES, np.random.default_rng(0))
     assert f"un{name}ed" in prompt
     assert words(prompt)[0] in NAMES
 
 
 def test_letters_that_only_the_expression_takes_for_equal_are_left_alone() -> None:
-    pool = ["istanbul", "ankara"]
-    swapped = swap("postcard of istanbul", "istanbul and \u0130stanbul", pool, frozenset(pool), np.random.default_rng(0))
-    assert swapped
+    texts = "postcard of istanbul", "istanbul and \u0130stanbul"
+    _, prompt = swap(*texts, ["istanbul"], ["ankara"], np.random.default_rng(0))
+    assert prompt == "ankara and \u0130stanbul"

@@ -1,5 +1,7 @@
 """The sequence format, packing, and the promise that user text can't become a command."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from udrl import commands
 from udrl.commands import ANY, Command, Vocabulary
 from udrl.recipe import Student, Train
 from udrl.student import model, tokenizer
-from udrl.student.packing import encode_examples, hindsight, pack
+from udrl.student.packing import Batch, Examples, assign, encode_examples, hindsight, pack
 
 TEXTS = ["a red fox in deep snow, soft light", "poster of an owl", "jazz night flyer, bold type", "Ünïcode café ☕"]
 
@@ -33,16 +35,31 @@ WORDS = tokenizer.train([" " + t for t in TEXTS * 3], VOCABULARY, 400)
 CONTROL = set(tokenizer.control_ids(WORDS, VOCABULARY.control_tokens()))
 
 
+def encode(texts: list[tuple[str, str, Command]]) -> Examples:
+    intents, prompts, labels = zip(*texts, strict=True)
+    columns = [np.array([getattr(label, name) for label in labels]) for name in ("task", "words", "reward")]
+    return encode_examples(WORDS, VOCABULARY, intents, prompts, *columns)
+
+
+def examples_of(lists: list[tuple[list[int], int]]) -> Examples:
+    """Examples from each one's token ids and where its targets begin."""
+    ids = [i for ids, _ in lists for i in ids]
+    lengths, starts = [len(ids) for ids, _ in lists], [start for _, start in lists]
+    return Examples(np.array(ids, dtype=np.int32), np.array(lengths, dtype=np.int64), np.array(starts, dtype=np.int64))
+
+
 def test_control_tokens_have_the_first_ids() -> None:
     assert sorted(CONTROL) == list(range(len(VOCABULARY.control_tokens())))
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([*VOCABULARY.control_tokens(), "<|", "|>", "fox", " ", "end"]), min_size=1, max_size=8))
 def test_control_tokens_in_user_text_stay_text(pieces: list[str]) -> None:
     ids = tokenizer.encode_text(WORDS, ["".join(pieces)])[0]
     assert not CONTROL & set(ids)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_any_text_encodes_without_control_tokens_and_comes_back(text: str) -> None:
     ids = tokenizer.encode_text(WORDS, [text])[0]
@@ -68,9 +85,33 @@ def test_a_request_is_the_intent_and_then_the_command() -> None:
 
 def test_a_training_sequence_is_a_request_its_prompt_and_the_end() -> None:
     label = Command(task="paint", words=6, reward=2)
-    (ids, start), *_ = encode_examples(WORDS, VOCABULARY, [("an owl", "owl at night", label)], 128)
+    examples = encode([("an owl", "owl at night", label)])
+    ids, start = examples.tokens.tolist(), examples.starts[0]
     assert ids[:start] == tokenizer.encode_request(WORDS, VOCABULARY, "an owl", label)
     assert ids[start:] == [*tokenizer.encode_text(WORDS, ["owl at night"])[0], WORDS.eos_token_id]
+
+
+LABELS = st.builds(
+    Command, task=st.sampled_from(["paint", "find"]), words=st.sampled_from([ANY, *range(1, 17)]), reward=st.integers(ANY, 4)
+)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([*TEXTS, "", "a"]), st.sampled_from(TEXTS), LABELS), min_size=1, max_size=12))
+def test_sequences_of_many_episodes_are_each_episode_s_own(texts: list[tuple[str, str, Command]]) -> None:
+    together = encode(texts)
+    ends = np.cumsum(together.lengths)
+    for i, (intent, prompt, label) in enumerate(texts):
+        ids = together.tokens[ends[i] - together.lengths[i] : ends[i]].tolist()
+        request = tokenizer.encode_request(WORDS, VOCABULARY, intent, label)
+        assert ids == [*request, *tokenizer.encode_text(WORDS, [prompt])[0], WORDS.eos_token_id]
+        assert together.starts[i] == len(request)
+
+
+def test_no_episode_makes_no_row() -> None:
+    nothing = np.array([], dtype=np.int64)
+    examples = encode_examples(WORDS, VOCABULARY, [], [], np.array([], dtype=str), nothing, nothing)
+    assert pack(examples, 32, pad_id=1).tokens.shape == (0, 32)
 
 
 def test_lower_casing_belongs_to_the_tokenizer() -> None:
@@ -78,20 +119,26 @@ def test_lower_casing_belongs_to_the_tokenizer() -> None:
     assert tokenizer.encode_text(folded, ["Red FOX"]) == tokenizer.encode_text(folded, ["red fox"])
 
 
-def test_command_dropout_keeps_the_task_and_drops_the_rest_at_its_rate() -> None:
+def test_command_dropout_drops_the_whole_and_each_half_at_its_rate() -> None:
     rng = np.random.default_rng(0)
-    labels = [hindsight(VOCABULARY, "paint", 9, 3, 0.1, rng) for _ in range(5000)]
-    assert {c.task for c in labels} == {"paint"}
-    both = sum(c.words == ANY and c.reward == ANY for c in labels) / 5000
-    words = sum(c.words == ANY for c in labels) / 5000
-    assert 0.09 < both < 0.13
-    assert 0.17 < words < 0.21
+    words, rewards = hindsight(VOCABULARY, np.full(5000, 9), np.full(5000, 3), 0.1, rng)
+    assert set(words) == {ANY, 9}
+    assert set(rewards) == {ANY, 3}
+    assert 0.09 < ((words == ANY) & (rewards == ANY)).mean() < 0.13
+    assert 0.17 < (words == ANY).mean() < 0.21
 
 
 def test_a_length_over_the_cap_is_commanded_as_any() -> None:
-    rng = np.random.default_rng(0)
-    assert hindsight(VOCABULARY, "paint", 17, 3, 0.0, rng).words == ANY
-    assert hindsight(VOCABULARY, "paint", 16, 3, 0.0, rng).words == 16
+    words, rewards = hindsight(VOCABULARY, np.array([0, 1, 16, 17]), np.arange(4), 0.0, np.random.default_rng(0))
+    assert words.tolist() == [ANY, 1, 16, ANY]
+    assert rewards.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("objective", ["sft", "sft_top"])
+def test_plain_fine_tuning_commands_the_task_alone(objective: str) -> None:
+    plain = VOCABULARY.model_copy(update={"objective": objective})
+    words, rewards = hindsight(plain, np.arange(1, 9), np.arange(8) % 5, 0.5, np.random.default_rng(0))
+    assert set(words) == set(rewards) == {ANY}
 
 
 @st.composite
@@ -100,9 +147,10 @@ def example_sets(draw: st.DrawFn) -> list[tuple[list[int], int]]:
     return [([100 + i] * n, draw(st.integers(1, n - 1))) for i, n in enumerate(lengths)]
 
 
+@settings(deadline=None)
 @given(example_sets())
 def test_packing_loses_nothing_and_marks_just_the_targets(examples: list[tuple[list[int], int]]) -> None:
-    rows = pack(examples, 32, pad_id=1)
+    rows = pack(examples_of(examples), 32, pad_id=1)
     assert (rows.tokens >= 100).sum() == sum(len(ids) for ids, _ in examples)
     assert rows.targets.sum() == sum(len(ids) - start for ids, start in examples)
     for i, (ids, start) in enumerate(examples):
@@ -112,47 +160,70 @@ def test_packing_loses_nothing_and_marks_just_the_targets(examples: list[tuple[l
         assert rows.positions[row, span].tolist() == list(range(len(ids)))
         assert rows.targets[row, span].tolist() == [at >= start for at in range(len(ids))]
     assert not rows.targets[rows.tokens == 1].any()
+    assert not rows.positions[rows.tokens == 1].any()
 
 
-def test_packing_many_real_lengths_pads_little() -> None:
+@pytest.mark.parametrize("context", [192, 256])
+@pytest.mark.parametrize("shape", ["even", "peaked"])
+def test_packing_many_real_lengths_pads_little(context: int, shape: str) -> None:
     rng = np.random.default_rng(0)
-    rows = pack([([5] * n, 1) for n in rng.integers(20, 70, 2000)], 256, pad_id=1)
-    assert (rows.tokens == 1).mean() < 0.02
+    even, peaked = rng.integers(20, 71, 2000), np.clip(rng.normal(45, 8, 2000), 20, 70).astype(int)
+    lengths = even if shape == "even" else peaked
+    *_, rows = assign(lengths, context)
+    assert 1 - lengths.sum() / (rows * context) < 0.01
+
+
+@pytest.fixture(scope="module")
+def network() -> Iterator[torch.nn.Module]:
+    """Small enough that threads would cost more than they bring."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield model.build(Student(depth=2, width=64, heads=2, context=32), Train(), WORDS, seed=3).eval()
+    torch.set_num_threads(threads)
+
+
+def loss_and_gradients(network: torch.nn.Module, rows: Batch) -> tuple[float, torch.Tensor]:
+    network.zero_grad()
+    loss = model.packed_loss(
+        network,
+        torch.from_numpy(rows.tokens.astype(np.int64)),
+        torch.from_numpy(rows.positions.astype(np.int64)),
+        torch.from_numpy(rows.targets),
+    )
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
 
 
 @settings(max_examples=10, deadline=None)
-@given(st.lists(st.tuples(st.integers(2, 20), st.integers(1, 19)), min_size=1, max_size=12), st.integers(0, 1000))
-def test_the_loss_of_a_packed_batch_is_the_sum_over_single_examples(shapes: list[tuple[int, int]], seed: int) -> None:
+@given(shapes=st.lists(st.tuples(st.integers(2, 20), st.integers(1, 19)), min_size=1, max_size=8), seed=st.integers(0, 1000))
+def test_a_packed_batch_has_the_summed_loss_and_gradients_of_its_examples(
+    network: torch.nn.Module, shapes: list[tuple[int, int]], seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     examples = [(rng.integers(len(CONTROL), len(WORDS), n).tolist(), min(s, n - 1)) for n, s in shapes]
-    network = model.build(Student(depth=2, width=128, heads=2, context=32), Train(), WORDS, seed=3).eval()
+    rows = pack(examples_of(examples), 32, pad_id=WORDS.pad_token_id)
+    loss, gradients = loss_and_gradients(network, rows)
 
-    def loss(packed: list[tuple[list[int], int]]) -> float:
-        rows = pack(packed, 32, pad_id=WORDS.pad_token_id)
-        tensors = [torch.from_numpy(a.astype(kind)) for a, kind in ((rows.tokens, np.int64), (rows.positions, np.int64))]
-        with torch.no_grad():
-            return float(model.packed_loss(network, *tensors, torch.from_numpy(rows.targets)))
+    # One example alone, without padding and in a row of its own length.
+    alone = [loss_and_gradients(network, pack(examples_of([e]), len(e[0]), pad_id=WORDS.pad_token_id)) for e in examples]
+    assert loss == pytest.approx(sum(single for single, _ in alone), rel=1e-4)
+    assert torch.allclose(gradients, torch.stack([g for _, g in alone]).sum(dim=0), rtol=1e-3, atol=1e-4)
 
-    assert loss(examples) == pytest.approx(sum(loss([e]) for e in examples), rel=1e-4)
+    # Padding contributes nothing, whatever stands there.
+    others = np.where(rows.tokens == WORDS.pad_token_id, rng.integers(0, len(WORDS), rows.tokens.shape), rows.tokens)
+    other_loss, other_gradients = loss_and_gradients(network, Batch(others, rows.positions, rows.targets))
+    assert other_loss == pytest.approx(loss, rel=1e-5)
+    assert torch.allclose(gradients, other_gradients, rtol=1e-4, atol=1e-5)
 
 
-def test_the_packed_loss_is_transformers_own_on_one_example() -> None:
-    label = Command(task="paint", words=3, reward=1)
-    examples = encode_examples(WORDS, VOCABULARY, [("an owl", "owl at night", label)], 32)
-    network = model.build(Student(depth=2, width=128, heads=2, context=32), Train(), WORDS, seed=3).eval()
-    ids, start = examples[0]
+def test_the_packed_loss_is_transformers_own_on_one_example(network: torch.nn.Module) -> None:
+    examples = encode([("an owl", "owl at night", Command(task="paint", words=3, reward=1))])
+    ids, start = examples.tokens.tolist(), int(examples.starts[0])
     labels = torch.tensor([[-100] * start + ids[start:]])
     with torch.no_grad():
         theirs = network(input_ids=torch.tensor([ids]), labels=labels).loss * (len(ids) - start)
-    rows = pack(examples, 32, pad_id=WORDS.pad_token_id)
-    with torch.no_grad():
-        ours = model.packed_loss(
-            network,
-            torch.from_numpy(rows.tokens.astype(np.int64)),
-            torch.from_numpy(rows.positions.astype(np.int64)),
-            torch.from_numpy(rows.targets),
-        )
-    assert float(ours) == pytest.approx(float(theirs), rel=1e-4)
+    ours, _ = loss_and_gradients(network, pack(examples, 32, pad_id=WORDS.pad_token_id))
+    assert ours == pytest.approx(float(theirs), rel=1e-4)
 
 
 @pytest.mark.parametrize(("depth", "width", "heads"), [(12, 768, 12), (6, 384, 6), (1, 128, 2)])

@@ -34,6 +34,7 @@ from udrl.tasks import Task, load_tasks
 
 # Variations of the sweeps are numbered apart, so that they never share an id with a default draw of the same command.
 LENGTH_SWEEP, REWARD_SWEEP = 1000, 2000
+NO_COMMANDS = "the student takes no commands"
 SHARD = 128
 
 
@@ -77,8 +78,18 @@ def run(recipe: Recipe) -> dict[str, Any]:
         commands=vocabulary,
         judge=judge,
     )
-    measured = metrics.compute(outputs, bootstrap=config.bootstrap, seed=recipe.seed)
+    measured = measure(outputs, vocabulary, bootstrap=config.bootstrap, seed=recipe.seed)
     return report.write(storage.join(recipe.storage, "evaluation"), outputs, measured, context)
+
+
+def measure(outputs: pa.Table, vocabulary: Vocabulary, *, bootstrap: int, seed: int) -> dict[str, Any]:
+    """:func:`metrics.compute`; where a student takes no commands, the targets of control say so."""
+    measured = metrics.compute(outputs, bootstrap=bootstrap, seed=seed)
+    if not takes_commands(vocabulary):
+        for target in measured["targets"]:
+            if "commanded" in target["target"]:
+                target["measured"] = NO_COMMANDS
+    return measured
 
 
 def _intents(recipe: Recipe) -> list[tuple[int, str]]:
@@ -87,10 +98,11 @@ def _intents(recipe: Recipe) -> list[tuple[int, str]]:
     if config.source:
         texts = [i.text for i in intents.read(config.source, config.column, config.intents)]
         return [(intents.stable_hash(text), text) for text in texts]
-    summary = storage.join(recipe.storage, "generate.json")
+    run = recipe.episodes_of()
+    summary = storage.join(run, "generate.json")
     if not storage.exists(summary):
-        raise UserError(f"{recipe.storage}: no finished generate stage; run jobs.generate first, or set evaluate.source")
-    uri = storage.join(recipe.storage, "intents", storage.read_json(summary)["intents"], "heldout.parquet")
+        raise UserError(f"{run}: no finished generate stage; run jobs.generate first, or set evaluate.source")
+    uri = storage.join(run, "intents", storage.read_json(summary)["intents"], "heldout.parquet")
     table = storage.read_table(uri, ["intent_id", "intent"])
     if not table.num_rows:
         raise UserError(f"{uri}: no held-out intent; raise intents.heldout, or set evaluate.source")
@@ -107,13 +119,19 @@ def _student_requests(
         for task in tasks:
             default = vocabulary.default(task.name)
             asked = [(v, default.words, default.reward, "default") for v in range(recipe.evaluate.samples)]
-            lengths = recipe.evaluate.lengths or usual_lengths(vocabulary, task.name)
-            asked += [(LENGTH_SWEEP, n, default.reward, "length") for n in lengths]
-            asked += [(REWARD_SWEEP, default.words, b, "reward") for b in range(vocabulary.reward_bins)]
+            if takes_commands(vocabulary):
+                lengths = recipe.evaluate.lengths or usual_lengths(vocabulary, task.name)
+                asked += [(LENGTH_SWEEP, n, default.reward, "length") for n in lengths]
+                asked += [(REWARD_SWEEP, default.words, b, "reward") for b in range(vocabulary.reward_bins)]
             for variation, words, reward, probe in asked:
                 row = key_columns(policy, intent_id, intent, task.name, variation, command_words=words, command_reward=reward)
                 rows.append({**row, "probe": probe})
     return rows
+
+
+def takes_commands(vocabulary: Vocabulary) -> bool:
+    """Whether the student learnt to follow commands: plain fine-tuning knows the task alone."""
+    return vocabulary.objective == "udrl"
 
 
 def usual_lengths(vocabulary: Vocabulary, task: str, steps: int = 5) -> list[int]:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from udrl import storage
-from udrl.commands import Vocabulary
+from udrl.commands import ANY, Vocabulary
 from udrl.evaluation import examples, plots
 from udrl.evaluation.markdown import absent, code, count, escape, number, percent, span, table, yes
 from udrl.evaluation.metrics import RATIO_TARGET, STUDENT, TEACHER
@@ -201,6 +201,8 @@ def _target(target: dict[str, Any]) -> list[str]:
 
 
 def _control(metrics: dict[str, Any]) -> list[str]:
+    if not any(t[probe]["levels"] for t in metrics["tasks"].values() for probe in ("length", "reward")):
+        return ["Not swept: no output was asked for a length or a reward. A student of plain fine-tuning takes no commands."]
     parts = []
     for name, task in metrics["tasks"].items():
         length, reward = task["length"], task["reward"]
@@ -267,12 +269,16 @@ def _limits(metrics: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _or_any(value: int) -> str:
+    return "any" if value == ANY else str(value)
+
+
 def _commands(vocabulary: Vocabulary) -> str:
     lines = [
         [
             code(name),
-            str(task.default_words),
-            str(task.default_reward),
+            _or_any(task.default_words),
+            _or_any(task.default_reward),
             " / ".join(map(str, task.words)),
             " ".join(f"{x:.2f}" for x in task.achieved_relevance),
         ]

@@ -91,7 +91,7 @@ def _text(recipe: Recipe, summary: dict[str, Any], folder: str, counts: Counts, 
         _counts(counts),
         *_pictured(pictures),
         "## Columns",
-        _grid(["column", "meaning"], [[f"`{name}`", meaning] for name, meaning in COLUMNS.items()]),
+        grid(["column", "meaning"], [[f"`{name}`", meaning] for name, meaning in COLUMNS.items()]),
         "The rejects have the same keys, the raw `completion`, its `reason` and a `detail`.",
         "## How it was made",
         _recipe(recipe),
@@ -100,7 +100,7 @@ def _text(recipe: Recipe, summary: dict[str, Any], folder: str, counts: Counts, 
         _filters(recipe),
         "## Teacher and licence",
         _writers(counts),
-        _duties(recipe, licence),
+        duties(recipe, licence),
         "## Known limits",
         _limits(recipe),
     ]
@@ -134,9 +134,9 @@ def _size_category(n: int) -> str:
 
 
 def _load(folder: str, has_rejects: bool) -> str:
-    lines = [f'episodes = load_dataset("{_shown(folder)}", split="train")']
+    lines = [f'episodes = load_dataset("{shown(folder)}", split="train")']
     if has_rejects:
-        lines.append(f'rejects = load_dataset("{_shown(folder)}", "rejects", split="train")')
+        lines.append(f'rejects = load_dataset("{shown(folder)}", "rejects", split="train")')
     return "```python\nfrom datasets import load_dataset\n\n" + "\n".join(lines) + "\n```"
 
 
@@ -151,12 +151,12 @@ def _counts(counts: Counts) -> str:
         f"{asked:,} prompts were requested: {counts.accepted:,} accepted ({_share(counts.accepted, asked)}),"
         f" {rejected:,} rejected.\n\n"
     )
-    text += _grid(["task", "accepted", "rejected", "median reward", "median words"], rows)
+    text += grid(["task", "accepted", "rejected", "median reward", "median words"], rows)
     reasons = [
         [f"`{reason}`", f"{n:,}", _share(n, asked), REASONS.get(Reason(reason), "")]
         for reason, n in counts.reasons.most_common()
     ]
-    return text + ("\n\n" + _grid(["reason of rejection", "prompts", "of all", "meaning"], reasons) if reasons else "")
+    return text + ("\n\n" + grid(["reason of rejection", "prompts", "of all", "meaning"], reasons) if reasons else "")
 
 
 def _median_reward(counts: Counts, task: str) -> str:
@@ -188,12 +188,12 @@ def _recipe(recipe: Recipe) -> str:
         ["structured", ", ".join(f"{t}: {k} prompts a request" for t, k in teacher.structured.items()) or "no"],
         ["seed", str(recipe.seed)],
         ["reward", mix],
-        ["relevance", _relevance(recipe)],
+        ["relevance", relevance(recipe)],
     ]
-    return _grid(["setting", "value"], rows) + "\n\nAll settings: [recipe.yaml](recipe.yaml)."
+    return grid(["setting", "value"], rows) + "\n\nAll settings: [recipe.yaml](recipe.yaml)."
 
 
-def _relevance(recipe: Recipe) -> str:
+def relevance(recipe: Recipe) -> str:
     if recipe.rewards.relevance == "judge":
         return f"expected score of the judge `{recipe.rewards.judge.model}` on a rubric of 1 to 10"
     return f"cosine of intent and prompt under the embedder `{recipe.rewards.embedder}`"
@@ -201,7 +201,7 @@ def _relevance(recipe: Recipe) -> str:
 
 def _tasks(tasks: Sequence[Task]) -> list[str]:
     rows = [[f"`{t.name}`", f"{t.format.min_words} to {t.format.max_words}", " ".join(t.instruction.split())] for t in tasks]
-    return ["### Tasks", _grid(["task", "words", "what the teacher is told, before examples"], rows)]
+    return ["### Tasks", grid(["task", "words", "what the teacher is told, before examples"], rows)]
 
 
 def _intents(recipe: Recipe, summary: dict[str, Any], folder: str) -> str:
@@ -209,7 +209,7 @@ def _intents(recipe: Recipe, summary: dict[str, Any], folder: str) -> str:
     if config.source == "builtin:composer":
         origin = "The intents are composed from a grammar of subjects, occasions and styles; no user wrote them."
     else:
-        origin = f"The intents are read from `{_shown(config.source)}`; what is known about their origin is known there."
+        origin = f"The intents are read from `{shown(config.source)}`; what is known about their origin is known there."
     if config.expand:
         origin += f" The teacher then grew them towards {config.expand.target:,} more, shown {config.expand.shown} at a time."
     place = storage.join(folder, "intents", str(summary.get("intents", "")))
@@ -270,10 +270,10 @@ def _writers(counts: Counts) -> str:
         [policy, f"`{model}`", f"`{revision}`", str(round_), f"{n:,}"]
         for (policy, model, revision, round_), n in counts.writers.most_common()
     ]
-    return _grid(["policy", "model", "revision", "round", "episodes"], rows)
+    return grid(["policy", "model", "revision", "round", "episodes"], rows)
 
 
-def _duties(recipe: Recipe, licence: models.Licence) -> str:
+def duties(recipe: Recipe, licence: models.Licence) -> str:
     model = f"`{recipe.teacher.model}`"
     if licence.name == "unknown":
         known = f"The licence of {model} is not known to this project."
@@ -301,7 +301,7 @@ def _limits(recipe: Recipe) -> str:
     )
 
 
-def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *cells])
 
@@ -310,6 +310,6 @@ def _share(n: int, of: int) -> str:
     return f"{n / of:.1%}" if of else "0%"
 
 
-def _shown(uri: str) -> str:
+def shown(uri: str) -> str:
     """A URI without what it may hold of keys."""
     return re.sub(r"//[^/@]*@", "//", uri.partition("?")[0] if "://" in uri else uri)

@@ -21,6 +21,8 @@ def engine_kwargs(engine: Engine, place: Placement) -> dict[str, Any]:
         "enforce_eager": engine.eager,
         "enable_prefix_caching": True,
         "trust_remote_code": False,
+        # The recipe says how to draw; a model's generation_config.json would fill in what a request leaves out.
+        "generation_config": "vllm",
         **engine.kwargs,
     }
 

@@ -28,14 +28,14 @@ def rare_words(intents: Iterable[str]) -> list[str]:
     return sorted(w for w, c in counts.items() if c <= max(1, RARE * n))
 
 
-def swap(intent: str, prompt: str, pool: list[str], rare: frozenset[str], rng: np.random.Generator) -> tuple[str, str] | None:
-    """Replace every shared rare word by a random one of ``pool``, the same in both texts; None where none is shared.
+def shared_words(intent: str, prompt: str, rare: frozenset[str]) -> list[str]:
+    """The rare words that stand in both, sorted."""
+    return sorted(rare.intersection(words(intent)).intersection(words(prompt)))
 
-    The number of words does not change.
-    """
-    shared = sorted(set(words(intent)) & set(words(prompt)) & rare)
-    if not shared:
-        return None
+
+def swap(intent: str, prompt: str, shared: list[str], pool: list[str], rng: np.random.Generator) -> tuple[str, str]:
+    """Replace each of the ``shared`` words by a random one of ``pool``, the same in both texts. The number of words does not
+    change."""
     new = {old: pool[i] for old, i in zip(shared, rng.integers(len(pool), size=len(shared)), strict=True)}
     pattern = re.compile(r"(?<!\w)(" + "|".join(map(re.escape, shared)) + r")(?!\w)", re.IGNORECASE)
 

@@ -6,237 +6,329 @@ step number alone is the data position.
 
 import math
 import os
+import resource
 import tempfile
 import time
-from functools import lru_cache
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from udrl import cluster
+from udrl import cluster, storage
+from udrl.commands import Vocabulary
 from udrl.recipe import Recipe
-from udrl.student import dataset, model, tokenizer
-from udrl.student.checkpoint import load, save
-from udrl.student.export import export
-from udrl.student.packing import Rows
+from udrl.student import checkpoint, dataset, export, flops, model, monitor, tokenizer
+from udrl.student import engine as engines
+from udrl.student.plan import Plan, batch_rows, deepspeed_config
+from udrl.student.policy import fetch
+from udrl.student.rows import Rows
+from udrl.student.tracking import Trackers
+
+TOLD_EVERY = 10  # steps; reading a loss waits for the device
+VALIDATION_ROWS = 256  # at most: a validation costs a few steps, however much is held out
+POINTS = 20_000  # of the loss curve that checkpoints carry; longer runs keep every k-th
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the driver hands to every worker; all of it plain but for ``board``, a Ray actor, and ``variables``."""
+
+    recipe: dict[str, Any]
+    data: str  # URI of the packed rows and the tokenizer
+    runs: str  # URI of the checkpoints
+    export: str  # URI of the finished student
+    fingerprint: str
+    start: str | None  # URI of an exported student to go on from
+    lineage: dict[str, Any]
+    board: Any
+    variables: Any  # the trackers' environment, as a Ray object in a list
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """Run one worker. ``config`` has recipe (plain values), data and export URIs, fingerprint, and the progress board."""
-    import deepspeed
-    import ray.train
-    import torch
+    """Run one worker of ``config["job"]``, a :class:`Job`: from the last complete checkpoint to the export."""
+    _Worker(config["job"]).run()
 
-    recipe = Recipe.model_validate(config["recipe"])
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    on_gpu = recipe.train.gpus_per_worker > 0
-    if not on_gpu:
-        # Ray's workers share the machine's cores; its own OMP_NUM_THREADS would be the actor's CPU share.
-        torch.set_num_threads(recipe.train.threads or max(1, cluster.cpus() // context.get_local_world_size()))
-    rows = dataset.load_rows(config["data"], "train")
-    validation = dataset.load_rows(config["data"], "validation")
-    words = tokenizer.load(tokenizer_folder(config["data"]))
-    network = model.build(recipe.student, recipe.train, words, recipe.seed)
-    plan = Plan.of(recipe, len(rows), world)
 
-    student = _Student(network)
-    settings = deepspeed_config(recipe, plan, world)
-    engine, _, _, schedule = deepspeed.initialize(
-        model=student,
-        optimizer=_optimizer(network, recipe),
-        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, plan.lr_factor),
-        config=settings,
-        dist_init_required=False,
-    )
-    del schedule  # DeepSpeed steps it
-    history: list[tuple[int, float]] = []
-    step = 0
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        step, history = load(engine, checkpoint)
-    board = config["board"] if rank == 0 else None
-    begun, begun_step = time.monotonic(), step
-    tokens_a_step = plan.rows * recipe.student.context
-    while step < plan.steps:
-        loss = _train_step(engine, rows, plan, step, rank, world, recipe.seed)
-        step += 1
-        history.append((step, loss))
-        last = step == plan.steps
-        if board is not None:
-            speed = (step - begun_step) * tokens_a_step / (time.monotonic() - begun)
-            board.post.remote(
-                {"step": step, "steps": plan.steps, "loss": loss, "tokens_per_second": speed, "resumed_at": begun_step}
+class _Worker:
+    def __init__(self, job: Job) -> None:
+        import ray.train
+        import torch
+
+        self.job, self.recipe = job, Recipe.model_validate(job.recipe)
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.local_rank = context.get_local_rank()
+        if not self.recipe.train.gpus_per_worker:
+            # Ray's workers share the machine's cores; its own OMP_NUM_THREADS would be the actor's CPU share.
+            torch.set_num_threads(self.recipe.train.threads or max(1, cluster.cpus() // context.get_local_world_size()))
+        self.rows, self.validation = (dataset.load_rows(job.data, split) for split in ("train", "validation"))
+        self.facts = dataset.facts(job.data)
+        self.folder = tokenizer_folder(job.data)
+        self.words, self.vocabulary = tokenizer.load(self.folder), Vocabulary.load(self.folder)
+        train, student = self.recipe.train, self.recipe.student
+        self.plan = Plan.of(train, self.rows.context, len(self.rows), self.facts["budget_rows"], self.world)
+        self.network = model.build(student, train, self.words, self.recipe.seed, start=fetch(job.start) if job.start else None)
+        self.history: list[tuple[int, float]] = []
+        self.step = self.resumed_at = 0
+        self.best = math.inf
+        self.seen: dict[str, Any] = {}  # what the last validation showed
+        self.settings = deepspeed_config(train, self.plan, self.world)
+        self.engine, facts = engines.start(
+            self.network, self.plan, self.settings, train, lr=self._lr(), runs=job.runs, local_rank=self.local_rank
+        )
+        if facts:
+            self.step = self.resumed_at = facts["step"]
+            self.history = [tuple(point) for point in facts["history"]]
+            self.best, self.seen = facts["best"], facts["seen"]
+        self.saver = checkpoint.Saver(job.runs, train.keep_checkpoints, self.rank, self.world)
+        self.seconds: list[float] = []
+        self.input_seconds = 0.0
+
+    def run(self) -> None:
+        every = max(1, self.plan.steps // POINTS)
+        train = self.recipe.train
+        trackers = self._trackers()
+        speed = self._ceiling()
+        begun = told = time.monotonic()
+        waiting: list[tuple[int, Any]] = []
+        for batch in self._batches():
+            waiting.append((self.step, self._learn(batch)))
+            self.step += 1
+            last = self.step == self.plan.steps
+            validate = self.step % (train.validate_every or train.checkpoint_every) == 0 or last
+            save = self.step % train.checkpoint_every == 0 or last
+            if len(waiting) == TOLD_EVERY or validate or save:
+                losses = self._read(waiting)
+                now = time.monotonic()
+                self.seconds += [(now - told) / len(waiting)] * len(waiting)
+                rate = len(waiting) * self.tokens_a_step / (now - told)
+                waiting = []
+                if not all(math.isfinite(loss) for _, loss in losses):
+                    bad = next(step for step, loss in losses if not math.isfinite(loss))
+                    self._post(problem=f"the loss is not finite at step {bad}; lower train.lr, or set train.precision=fp32")
+                    return
+                self.history += [(step, loss) for step, loss in losses if step % every == 0]
+                self._post(step=self.step, loss=losses[-1][1], tokens_per_second=rate, mfu=rate / speed)
+                if trackers:
+                    for step, loss in losses:
+                        trackers.scalars(step, {"train/loss": loss, "train/lr": self._lr() * self.plan.lr_factor(step - 1)})
+                    norm = self.engine.get_global_grad_norm()
+                    norm = None if norm is None else float(norm)
+                    trackers.scalars(self.step, {"train/grad_norm": norm, "tokens_per_second": rate, "mfu": rate / speed})
+            if validate:
+                self._observe(trackers)
+            if save:
+                facts = {"step": self.step, "history": self.history, "best": self.best, "seen": self.seen}
+                self.saver.save(self.engine, self.step, facts)
+            told = time.monotonic() if validate or save else now if not waiting else told
+        self.saver.settle()
+        self._export(time.monotonic() - begun, speed)
+        if trackers:
+            trackers.close()
+
+    # ---- start
+
+    def _lr(self) -> float:
+        return model.Shape.of(self.recipe.student, self.recipe.train).lr
+
+    def _trackers(self) -> Trackers | None:
+        import ray
+
+        if self.rank != 0:
+            return None
+        variables = ray.get(self.job.variables[0])
+        return Trackers(self.recipe, self.recipe.storage, self.job.fingerprint, step=self.step, variables=variables)
+
+    def _ceiling(self) -> float:
+        """Tokens a second that all workers would reach at what their devices do in a matrix product."""
+        import torch
+
+        dtype = next(self.engine.module.parameters()).dtype
+        mine = torch.tensor(flops.ceiling(self.engine.device, dtype), device=self.engine.device)
+        share = float(self.rows.target_counts.mean()) / self.rows.context
+        self.tokens_a_step = self.plan.rows * self.rows.context * (1 - self.facts["padding"])
+        per_token = flops.train_flops_per_token(self.network.config, self.rows.context, share)
+        return float(self._summed(mine)) / per_token
+
+    # ---- steps
+
+    def _batches(self) -> Iterator[tuple[int, list[Any]]]:
+        """What each step left needs: the count of targets over all workers, and this worker's passes as tensors. The next
+        step's are made while one is learnt."""
+        with ThreadPoolExecutor(1, thread_name_prefix="input") as pool:
+            steps = range(self.step, self.plan.steps)
+            coming = pool.submit(self._make, steps[0]) if steps else None
+            for step in steps:
+                begun = time.perf_counter()
+                assert coming
+                batch = coming.result()
+                self.input_seconds += time.perf_counter() - begun
+                coming = pool.submit(self._make, step + 1) if step + 1 < self.plan.steps else None
+                yield batch
+
+    def _make(self, step: int) -> tuple[int, list[Any]]:
+        chosen = batch_rows(len(self.rows), self.plan.rows, step, self.recipe.seed)
+        # Over all workers, so that every target token weighs the same wherever it is trained.
+        total = max(int(self.rows.target_counts[chosen].sum()), 1)
+        return total, [self._tensors(self.rows, part) for part in self.plan.share_of(chosen, self.rank, self.world)]
+
+    def _tensors(self, rows: Rows, part: np.ndarray) -> tuple[Any, Any, Any]:
+        import torch
+
+        batch = rows.take(part if len(part) else np.array([0]))
+        if not len(part):
+            batch.targets[:] = False  # a pass for company: other workers have rows left
+        tensors = [torch.from_numpy(array) for array in (batch.tokens, batch.positions, batch.targets)]
+        if self.recipe.train.gpus_per_worker:
+            tensors = [tensor.pin_memory() for tensor in tensors]
+        return tensors[0], tensors[1], tensors[2]
+
+    def _learn(self, batch: tuple[int, list[Any]]) -> Any:
+        """One optimizer step; returns this worker's part of the mean loss a target token, still on the device."""
+        import torch
+
+        total, passes = batch
+        summed = torch.zeros((), device=self.engine.device)
+        for tensors in passes:
+            loss = self.engine(*(tensor.to(self.engine.device, non_blocking=True) for tensor in tensors))
+            # DeepSpeed averages over workers and accumulation; undo both, for a mean over target tokens.
+            self.engine.backward(loss * (self.world * self.plan.accumulation / total))
+            self.engine.step()
+            summed += loss.detach()
+        return summed / total
+
+    def _read(self, waiting: list[tuple[int, Any]]) -> list[tuple[int, float]]:
+        """(step counted from 1, mean loss over all workers) of each step."""
+        import torch
+
+        losses = self._summed(torch.stack([loss for _, loss in waiting])).tolist()
+        return [(step + 1, loss) for (step, _), loss in zip(waiting, losses, strict=True)]
+
+    def _summed(self, value: Any) -> Any:
+        import torch
+
+        if self.world > 1:
+            torch.distributed.all_reduce(value)
+        return value
+
+    # ---- validation, checkpoints, export
+
+    def _observe(self, trackers: Trackers | None) -> None:
+        """Validation loss; samples and how well lengths are kept; and the best weights so far, kept apart."""
+        import ray.train
+
+        self.seen = {"validation_loss": self._validation_loss()}
+        held = self._held()
+        synced = self.engine.zero_optimization_stage() == 3
+        if held and (synced or self.rank == 0):
+            observation = monitor.observe(
+                self.network,
+                self.words,
+                self.vocabulary,
+                held,
+                self.recipe.seed,
+                self.recipe.serve.sampling.max_tokens,
+                commanded=self.vocabulary.objective == "udrl",
+                synced=synced,
             )
-        if step % recipe.train.checkpoint_every == 0 or last:
-            metrics = {"step": step, "loss": loss, "validation_loss": _validate(engine, validation, plan.micro, rank, world)}
-            with tempfile.TemporaryDirectory() as folder:
-                save(engine, folder, step, history)
-                ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-            if board is not None:
-                board.post.remote(metrics)
-    training = {
-        "steps": plan.steps,
-        "rows_per_step": plan.rows,
-        "seconds": time.monotonic() - begun,
-        "tokens_per_second": (step - begun_step) * tokens_a_step / max(time.monotonic() - begun, 1e-9),
-        "workers": world,
-        "resumed_at": begun_step,
-        "history": history,
-        "validation_loss": _validate(engine, validation, plan.micro, rank, world),
-        "fingerprint": config["fingerprint"],
-        "shape": model.Shape.of(recipe.student, recipe.train).describe(),
-        "deepspeed": settings,
-    }
-    export(engine, network, tokenizer_folder(config["data"]), config["export"], training, rank)
+            self.seen |= observation.metrics
+            if self.rank == 0:
+                uri = storage.join(self.job.runs, "samples", f"{checkpoint.name_of(self.step)}.md")
+                storage.write_bytes(uri, (observation.markdown() + "\n").encode())
+            if trackers:
+                trackers.text(self.step, "samples", observation.markdown())
+        if trackers:
+            trackers.scalars(self.step, {f"validation/{name}": value for name, value in self.seen.items()})
+            trackers.flush()
+        loss = self.seen["validation_loss"]
+        if loss is not None and loss < self.best:
+            self.best = loss
+            weights = export.weights(self.engine, self.network, self.rank)
+            if self.rank == 0:
+                checkpoint.save_best(self.job.runs, weights, {"step": self.step, "validation_loss": loss})
+        self._post(**self.seen)
+        ray.train.report({"step": self.step, **self.seen})
 
+    def _held(self) -> list[dict[str, Any]]:
+        """The first intents of each task that are written out."""
+        held, taken = [], dict.fromkeys(self.vocabulary.tasks, 0)
+        for row in storage.read_json(storage.join(self.job.data, "held.json")):
+            if taken[row["task"]] < self.recipe.train.sample_intents:
+                taken[row["task"]] += 1
+                held.append(row)
+        return held
 
-class Plan:
-    """How many steps, of how many rows, at which learning rate."""
+    def _validation_loss(self) -> float | None:
+        """Mean loss a target token on validation rows spread over all of them; None where there are none."""
+        import torch
 
-    def __init__(self, steps: int, rows: int, micro: int, accumulation: int, warmup: int) -> None:
-        self.steps, self.rows, self.micro, self.accumulation, self.warmup = steps, rows, micro, accumulation, warmup
+        rows = self.validation
+        if not len(rows):
+            return None
+        chosen = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), VALIDATION_ROWS)).astype(np.int64))
+        size = self.plan.micro * self.world
+        self.engine.eval()
+        summed = torch.zeros((), device=self.engine.device)
+        with torch.no_grad():
+            # Every worker makes as many forward passes: ZeRO 3 gathers weights in each.
+            for start in range(0, len(chosen), size):
+                tensors = self._tensors(rows, chosen[start : start + size][self.rank :: self.world])
+                summed += self.engine(*(tensor.to(self.engine.device) for tensor in tensors))
+        self.engine.train()
+        return float(self._summed(summed)) / max(int(rows.target_counts[chosen].sum()), 1)
 
-    @classmethod
-    def of(cls, recipe: Recipe, n_rows: int, world: int) -> "Plan":
-        """Rows a step follow ``train.batch_tokens``, cut to the data and to a multiple of the workers."""
-        wanted = max(world, min(recipe.train.batch_tokens // recipe.student.context, n_rows))
-        share = max(1, wanted // world)
-        micro = min(recipe.train.micro_batch_rows or share, share)
-        accumulation = max(1, share // micro)
-        rows = micro * accumulation * world
-        steps = max(1, math.ceil(recipe.train.epochs * n_rows / rows))
-        return cls(steps, rows, micro, accumulation, math.ceil(recipe.train.warmup * steps))
+    def _post(self, **facts: Any) -> None:
+        if self.rank == 0:
+            self.job.board.post.remote({"steps": self.plan.steps, "resumed_at": self.resumed_at, **facts})
 
-    def lr_factor(self, step: int) -> float:
-        """Linear warm-up, then a cosine to a tenth."""
-        if step < self.warmup:
-            return (step + 1) / max(1, self.warmup)
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done)))
+    def _export(self, seconds: float, ceiling: float) -> None:
+        import torch
 
-
-def deepspeed_config(recipe: Recipe, plan: Plan, world: int) -> dict[str, Any]:
-    """DeepSpeed's JSON, from the recipe."""
-    return {
-        "train_micro_batch_size_per_gpu": plan.micro,
-        "gradient_accumulation_steps": plan.accumulation,
-        "train_batch_size": plan.rows,
-        "gradient_clipping": recipe.train.clip,
-        "bf16": {"enabled": recipe.train.precision == "bf16"},
-        "zero_optimization": {"stage": recipe.train.zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
-    }
-
-
-def batch_rows(n_rows: int, size: int, step: int, seed: int) -> np.ndarray:
-    """Indices of the rows of one step, int64 of shape (size,): epochs are permutations laid end to end."""
-    start = step * size
-    out = np.empty(size, dtype=np.int64)
-    filled = 0
-    while filled < size:
-        epoch, offset = divmod(start + filled, n_rows)
-        take = min(size - filled, n_rows - offset)
-        out[filled : filled + take] = _order(n_rows, epoch, seed)[offset : offset + take]
-        filled += take
-    return out
-
-
-@lru_cache(maxsize=2)
-def _order(n_rows: int, epoch: int, seed: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(n_rows)
+        made = max(self.step - self.resumed_at, 1)
+        # The median step: a machine shared with others, or a checkpoint's writing, weighs on the mean.
+        rate = self.tokens_a_step / float(np.median(self.seconds)) if self.seconds else 0.0
+        peaks: list[Any] = [None] * self.world
+        gpu = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
+        mine = {"peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "peak_gpu_mib": gpu}
+        if self.world > 1:
+            torch.distributed.all_gather_object(peaks, mine)
+        else:
+            peaks = [mine]
+        training = {
+            "round": self.job.lineage.get("round", 0),
+            "objective": self.vocabulary.objective,
+            "steps": self.plan.steps,
+            "rows_per_step": self.plan.rows,
+            "seconds": seconds,
+            "tokens_per_second": rate,
+            "mfu": rate / ceiling,
+            "step_seconds": self.seconds[-1000:],
+            "input_share": self.input_seconds / max(sum(self.seconds), 1e-9),
+            "memory": peaks,
+            "workers": self.world,
+            "resumed_at": self.resumed_at,
+            "history": self.history,
+            "best_validation_loss": None if math.isinf(self.best) else self.best,
+            **self.seen,
+            "fingerprint": self.job.fingerprint,
+            "shape": model.Shape.of(self.recipe.student, self.recipe.train).describe(),
+            "data": self.facts,
+            "deepspeed": self.settings,
+            "made_now": made,
+        }
+        weights = export.weights(self.engine, self.network, self.rank)
+        if self.rank != 0:
+            return
+        if self.recipe.train.export == "best" and not math.isinf(self.best):
+            weights, facts = checkpoint.load_best(self.job.runs)
+            training["exported_step"] = facts["step"]
+        export.export(weights, self.network, self.folder, self.job.export, training, self.job.lineage)
 
 
 def tokenizer_folder(data: str) -> str:
     """Local copy of the run's tokenizer folder."""
-    from udrl import storage
-
     return storage.download_folder(
         storage.join(data, "tokenizer"), os.path.join(tempfile.gettempdir(), "udrl-tokenizer-" + str(os.getpid()))
     )
-
-
-def _train_step(engine: Any, rows: Rows, plan: Plan, step: int, rank: int, world: int, seed: int) -> float:
-    """One optimizer step; returns the mean loss a target token over all workers."""
-    import torch
-
-    chosen = batch_rows(len(rows), plan.rows, step, seed)
-    # The count over all workers, so that every target token weighs the same wherever it is trained.
-    total = max(int(rows.targets[chosen][:, 1:].sum()), 1)
-    mine = chosen[rank::world]
-    summed = torch.zeros((), device=engine.device)
-    for i in range(plan.accumulation):
-        part = mine[i * plan.micro : (i + 1) * plan.micro]
-        loss = engine(*_tensors(rows, part, engine.device))
-        # DeepSpeed averages over workers and accumulation; undo both, for a mean over target tokens.
-        engine.backward(loss * (world * plan.accumulation / total))
-        engine.step()
-        summed += loss.detach()
-    return float(_sum_over_workers(summed, world)) / total
-
-
-def _validate(engine: Any, rows: Rows, micro: int, rank: int, world: int) -> float | None:
-    """Mean loss a target token on the validation rows; None where there are none."""
-    import torch
-
-    if not len(rows):
-        return None
-    engine.eval()
-    summed = torch.zeros((), device=engine.device)
-    # Every worker runs as many forward passes: ZeRO 3 gathers weights in each.
-    passes = math.ceil(len(rows) / (micro * world))
-    with torch.no_grad():
-        for i in range(passes):
-            part = np.arange(len(rows))[(i * world + rank) * micro : (i * world + rank + 1) * micro]
-            keep = part if len(part) else np.array([0])
-            loss = engine(*_tensors(rows, keep, engine.device))
-            summed += loss.detach() if len(part) else 0
-    engine.train()
-    return float(_sum_over_workers(summed, world)) / max(int(rows.targets[:, 1:].sum()), 1)
-
-
-def _tensors(rows: Rows, part: np.ndarray, device: Any) -> tuple[Any, Any, Any]:
-    import torch
-
-    return (
-        torch.from_numpy(rows.tokens[part].astype(np.int64)).to(device),
-        torch.from_numpy(rows.positions[part].astype(np.int64)).to(device),
-        torch.from_numpy(rows.targets[part]).to(device),
-    )
-
-
-def _sum_over_workers(value: Any, world: int) -> Any:
-    import torch
-
-    if world > 1:
-        torch.distributed.all_reduce(value)
-    return value
-
-
-def _optimizer(network: Any, recipe: Recipe) -> Any:
-    """AdamW; matrices decay, biases and layer norms do not."""
-    import torch
-
-    matrices = [p for p in network.parameters() if p.ndim >= 2]
-    rest = [p for p in network.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": recipe.train.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        groups, lr=model.Shape.of(recipe.student, recipe.train).lr, betas=(0.9, 0.95), eps=1e-8, fused=True
-    )
-
-
-def _Student(network: Any) -> Any:
-    import torch
-
-    class Student(torch.nn.Module):
-        """The network as DeepSpeed sees it: rows in, loss out."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = network
-
-        def forward(self, tokens: Any, positions: Any, targets: Any) -> Any:
-            return model.packed_loss(self.network, tokens, positions, targets)
-
-    return Student()

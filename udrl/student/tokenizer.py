@@ -1,4 +1,5 @@
-"""The student's BPE tokenizer, trained on the episodes, with the control tokens first.
+"""The student's BPE tokenizer: trained on the episodes, with the control tokens first, or a pretrained GPT-2's own, with the
+control tokens last.
 
 User text is always encoded so that it can never produce a control token: ``<|reward:4|>`` typed by a user becomes
 ordinary byte-level pieces.
@@ -9,6 +10,7 @@ from typing import Any
 
 from udrl import commands
 from udrl.commands import Command, Vocabulary
+from udrl.errors import UserError
 
 
 def train(texts: Iterable[str], vocabulary: Vocabulary, vocab_size: int) -> Any:
@@ -43,6 +45,37 @@ def train(texts: Iterable[str], vocabulary: Vocabulary, vocab_size: int) -> Any:
     )
 
 
+def extend(folder: str, vocabulary: Vocabulary) -> Any:
+    """The tokenizer of a pretrained GPT-2 with the control tokens added behind its own; ``folder`` may be a Hugging Face id.
+
+    Its pieces and their ids stay as they are, letter case with them. ``<|end|>`` and ``<|pad|>`` take the place of the
+    special tokens that it had for these.
+
+    Raises:
+        UserError: there is no tokenizer, or it is no byte-level BPE.
+    """
+    from tokenizers import models
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"student.init: no tokenizer in {folder} ({' '.join(str(error).split())[:200]})") from error
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    # transformers makes an empty tokenizer where a GPT-2's folder has none; a byte-level one has a piece for each byte.
+    if backend is None or not isinstance(backend.model, models.BPE) or len(tokenizer) < 256:
+        raise UserError(f"student.init: the tokenizer of {folder} is no byte-level BPE; give a GPT-2 with its own tokenizer")
+    control = vocabulary.control_tokens()
+    # The old ones stay special, so that text can't produce them and the student may not write them.
+    old = [t for t in tokenizer.all_special_tokens if t not in control]
+    others = [t for t in control if t not in (commands.END, commands.PAD)]
+    tokenizer.add_special_tokens({"eos_token": commands.END, "pad_token": commands.PAD})
+    tokenizer.add_special_tokens({"additional_special_tokens": [*others, *old]})
+    tokenizer.split_special_tokens = True
+    tokenizer.init_kwargs["split_special_tokens"] = True
+    return tokenizer
+
+
 def load(folder: str) -> Any:
     """Load the tokenizer of an exported student."""
     from transformers import AutoTokenizer
@@ -72,5 +105,6 @@ def encode_request(tokenizer: Any, vocabulary: Vocabulary, intent: str, command:
 
 
 def banned_ids(tokenizer: Any, vocabulary: Vocabulary) -> list[int]:
-    """Ids that a student may not write: every control token but ``<|end|>``."""
-    return control_ids(tokenizer, [t for t in vocabulary.control_tokens() if t != commands.END])
+    """Ids that a student may not write: every special token but ``<|end|>``, those of a pretrained tokenizer too."""
+    special = {*control_ids(tokenizer, vocabulary.control_tokens()), *tokenizer.all_special_ids}
+    return sorted(special - set(control_ids(tokenizer, [commands.END])))

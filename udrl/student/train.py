@@ -5,97 +5,161 @@ import json
 import os
 import sys
 import threading
+from dataclasses import dataclass
 from typing import Any
 
-from udrl import cluster, storage
+from udrl import cluster, models, storage
 from udrl.errors import UserError
 from udrl.progress import Progress, duration
 from udrl.recipe import Recipe, dump
-from udrl.student import dataset, loop
+from udrl.student import checkpoint, dataset, loop, tracking
+from udrl.student.buffer import Source
 from udrl.student.export import TRAINING
 from udrl.student.model import Shape
+from udrl.student.plan import Plan, deepspeed_config, read_deepspeed
 from udrl.tasks import load_tasks
 
 # Settings of train that say where and how safely, not what: changing them neither retrains nor loses a checkpoint.
-OPERATIONAL = ("cpus_per_worker", "accelerator", "threads", "keep_checkpoints", "max_failures")
+OPERATIONAL = (
+    "workers",
+    "min_workers",
+    "placement_strategy",
+    "cpus_per_worker",
+    "accelerator",
+    "threads",
+    "micro_batch_rows",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "max_failures",
+    "trackers",
+    "sample_intents",
+)
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of a student. ``origin`` is what its episodes depend on, as plain data; ``start`` is the folder of an
+    exported student to go on from."""
+
+    sources: tuple[Source, ...]
+    target: str
+    origin: list[Any]
+    round: int = 0
+    start: str | None = None
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
-    """Train the student of ``recipe`` on the run's episodes; return what ``student/training.json`` says.
+    """Train the student of ``recipe`` on its run's episodes, into ``student/``; see :func:`fit`."""
+    return fit(recipe, first(recipe, storage.join(recipe.storage, "student")))
+
+
+def first(recipe: Recipe, target: str) -> Training:
+    """The training of round 0: on the teacher's episodes.
+
+    Raises:
+        UserError: there is no finished generate stage.
+    """
+    run = recipe.episodes_of()
+    if not storage.exists(storage.join(run, "generate.json")):
+        raise UserError(f"{run}: no finished generate stage; run jobs.generate with this recipe first")
+    made = storage.read_json(storage.join(run, "generate.json"))
+    origin = [made["ledger"], made["scoring"], made["accepted"]]
+    return Training((Source(storage.join(run, "episodes")),), target, origin)
+
+
+def fit(recipe: Recipe, training: Training) -> dict[str, Any]:
+    """Train a student and export it; return what its ``training.json`` says.
 
     Where a student of the same episodes and settings lies there already, it is kept (``resume: never`` trains anew). A
     run that was killed goes on from its last checkpoint.
+
+    Raises:
+        UserError: settings or episodes can't be used, or another student lies in the target under ``resume: always``.
     """
     tasks = [t.name for t in load_tasks(recipe.tasks)]
     Shape.of(recipe.student, recipe.train)
     storage.require_writable(recipe.storage)
-    episodes = storage.join(recipe.storage, "episodes")
-    if not storage.exists(storage.join(recipe.storage, "generate.json")):
-        raise UserError(f"{recipe.storage}: no finished generate stage; run jobs.generate with this recipe first")
-    mark = fingerprint(recipe)
-    target, finished = storage.join(recipe.storage, "student"), storage.join(recipe.storage, "student", TRAINING)
+    mark = fingerprint(recipe, training)
+    target, finished = training.target, storage.join(training.target, TRAINING)
     if recipe.resume != "never" and storage.exists(finished):
-        facts = storage.read_json(finished)
+        facts: dict[str, Any] = storage.read_json(finished)
         if facts["fingerprint"] == mark:
             print(f"train: a student of these episodes and settings is there already: {target}", file=sys.stderr)
             return facts
         if recipe.resume == "always":
             raise UserError(f"{target}: made with other settings or episodes; resume=if_possible or resume=never trains anew")
+    tracking.check(recipe.train.trackers)
     storage.write_bytes(storage.join(recipe.storage, "recipe.yaml"), dump(recipe).encode())
     cluster.connect()
     data = storage.join(recipe.storage, "student_data", mark)
     if recipe.resume == "never":
         storage.remove(data)
     if not storage.exists(storage.join(data, "done.json")):
-        dataset.prepare(recipe, episodes, data, tasks)
-        storage.write_json(storage.join(data, "done.json"), {})
-    _fit(recipe, data, target, mark)
+        dataset.prepare(recipe, training.sources, data, tasks, start=training.start)
+    _fit(recipe, training, data, mark)
     return storage.read_json(finished)
 
 
-def fingerprint(recipe: Recipe) -> str:
+def fingerprint(recipe: Recipe, training: Training) -> str:
     """What the student depends on: the episodes, and the recipe's sections that shape it."""
-    generated = storage.read_json(storage.join(recipe.storage, "generate.json"))
     sections = recipe.model_dump(include={"seed", "tasks", "commands", "student", "train"})
     for name in OPERATIONAL:
         sections["train"].pop(name)
-    facts = [generated["ledger"], generated["scoring"], generated["accepted"], sections]
+    if recipe.train.deepspeed:
+        sections["train"]["deepspeed"] = read_deepspeed(recipe.train.deepspeed)
+    if recipe.student.init:
+        sections["student"]["revision"] = models.revision(recipe.student.init, None)
+    keeps = [source.keep for source in training.sources]
+    facts = [training.origin, keeps, training.round, sections]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _fit(recipe: Recipe, data: str, target: str, mark: str) -> None:
+def _fit(recipe: Recipe, training: Training, data: str, mark: str) -> None:
     import ray
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     place = recipe.train
-    cluster.require("train", place.workers * place.cpus_per_worker, place.workers * place.gpus_per_worker)
-    board = ray.remote(num_cpus=0)(Board).remote()
-    runs = storage.join(recipe.storage, "checkpoints")
+    least = place.min_workers or place.workers
+    cluster.require("train", least * place.cpus_per_worker, least * place.gpus_per_worker)
+    runs = storage.join(recipe.storage, "checkpoints", mark)
     if recipe.resume == "never":
-        storage.remove(storage.join(runs, mark))
+        storage.remove(runs)
+    checkpoint.sweep(runs)
+    _show(recipe, data, runs)
+    board = ray.remote(num_cpus=0)(Board).remote()
+    made = storage.join(recipe.episodes_of(), "generate.json")
+    job = loop.Job(
+        recipe=recipe.model_dump(mode="json"),
+        data=data,
+        runs=runs,
+        export=training.target,
+        fingerprint=mark,
+        start=training.start,
+        lineage={
+            "recipe": recipe.model_dump(mode="json"),
+            "generate": storage.read_json(made) if storage.exists(made) else {},
+            "round": training.round,
+        },
+        board=board,
+        variables=[ray.put(tracking.environment(place.trackers))],
+    )
     trainer = TorchTrainer(
         loop.train_worker,
-        train_loop_config={
-            "recipe": recipe.model_dump(mode="json"),
-            "data": data,
-            "export": target,
-            "fingerprint": mark,
-            "board": board,
-        },
+        train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if place.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=place.workers,
+            num_workers=(place.min_workers, place.workers) if place.min_workers else place.workers,
             use_gpu=place.gpus_per_worker > 0,
             resources_per_worker=_resources(recipe),
             accelerator_type=place.accelerator,
+            placement_strategy=place.placement_strategy,
         ),
         run_config=RunConfig(
-            # A name that stands for data and settings: a restarted driver finds its own checkpoints and no others.
+            # Checkpoints are ours to find; Ray Train's own state of an earlier try must not be gone on with.
             name=mark,
-            storage_path=runs,
+            storage_path=storage.join(recipe.storage, "checkpoints"),
             failure_config=FailureConfig(max_failures=place.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=place.keep_checkpoints),
             worker_runtime_env={"env_vars": _environment()},
         ),
     )
@@ -107,11 +171,25 @@ def _fit(recipe: Recipe, data: str, target: str, mark: str) -> None:
     finally:
         stop.set()
         watcher.join()
-    if (
-        not storage.exists(storage.join(target, TRAINING))
-        or storage.read_json(storage.join(target, TRAINING))["fingerprint"] != mark
-    ):
-        raise RuntimeError(f"training ended without an export in {target}")
+    problem = ray.get(board.read.remote()).get("problem")
+    if problem:
+        raise UserError(f"train: {problem}")
+    finished = storage.join(training.target, TRAINING)
+    if not storage.exists(finished) or storage.read_json(finished)["fingerprint"] != mark:
+        raise RuntimeError(f"training ended without an export in {training.target}")
+
+
+def _show(recipe: Recipe, data: str, runs: str) -> None:
+    """Say what is about to happen, and write DeepSpeed's settings beside the checkpoints."""
+    facts, train, world = dataset.facts(data), recipe.train, recipe.train.workers
+    plan = Plan.of(train, recipe.student.context, facts["rows"], facts["budget_rows"], world)
+    where = storage.join(runs, "deepspeed.json")
+    storage.write_json(where, deepspeed_config(train, plan, world))
+    print(
+        f"train: {facts['episodes']:,} episodes in {facts['rows']:,} rows of {recipe.student.context} tokens"
+        f" ({100 * facts['padding']:.1f}% padding); {plan.steps:,} steps of {plan.rows:,} rows; DeepSpeed: {where}",
+        file=sys.stderr,
+    )
 
 
 def _resources(recipe: Recipe) -> dict[str, float]:
@@ -123,10 +201,8 @@ def _resources(recipe: Recipe) -> dict[str, float]:
 
 def _environment() -> dict[str, str]:
     """DeepSpeed compiles its CPU op once into this folder; without it every run would compile again."""
-    from udrl.models import cache_folder
-
     return {
-        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", os.path.join(cache_folder(), "torch_extensions")),
+        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", os.path.join(models.cache_folder(), "torch_extensions")),
         # torch calls ninja by name; it lies beside the interpreter, whose folder need not be on the PATH.
         "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")]),
     }

@@ -1,8 +1,8 @@
 """Faults for the kill tests, in every process that finds this folder on PYTHONPATH.
 
-A fault is a file in $UDRL_FAULTS, named ``<when>-<what>-<n>``: before or after the n-th ledger file appears, ``kill`` the
-process that writes it, or ``hold`` it until the file is gone. The process that meets a fault claims it by renaming it, so
-that it strikes once.
+A fault is a file in $UDRL_FAULTS, named ``<when>-<what>-<n>``: before or after the n-th file of a ledger appears, or the
+note that makes the checkpoint of step n whole, ``kill`` the process that writes it, or ``hold`` it until the fault is gone.
+The process that meets a fault claims it by renaming it, so that it strikes once.
 """
 
 import os
@@ -15,9 +15,12 @@ _folder = os.environ.get("UDRL_FAULTS", "")
 
 def _strike(when: str, target: str) -> None:
     folder, name = os.path.split(target)
-    if not name.startswith("part-") or os.environ.get("UDRL_FAULTS_IN", "/completions/") not in f"{folder}/":
+    if name.startswith("part-") and "/completions/" in f"{folder}/":
+        written = sum(n.startswith("part-") for n in os.listdir(folder)) + (when == "before")
+    elif name.startswith("complete-"):
+        written = int(os.path.basename(folder).removeprefix("step-"))
+    else:
         return
-    written = sum(n.startswith("part-") for n in os.listdir(folder)) + (when == "before")
     for fault in sorted(os.listdir(_folder)):
         if fault.endswith(".struck") or not fault.startswith(when):
             continue

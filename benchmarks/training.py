@@ -1,0 +1,201 @@
+"""The train stage against a bare PyTorch loop and Hugging Face's Trainer; its scaling, and its memory by ZeRO stage.
+
+``python -m benchmarks.training [speed] [scaling] [memory] [gpu] [--run URI] [--steps N] [--quick] [key=value ...]``
+
+- ``speed``: tokens/s of the stage, of a bare loop of the same model, rows and batch (bf16 in two ways; the faster one is the
+  rival), and of Trainer on the same examples unpacked (padded to the longest of a batch; and with examples of like length
+  together). What an input batch costs stands beside it.
+- ``scaling``: two workers on half the cores each, against one worker on half and on all of them.
+- ``memory``: peak memory of each of two workers by ZeRO stage, with the speed.
+- ``gpu``: 104M parameters in bf16 at context 1,024: stage and bare loop, MFU beside the rate a matrix product reaches.
+  Skipped where there is no GPU.
+
+All arms of a part run in turns, each in a process of its own with the same threads. A rate counts the tokens of examples,
+padding aside, over the steps after the warm-up. Overrides apply to ``recipes/quickstart.yaml``, whose student is trained. The
+episodes are those of ``--run``; without it the bundled teacher writes some once, into ``runs/benchmark-training``.
+
+Prints tables and, as its last line, JSON.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+from functools import partial
+from typing import Any
+
+from benchmarks.generation import HERE, child, machine
+from benchmarks.training_arms import Bench, Data
+from udrl import cluster, storage
+from udrl.recipe import Recipe
+
+PARTS = ("speed", "scaling", "memory", "gpu")
+EPISODES = f"{HERE}/runs/benchmark-training"
+INTENTS = 150  # with four tasks and two samples about a thousand episodes: a minute or two of two cores
+# Quick: all parts in a few steps of a student that learns nothing, on made-up episodes.
+QUICK = (
+    *("student.depth=1", "student.width=64", "student.vocab_size=600", "student.context=192"),
+    *("train.batch_tokens=768", "train.swapped_copies=0"),
+)
+ON_GPU = (
+    *("student.depth=12", "student.width=768", "student.vocab_size=24000", "student.context=1024", "student.lowercase=false"),
+    *("train.batch_tokens=65536", "train.swapped_copies=0", "train.gpus_per_worker=1", "train.precision=bf16"),
+)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.training", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("words", nargs="*", help="parts to run (default, or 'all': all), key=value overrides")
+    parser.add_argument("--run", help="storage of a run whose generate stage is finished")
+    parser.add_argument("--steps", type=int, help="measured steps of an arm; default: 150")
+    parser.add_argument("--warmup", type=int, help="steps before those, in tens as losses are read; default: 20")
+    parser.add_argument("--repeats", type=int, help="turns; default: 2")
+    parser.add_argument("--quick", action="store_true", help="a tiny student, made-up episodes, few steps: does it run?")
+    arguments = parser.parse_intermixed_args(argv)
+    unknown = [w for w in arguments.words if w not in (*PARTS, "all") and "=" not in w]
+    if unknown:
+        parser.error(f"{unknown[0]}: no such part; there are {', '.join(PARTS)}, all")
+    parts = [p for p in PARTS if p in arguments.words] or list(PARTS)
+    warmup = arguments.warmup or (2 if arguments.quick else 20)
+    folder = tempfile.mkdtemp(prefix="udrl-benchmark-")
+    bench = Bench(
+        folder=folder,
+        steps=warmup + (arguments.steps or (4 if arguments.quick else 150)),
+        warmup=warmup,
+        repeats=arguments.repeats or (1 if arguments.quick else 2),
+        overrides=(*(QUICK if arguments.quick else ()), *(w for w in arguments.words if "=" in w)),
+    )
+    found: dict[str, Any] = {"machine": machine(), "steps": bench.steps - warmup, "repeats": bench.repeats}
+    try:
+        if set(parts) - {"gpu"}:
+            run = arguments.run or (made_up(bench, 400, 600) if arguments.quick else real_episodes())
+            recipe, data = bench.prepare(bench.recipe(finished(run)))
+            found["padding"] = round(data.padding, 4)
+            if "speed" in parts:
+                found["speed"] = speed_part(bench, recipe, data)
+                found |= {name: found["speed"].pop(name) for name in ("ratio_to_bare_loop", "ratio_to_hf_trainer")}
+            if "scaling" in parts:
+                found["scaling"] = scaling_part(bench, recipe, data)
+            if "memory" in parts:
+                found["memory"] = memory_part(bench, recipe, data)
+        if "gpu" in parts:
+            found["gpu"] = gpu_part(bench)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(json.dumps(found))
+
+
+def speed_part(bench: Bench, recipe: Recipe, data: Data) -> dict[str, Any]:
+    bare = ("autocast", "master") if recipe.train.precision == "bf16" else ("fp32",)
+    arms = {"stage": partial(bench.stage, recipe, data)}
+    arms |= {f"bare loop, {how}": partial(bench.bare, recipe, data, how) for how in bare}
+    arms |= {
+        "hf trainer": partial(bench.trainer, recipe, data, grouped=False),
+        "hf trainer, by length": partial(bench.trainer, recipe, data, grouped=True),
+    }
+    rates = bench.in_turns(arms)
+    rival = max((f"bare loop, {how}" for how in bare), key=lambda name: rates[name]["tokens_per_second"])
+    stage = rates["stage"]["tokens_per_second"]
+    ratios = {
+        "ratio_to_bare_loop": round(stage / rates[rival]["tokens_per_second"], 3),
+        "ratio_to_hf_trainer": round(stage / rates["hf trainer"]["tokens_per_second"], 3),
+        "ratio_to_hf_trainer_by_length": round(stage / rates["hf trainer, by length"]["tokens_per_second"], 3),
+    }
+    print(
+        f"stage to {rival} (the faster one): {ratios['ratio_to_bare_loop']:.3f}; to Trainer with its default sampling:"
+        f" {ratios['ratio_to_hf_trainer']:.3f}; by length: {ratios['ratio_to_hf_trainer_by_length']:.3f}\n"
+    )
+    return {"arms": rates, "bare_loop": rival, **ratios}
+
+
+def scaling_part(bench: Bench, recipe: Recipe, data: Data) -> dict[str, Any]:
+    cores = cluster.cpus()
+    half, batch = max(1, cores // 2), recipe.train.batch_tokens
+    one, all_, two = f"1 worker x {half}", f"1 worker x {cores}", f"2 workers x {half}"
+    rates = bench.in_turns(
+        {
+            one: partial(bench.stage, recipe, data, threads=half),
+            all_: partial(bench.stage, recipe, data, threads=cores),
+            two: partial(bench.stage, recipe, data, workers=2, threads=half),
+            f"{two}, twice the batch": partial(bench.stage, recipe, data, workers=2, threads=half, batch_tokens=2 * batch),
+        },
+    )
+    speed = {name: arm["tokens_per_second"] for name, arm in rates.items()}
+    ratios = {
+        "two_workers_to_one_on_half_the_cores": round(speed[two] / speed[one], 3),
+        "two_workers_to_one_on_all_cores": round(speed[two] / speed[all_], 3),
+        "twice_the_batch_to_one_on_half_the_cores": round(speed[f"{two}, twice the batch"] / speed[one], 3),
+    }
+    print("; ".join(f"{name.replace('_', ' ')}: {ratio:.2f}" for name, ratio in ratios.items()) + "\n")
+    return {"arms": rates, **ratios}
+
+
+def memory_part(bench: Bench, recipe: Recipe, data: Data) -> dict[str, Any]:
+    half, gpus = max(1, cluster.cpus() // 2), int(gpu_count() >= 2)
+    arms = {
+        f"zero {z}": partial(bench.stage, recipe, data, workers=2, threads=half, zero_stage=z, gpus_per_worker=gpus)
+        for z in range(4)
+    }
+    rates = bench.in_turns(arms)
+    print("peak memory of each of two workers; 'host' counts the libraries that a worker imports, too\n")
+    return rates
+
+
+def gpu_part(bench: Bench) -> dict[str, Any] | None:
+    if not gpu_count():
+        print("gpu: skipped, torch sees no GPU on this machine\n")
+        return None
+    recipe, data = bench.prepare(bench.recipe(made_up(bench, 20_000, 60_000), *ON_GPU))
+    bare = ("autocast", "master")
+    arms = {"stage": partial(bench.stage, recipe, data)}
+    arms |= {f"bare loop, {how}": partial(bench.bare, recipe, data, how) for how in bare}
+    rates = bench.in_turns(arms)
+    command = ["-m", "benchmarks.training_flops", f"{recipe.storage}/student", "--target-share", str(data.target_share)]
+    command += ["--lengths", str(recipe.student.context), str(data.example_length)]
+    work = json.loads(child(*command).splitlines()[-1])
+    speed = rates["stage"]["tokens_per_second"]
+    whole, inside = (speed * flops for flops in work["flops_per_token"])
+    ratio = speed / max(rates[f"bare loop, {how}"]["tokens_per_second"] for how in bare)
+    print(
+        f"{work['device']}: {whole / 1e12:.0f} TFLOP/s, MFU {whole / work['ceiling']:.1%} of the {work['ceiling'] / 1e12:.0f}"
+        f" that a matrix product reaches; attention counted inside examples alone: {inside / work['ceiling']:.1%};"
+        f" stage to bare loop {ratio:.3f}\n"
+    )
+    shares = {"mfu": round(whole / work["ceiling"], 4), "mfu_inside_examples": round(inside / work["ceiling"], 4)}
+    return {"arms": rates, **work, **shares, "ratio_to_bare_loop": round(ratio, 3)}
+
+
+def gpu_count() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def made_up(bench: Bench, n: int, distinct: int) -> str:
+    from benchmarks.made_up import write_episodes
+
+    run = f"{bench.folder}/made-up-{n}"
+    write_episodes(run, bench.recipe(run).tasks, n, distinct)
+    return run
+
+
+def real_episodes() -> str:
+    """A small run of the bundled teacher, made once: lengths are as mixed as a teacher's, which decides what padding costs."""
+    if not storage.exists(f"{EPISODES}/generate.json"):
+        print(f"making episodes of {INTENTS} intents into {EPISODES}", flush=True)
+        child("-m", "jobs.generate", "recipes/quickstart.yaml", f"storage={EPISODES}", f"intents.limit={INTENTS}")
+    return EPISODES
+
+
+def finished(run: str) -> str:
+    if not storage.exists(storage.join(run, "generate.json")):
+        raise SystemExit(f"{run}: no finished generate stage; --run names the storage of a run that has one")
+    return run
+
+
+if __name__ == "__main__":
+    import sys
+
+    main(sys.argv[1:])

@@ -1,0 +1,7 @@
+"""Settings of every test, made before anything imports Ray, which reads them once."""
+
+import os
+
+# A thread that outlives its cluster and calls Ray again would join whatever cluster it finds, be it one that a kill test
+# started; when that one dies, Ray ends this whole process with it, without a word.
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"

@@ -1,0 +1,100 @@
+"""A job that a test starts and kills as often as it wants."""
+
+import contextlib
+import os
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+HERE = Path(__file__).parent
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent", "python")
+WAIT = 240  # seconds until a trigger that never comes fails the test
+
+
+class Killable:
+    """A driver in a process of its own. Subclasses give its :meth:`command`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.faults = folder, folder / "faults"
+        self.faults.mkdir(parents=True)
+        self.driver: subprocess.Popen[bytes] | None = None
+
+    def command(self) -> list[str]:
+        raise NotImplementedError
+
+    def environment(self) -> dict[str, str]:
+        paths = [str(HERE / "faults"), str(HERE.parents[1])]
+        return {"PYTHONPATH": os.pathsep.join(paths), "UDRL_FAULTS": str(self.faults)}
+
+    def fault(self, name: str) -> None:
+        """See ``faults/sitecustomize.py``."""
+        (self.faults / name).touch()
+
+    def struck(self, name: str) -> bool:
+        return (self.faults / f"{name}.struck").exists()
+
+    def release(self) -> None:
+        """Let go on who is held."""
+        for held in self.faults.glob("*-hold-*.struck"):
+            held.unlink()
+
+    def start(self) -> None:
+        self.driver = subprocess.Popen(
+            self.command(),
+            env=os.environ | self.environment(),
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=(self.folder / "driver.log").open("ab"),
+        )
+
+    def until(self, met: Callable[[], bool]) -> None:
+        assert self.driver
+        assert wait(lambda: met() or self.driver.poll() is not None), self.told()  # type: ignore[union-attr]
+        assert self.driver.poll() is None, f"the job ended before it was killed\n{self.told()}"
+
+    def kill(self) -> None:
+        """SIGKILL the driver, and wait until its cluster has gone with it."""
+        assert self.driver
+        family = psutil.Process(self.driver.pid).children(recursive=True)
+        self.driver.kill()
+        self.driver.wait()
+        # Ray's agents take half a minute to notice; they hold no engine and write no file.
+        assert wait(lambda: all(gone(process) or process.name() in AGENTS for process in family))
+        for process in family:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        self.release()
+
+    def end(self) -> None:
+        """Kill it where it still runs."""
+        if self.driver and self.driver.poll() is None:
+            self.kill()
+
+    def finish(self) -> None:
+        if not self.driver or self.driver.poll() is not None:
+            self.start()
+        assert self.driver
+        assert self.driver.wait(WAIT) == 0, self.told()
+
+    def told(self) -> str:
+        return (self.folder / "driver.log").read_text(errors="replace")[-3000:]
+
+
+def gone(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or not process.cmdline()
+    except psutil.Error:  # a zombie: nobody may ever wait for it, and it does nothing
+        return True
+
+
+def wait(met: Callable[[], bool]) -> bool:
+    """Whether ``met`` came true in time; the clock only ends a test that has failed."""
+    pause = threading.Event()
+    for _ in range(WAIT * 20):
+        if met():
+            return True
+        pause.wait(0.05)
+    return False

@@ -1,0 +1,99 @@
+"""Runs on another run's episodes, and students that take no commands."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from udrl import commands, recipe, storage
+from udrl.commands import ANY
+from udrl.errors import UserError
+from udrl.evaluation import evaluate, metrics, report
+from udrl.policies.teacher import key_columns, teacher_policy
+from udrl.recipe import Recipe, Teacher
+from udrl.tasks import load_tasks
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def values(tmp_path: Path, **more: Any) -> Recipe:
+    given = {"name": "x", "storage": str(tmp_path / "mine"), "tasks": ["image_search"], "intents": {"limit": 5}}
+    return Recipe.model_validate({**given, "evaluate": {"intents": 3, "samples": 2}, **more})
+
+
+def vocabulary(objective: str) -> commands.Vocabulary:
+    columns = {
+        "task": np.full(40, "image_search"),
+        "intent_id": np.arange(40),
+        "n_words": np.arange(40) % 9 + 3,
+        "reward": np.linspace(0, 1, 40),
+        "relevance": np.linspace(0, 1, 40),
+    }
+    settings: Any = {"max_words": 20, "reward_bins": 3, "rank_within": "task", "objective": objective}
+    return commands.learn(["image_search"], columns, **settings)[0]
+
+
+def test_heldout_intents_are_those_of_the_run_whose_episodes_are_used(tmp_path: Path) -> None:
+    other = str(tmp_path / "other")
+    table = pa.table({"intent_id": [1, 2], "intent": ["an owl", "a fox"], "subject": ["owl", "fox"]})
+    storage.write_table(storage.join(other, "intents", "here", "heldout.parquet"), table)
+    storage.write_json(storage.join(other, "generate.json"), {"intents": "here"})
+    assert evaluate._intents(values(tmp_path, episodes_from=other)) == [(1, "an owl"), (2, "a fox")]
+    with pytest.raises(UserError, match="mine: no finished generate stage"):
+        evaluate._intents(values(tmp_path))
+
+
+def test_a_student_of_plain_fine_tuning_is_not_asked_for_lengths_and_rewards(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    tasks = load_tasks(["image_search"])
+    policy = teacher_policy(Teacher(model=str(tmp_path)), tasks)
+    asked = {
+        objective: evaluate._student_requests(policy, vocabulary(objective), tasks, [(1, "an owl")], values(tmp_path))
+        for objective in ("udrl", "sft")
+    }
+    assert {row["probe"] for row in asked["udrl"]} == {"default", "length", "reward"}
+    assert {(row["probe"], row["command_words"], row["command_reward"]) for row in asked["sft"]} == {("default", ANY, ANY)}
+    assert len(asked["sft"]) == 2
+
+
+def test_its_report_is_whole_without_control_curves(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    policy = teacher_policy(Teacher(model=str(tmp_path)), load_tasks(["image_search"]))
+    rows = []
+    for who in ("student", "teacher"):
+        for i in range(12):
+            row = {f.name: None for f in metrics.OUTPUTS} | key_columns(policy, i // 2, f"owl {i // 2}", "image_search", i % 2)
+            row |= {"policy": who, "model": "m", "probe": "default", "reason": "", "judge": float("nan")}
+            row |= {"prompt": f"soft owl {i} in light", "n_words": 5, "relevance": 0.5, "reward": 0.5}
+            rows.append({name: row[name] for name in metrics.OUTPUTS.names})
+    outputs = pa.Table.from_pylist(rows, schema=metrics.OUTPUTS)
+    measured = evaluate.measure(outputs, vocabulary("sft"), bootstrap=100, seed=0)
+    out = str(tmp_path / "evaluation")
+    document = report.write(out, outputs, measured, report.Context(commands=vocabulary("sft")))
+    told = storage.read_bytes(storage.join(out, "report.md")).decode()
+    assert evaluate.NO_COMMANDS in told
+    assert evaluate.NO_COMMANDS in report.short_table(document)
+    assert not [name for name in document["files"] if "control" in name]
+
+
+@pytest.mark.parametrize("name", ["ablation-sft", "ablation-sft-top", "rounds"])
+def test_the_ablations_differ_from_quickstart_where_they_say(name: str) -> None:
+    ours, base = (recipe.load(str(ROOT / "recipes" / f"{n}.yaml")).model_dump() for n in (name, "quickstart"))
+    changed = {key for key in ours if ours[key] != base[key]}
+    assert changed == {"name", "storage", *({"rounds", "explore"} if name == "rounds" else {"episodes_from", "train"})}
+    tuned = {key for key in ours["train"] if ours["train"][key] != base["train"][key]}
+    assert tuned == (set() if name == "rounds" else {"objective"})  # the same steps and settings
+
+
+def test_a_pipeline_on_another_run_s_episodes_generates_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "jobs.pipeline", "recipes/ablation-sft.yaml", f"storage={tmp_path}/a"]
+    done = subprocess.run(
+        [*command, f"episodes_from={tmp_path}/b"], capture_output=True, text=True, cwd=ROOT, timeout=120, check=False
+    )
+    assert done.stdout == f"generate: skipped; the episodes are those of {tmp_path}/b\n"
+    assert done.returncode == 2
+    assert f"{tmp_path}/b: no finished generate stage" in done.stderr

@@ -1,0 +1,29 @@
+"""What the training benchmark must get right for its ratios to mean something."""
+
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.hf_trainer import IGNORED, unpack
+from udrl.student import packing, rows
+from udrl.student.packing import Examples
+
+PAD = 1
+
+
+def test_unpacking_gives_every_example_back_with_its_targets_as_labels(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(4, 30, size=200)
+    starts = np.array([int(rng.integers(1, n)) for n in lengths])
+    examples = Examples(rng.integers(2, 500, size=lengths.sum()).astype(np.int32), lengths, starts)
+    path = str(tmp_path / "rows.arrow")
+    rows.write(path, packing.pack(examples, 32, PAD), 500)
+
+    found = unpack(rows.Rows([path], 32), PAD, chunk=16)
+
+    ends = np.cumsum(lengths)
+    wanted = []
+    for end, length, start in zip(ends, lengths, starts, strict=True):
+        ids = examples.tokens[end - length : end].tolist()
+        wanted.append((ids, [IGNORED] * start + ids[start:]))
+    assert sorted((e["input_ids"], e["labels"]) for e in found) == sorted(wanted)
