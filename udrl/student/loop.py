@@ -28,6 +28,7 @@ from udrl.student.tracking import Trackers
 
 TOLD_EVERY = 10  # steps; reading a loss waits for the device
 VALIDATION_ROWS = 256  # at most: a validation costs a few steps, however much is held out
+REPORT_SECONDS = 10  # at least between reports to Ray Train: its controller takes one in two seconds, and the next waits
 POINTS = 20_000  # of the loss curve that checkpoints carry; longer runs keep every k-th
 
 
@@ -85,6 +86,7 @@ class _Worker:
         self.saver = checkpoint.Saver(job.runs, train.keep_checkpoints, self.rank, self.world)
         self.seconds: list[float] = []
         self.input_seconds = 0.0
+        self.reported = -math.inf
 
     def run(self) -> None:
         every = max(1, self.plan.steps // POINTS)
@@ -249,7 +251,9 @@ class _Worker:
             if self.rank == 0:
                 checkpoint.save_best(self.job.runs, weights, {"step": self.step, "validation_loss": loss})
         self._post(**self.seen)
-        ray.train.report({"step": self.step, **self.seen})
+        if time.monotonic() - self.reported > REPORT_SECONDS:
+            self.reported = time.monotonic()
+            ray.train.report({"step": self.step, **self.seen})
 
     def _held(self) -> list[dict[str, Any]]:
         """The first intents of each task that are written out."""

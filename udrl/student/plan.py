@@ -93,13 +93,16 @@ def deepspeed_config(train: Train, plan: Plan, world: int) -> dict[str, Any]:
     Raises:
         UserError: the user's file can't be read, or its sizes contradict the recipe.
     """
+    # Copying gradients into one buffer spares a GPU's memory from fragments; on a CPU it is a twelfth of the step.
+    tuned = {} if train.gpus_per_worker or train.zero_stage == 3 else {"contiguous_gradients": False}
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": plan.micro,
         "gradient_accumulation_steps": plan.accumulation,
         "train_batch_size": plan.micro * plan.accumulation * world,
         "gradient_clipping": train.clip,
-        "bf16": {"enabled": train.precision == "bf16"},
-        "zero_optimization": {"stage": train.zero_stage},
+        # The loop looks at the loss itself; looking at every gradient costs a fiftieth of a step.
+        "bf16": {"enabled": train.precision == "bf16", "check_grad_overflow": False},
+        "zero_optimization": {"stage": train.zero_stage, **tuned},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }

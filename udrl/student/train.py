@@ -118,6 +118,7 @@ def _fit(recipe: Recipe, training: Training, data: str, mark: str) -> None:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     place = recipe.train
     least = place.min_workers or place.workers
@@ -127,7 +128,9 @@ def _fit(recipe: Recipe, training: Training, data: str, mark: str) -> None:
         storage.remove(runs)
     checkpoint.sweep(runs)
     _show(recipe, data, runs)
-    board = ray.remote(num_cpus=0)(Board).remote()
+    # Beside the driver: on another node it might be lost with it.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
     made = storage.join(recipe.episodes_of(), "generate.json")
     job = loop.Job(
         recipe=recipe.model_dump(mode="json"),
