@@ -41,7 +41,7 @@ def train(recipe: Recipe, data: str, precision: str) -> dict[str, Any]:
     if device == "cpu" and recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     rows = dataset.load_rows(data, "train")
-    plan = Plan.of(recipe.train, rows.context, len(rows), dataset.facts(data)["budget_rows"], 1)
+    plan = Plan.of(recipe.student, recipe.train, len(rows), dataset.facts(data)["budget_rows"], 1)
     network = model.build(recipe.student, recipe.train, tokenizer.load(f"{data}/tokenizer"), recipe.seed).to(device)
     if precision == "master":
         network.to(torch.bfloat16)

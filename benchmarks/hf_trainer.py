@@ -45,7 +45,7 @@ def train(recipe: Recipe, data: str, grouped: bool) -> dict[str, Any]:
         torch.set_num_threads(recipe.train.threads)
     words = tokenizer.load(f"{data}/tokenizer")
     rows = dataset.load_rows(data, "train")
-    plan = Plan.of(recipe.train, rows.context, len(rows), dataset.facts(data)["budget_rows"], 1)
+    plan = Plan.of(recipe.student, recipe.train, len(rows), dataset.facts(data)["budget_rows"], 1)
     examples = unpack(rows, words.pad_token_id)
     size = max(1, round(plan.rows * len(examples) / len(rows)))  # as many examples as a step's rows hold
     pad = DataCollatorForSeq2Seq(words, label_pad_token_id=IGNORED)

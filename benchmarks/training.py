@@ -28,6 +28,7 @@ from benchmarks.generation import HERE, child, machine
 from benchmarks.training_arms import Bench, Data
 from udrl import cluster, storage
 from udrl.recipe import Recipe
+from udrl.student.model import Shape
 
 PARTS = ("speed", "scaling", "memory", "gpu")
 EPISODES = f"{HERE}/runs/benchmark-training"
@@ -112,7 +113,7 @@ def speed_part(bench: Bench, recipe: Recipe, data: Data) -> dict[str, Any]:
 
 def scaling_part(bench: Bench, recipe: Recipe, data: Data) -> dict[str, Any]:
     cores = cluster.cpus()
-    half, batch = max(1, cores // 2), recipe.train.batch_tokens
+    half, batch = max(1, cores // 2), Shape.of(recipe.student, recipe.train).batch_tokens
     one, all_, two = f"1 worker x {half}", f"1 worker x {cores}", f"2 workers x {half}"
     rates = bench.in_turns(
         {

@@ -12,6 +12,7 @@ from benchmarks.generation import HERE, child
 from udrl import cluster
 from udrl import recipe as recipes
 from udrl.recipe import Recipe
+from udrl.student.model import Shape
 
 # What a turn of an arm showed: see Bench.measured.
 Turn = dict[str, Any]
@@ -62,7 +63,8 @@ class Bench:
 
     def stage(self, recipe: Recipe, data: Data, **train: Any) -> Turn:
         """Train by the stage, with these settings of ``train``, for as many steps."""
-        bigger = train.get("batch_tokens", recipe.train.batch_tokens) / recipe.train.batch_tokens
+        batch = Shape.of(recipe.student, recipe.train).batch_tokens
+        bigger = train.get("batch_tokens", batch) / batch
         found = self._child("training_stage", with_train(recipe, epochs=recipe.train.epochs * bigger, **train))
         found["losses"] = [loss for _, loss in found["history"]]
         return self._measured(found, found["rows_per_step"] * recipe.student.context * (1 - data.padding))

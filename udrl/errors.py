@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Callable, Sequence
 
+STALLED = 3  # exit code of a stage that made no progress
+
 
 class UserError(Exception):
     """Something the user can mend. The message names the thing and the remedy, one line a problem."""
@@ -22,7 +24,7 @@ def exit_code(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None 
         return 2
     except Stalled as error:
         print(f"error: {error}", file=sys.stderr)
-        return 3
+        return STALLED
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)
         return 130

@@ -182,7 +182,9 @@ class Train(Section):
     accelerator: str | None = None
     threads: int | None = Field(None, ge=1, description="OpenMP threads a CPU worker; default: cores / workers")
     epochs: float = Field(4, gt=0)
-    batch_tokens: int = Field(2048, ge=32, description="tokens of one optimizer step, over all workers")
+    batch_tokens: int | None = Field(
+        None, ge=32, description="tokens of one optimizer step, over all workers; default: from the width"
+    )
     micro_batch_rows: int | None = Field(None, ge=1, description="rows of one forward pass; default: the whole share")
     lr: float | None = Field(None, gt=0, description="default: falls with width (1e-3 at width 320)")
     schedule: Literal["cosine", "wsd"] = Field("cosine", description="after the warm-up: a cosine, or stable and then decay")
@@ -297,9 +299,10 @@ class Recipe(Section):
         too_long = [n for n in self.evaluate.lengths or () if not 1 <= n <= self.commands.max_words]
         if too_long:
             raise ValueError(f"evaluate.lengths: {too_long} lie outside 1..commands.max_words={self.commands.max_words}")
-        if self.train.batch_tokens < self.student.context * self.train.workers:
+        batch = self.train.batch_tokens
+        if batch is not None and batch < self.student.context * self.train.workers:
             raise ValueError(
-                f"train.batch_tokens: {self.train.batch_tokens} is less than one row of student.context={self.student.context}"
+                f"train.batch_tokens: {batch} is less than one row of student.context={self.student.context}"
                 f" for each of train.workers={self.train.workers}"
             )
         if self.serve.min_replicas > self.serve.max_replicas:

@@ -188,7 +188,7 @@ def _training(recipe: Recipe, training: dict[str, Any]) -> str:
         ["shape", ", ".join(f"{name} {value:g}" for name, value in shape.items())],
         ["context", f"{recipe.student.context} tokens a packed row; no attention across examples"],
         ["steps", f"{training['steps']:,}" if "steps" in training else ""],
-        ["tokens a step", f"{recipe.train.batch_tokens:,} or less"],
+        ["rows a step", f"{training['rows_per_step']:,}" if "rows_per_step" in training else ""],
         ["learning rate", f"{recipe.train.schedule}, warm-up {recipe.train.warmup:.0%} of the steps"],
         ["precision", f"{recipe.train.precision}, ZeRO stage {recipe.train.zero_stage}; exported as bf16"],
         ["time", duration(training["seconds"]) if "seconds" in training else ""],

@@ -1,6 +1,7 @@
 """DeepSpeed's engine around the network, where the last complete checkpoint left it."""
 
 import os
+import shutil
 import tempfile
 from typing import Any
 
@@ -53,7 +54,11 @@ def start(
                 checkpoint.universal(local, shared)
             torch.distributed.barrier()
             local = shared
-        return engine, checkpoint.load(engine, local)
+        facts = checkpoint.load(engine, local)
+        if other:
+            torch.distributed.barrier()  # all have read it
+            shutil.rmtree(local, ignore_errors=True)
+        return engine, facts
 
 
 def from_first(value: Any) -> Any:

@@ -69,7 +69,7 @@ class _Worker:
         self.folder = tokenizer_folder(job.data)
         self.words, self.vocabulary = tokenizer.load(self.folder), Vocabulary.load(self.folder)
         train, student = self.recipe.train, self.recipe.student
-        self.plan = Plan.of(train, self.rows.context, len(self.rows), self.facts["budget_rows"], self.world)
+        self.plan = Plan.of(student, train, len(self.rows), self.facts["budget_rows"], self.world)
         self.network = model.build(student, train, self.words, self.recipe.seed, start=fetch(job.start) if job.start else None)
         self.history: list[tuple[int, float]] = []
         self.step = self.resumed_at = 0
@@ -106,7 +106,7 @@ class _Worker:
                 now = time.monotonic()
                 self.seconds += [(now - told) / len(waiting)] * len(waiting)
                 rate = len(waiting) * self.tokens_a_step / (now - told)
-                waiting = []
+                waiting, told = [], now
                 if not all(math.isfinite(loss) for _, loss in losses):
                     bad = next(step for step, loss in losses if not math.isfinite(loss))
                     self._post(problem=f"the loss is not finite at step {bad}; lower train.lr, or set train.precision=fp32")
@@ -124,7 +124,8 @@ class _Worker:
             if save:
                 facts = {"step": self.step, "history": self.history, "best": self.best, "seen": self.seen}
                 self.saver.save(self.engine, self.step, facts)
-            told = time.monotonic() if validate or save else now if not waiting else told
+            if validate or save:
+                told = time.monotonic()
         self.saver.settle()
         self._export(time.monotonic() - begun, speed)
         if trackers:
@@ -288,6 +289,7 @@ class _Worker:
             self.job.board.post.remote({"steps": self.plan.steps, "resumed_at": self.resumed_at, **facts})
 
     def _export(self, seconds: float, ceiling: float) -> None:
+        import ray.util
         import torch
 
         made = max(self.step - self.resumed_at, 1)
@@ -295,7 +297,11 @@ class _Worker:
         rate = self.tokens_a_step / float(np.median(self.seconds)) if self.seconds else 0.0
         peaks: list[Any] = [None] * self.world
         gpu = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
-        mine = {"peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "peak_gpu_mib": gpu}
+        mine = {
+            "address": ray.util.get_node_ip_address(),
+            "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "peak_gpu_mib": gpu,
+        }
         if self.world > 1:
             torch.distributed.all_gather_object(peaks, mine)
         else:

@@ -11,6 +11,9 @@ from udrl.recipe import Student, Train
 # Where 1e-3 was a good peak learning rate: a 6 x 320 student. It falls in proportion as the width grows (muP's rule for
 # hidden matrices under Adam, arXiv 2203.03466), which gives 4.2e-4 at the full width of 768.
 LR_AT_320 = 1e-3
+# Tokens a step that served a width of 384 well. Larger models bear, and need, larger batches (arXiv 2001.08361); with the
+# fourth power of the width the full size gets 32,768, the order of published 100M models. Not measured beyond width 384.
+BATCH_AT_384 = 2048
 PRETRAINED_LR = 1 / 3  # of that, for weights that have less to learn and more to lose
 # Variants of GPT-2 that vLLM does not run; a student that nobody can serve is not worth its training.
 UNSERVED = ("add_cross_attention", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn")
@@ -24,11 +27,12 @@ class Shape:
     width: int
     heads: int
     lr: float
+    batch_tokens: int
 
     @classmethod
     def of(cls, student: Student, train: Train) -> "Shape":
-        """``depth`` gives width (64 a layer: 12 -> 768), heads of 64 and the learning rate; a set value wins. With
-        ``student.init`` depth, width and heads are the pretrained model's.
+        """``depth`` gives width (64 a layer: 12 -> 768), heads of 64, the learning rate and the batch; a set value
+        wins. With ``student.init`` depth, width and heads are the pretrained model's.
 
         Raises:
             UserError: heads do not divide the width, or the pretrained model is absent or can't be used.
@@ -36,15 +40,20 @@ class Shape:
         if student.init:
             config = _gpt2_config(_folder_of(student.init), f"student.init: {student.init}", student.context)
             lr = train.lr or PRETRAINED_LR * LR_AT_320 * 320 / config.n_embd
-            return cls(config.n_layer, config.n_embd, config.n_head, lr)
+            return cls(config.n_layer, config.n_embd, config.n_head, lr, train.batch_tokens or _batch(config.n_embd))
         width = student.width or max(128, 64 * student.depth)
         heads = student.heads or max(1, width // 64)
         if width % heads:
             raise UserError(f"student.heads: {heads} does not divide the width {width}")
-        return cls(student.depth, width, heads, train.lr or LR_AT_320 * 320 / width)
+        lr = train.lr or LR_AT_320 * 320 / width
+        return cls(student.depth, width, heads, lr, train.batch_tokens or _batch(width))
 
     def describe(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _batch(width: int) -> int:
+    return max(1024, round(BATCH_AT_384 * (width / 384) ** 4))
 
 
 def build(student: Student, train: Train, tokenizer: Any, seed: int, start: str | None = None) -> Any:

@@ -13,7 +13,8 @@ import numpy as np
 
 from udrl import storage
 from udrl.errors import UserError
-from udrl.recipe import Train
+from udrl.recipe import Student, Train
+from udrl.student.model import Shape
 
 # What DeepSpeed's settings must agree on with the rows that are dealt out; "auto" or absence in a user's JSON takes ours.
 SIZES = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "gradient_clipping")
@@ -33,10 +34,10 @@ class Plan:
     final_lr: float
 
     @classmethod
-    def of(cls, train: Train, context: int, n_rows: int, budget_rows: int, world: int) -> "Plan":
-        """Plan for ``n_rows`` packed rows of ``context`` tokens. ``budget_rows`` (what the objective "udrl" would have packed)
-        gives the steps, so that objectives are compared at equal budget."""
-        rows = max(1, min(train.batch_tokens // context, n_rows))
+    def of(cls, student: Student, train: Train, n_rows: int, budget_rows: int, world: int) -> "Plan":
+        """Plan for ``n_rows`` packed rows of ``student.context`` tokens. ``budget_rows`` (what the objective "udrl" would have
+        packed) gives the steps, so that objectives are compared at equal budget."""
+        rows = max(1, min(Shape.of(student, train).batch_tokens // student.context, n_rows))
         share = math.ceil(rows / world)
         micro = min(train.micro_batch_rows or share, share)
         steps = max(1, math.ceil(train.epochs * budget_rows / rows))

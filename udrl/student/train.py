@@ -1,15 +1,17 @@
 """The train stage: episodes -> an exported student."""
 
+import contextlib
 import hashlib
 import json
 import os
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from typing import Any
 
-from udrl import cluster, models, storage
-from udrl.errors import UserError
+from udrl import cluster, models, storage, watchdog
+from udrl.errors import STALLED, UserError
 from udrl.progress import Progress, duration
 from udrl.recipe import Recipe, dump
 from udrl.student import checkpoint, dataset, loop, tracking
@@ -167,7 +169,7 @@ def _fit(recipe: Recipe, training: Training, data: str, mark: str) -> None:
         ),
     )
     stop = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(board, stop), daemon=True)
+    watcher = threading.Thread(target=_watch, args=(board, stop, recipe.watchdog_minutes), daemon=True)
     watcher.start()
     try:
         trainer.fit()
@@ -185,7 +187,7 @@ def _fit(recipe: Recipe, training: Training, data: str, mark: str) -> None:
 def _show(recipe: Recipe, data: str, runs: str) -> None:
     """Say what is about to happen, and write DeepSpeed's settings beside the checkpoints."""
     facts, train, world = dataset.facts(data), recipe.train, recipe.train.workers
-    plan = Plan.of(train, recipe.student.context, facts["rows"], facts["budget_rows"], world)
+    plan = Plan.of(recipe.student, train, facts["rows"], facts["budget_rows"], world)
     where = storage.join(runs, "deepspeed.json")
     storage.write_json(where, deepspeed_config(train, plan, world))
     print(
@@ -224,35 +226,52 @@ class Board:
         return self.latest
 
 
-def _watch(board: Any, stop: threading.Event) -> None:
-    """Show the board as a progress line until ``stop``."""
+def _watch(board: Any, stop: threading.Event, minutes: float) -> None:
+    """Show the board as a progress line until ``stop``; end the process where nothing moves for ``minutes``."""
     import ray
 
     bar: Progress | None = None
     resumed = None
     facts: dict[str, Any] = {}
+    moved = time.monotonic()
     print("train: starting the workers", file=sys.stderr)
     while True:
         ended = stop.wait(1.0)
-        try:
+        before = facts
+        with contextlib.suppress(Exception):  # a progress line must not end the job
             facts = ray.get(board.read.remote(), timeout=10)
-        except Exception:  # a progress line must not end the job
-            if ended:
-                return
-            continue
-        if facts.get("steps") and (bar is None or facts["resumed_at"] != resumed):
+        if facts != before:
+            moved = time.monotonic()
+        elif not ended and time.monotonic() - moved > 60 * minutes:
+            _stall(time.monotonic() - moved, minutes)
+        if "loss" in facts and (bar is None or facts["resumed_at"] != resumed):
             resumed = facts["resumed_at"]
             bar = Progress("train", facts["steps"], "steps", start=resumed)
         if bar:
-            valid = facts.get("validation_loss")
-            note = f"loss {facts['loss']:.3f}{f' (validation {valid:.3f})' if valid else ''}"
-            note += f", {facts['tokens_per_second']:,.0f} tokens/s"
-            if ended:
-                bar.finish(facts["step"], note)
-            else:
-                bar.update(facts["step"], note)
+            show = bar.finish if ended else bar.update
+            show(facts["step"], note(facts))
         if ended:
             return
+
+
+def note(facts: dict[str, Any]) -> str:
+    """What the progress line says of a step."""
+    valid, words = facts.get("validation_loss"), facts.get("length_error")
+    text = f"loss {facts['loss']:.3f}"
+    text += f" (validation {valid:.3f}{f', {words:.1f} words off' if words is not None else ''})" if valid else ""
+    return f"{text}, {facts['tokens_per_second']:,.0f} tokens/s, MFU {100 * facts['mfu']:.0f}%"
+
+
+def _stall(quiet: float, minutes: float) -> None:
+    """End the process: the main thread waits inside Ray, which nothing else interrupts for sure."""
+    print("\n".join(["train: what was going on", *watchdog.cluster_state()]), file=sys.stderr)
+    print(
+        f"train: no progress for {duration(quiet)} (watchdog_minutes={minutes:g}); checkpoints are kept, run the same command"
+        " again to resume",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(STALLED)
 
 
 def describe(facts: dict[str, Any]) -> str:
