@@ -73,20 +73,7 @@ def resolve(model: str) -> str:
         if not storage.exists(model):
             raise UserError(f"model {model}: no such folder")
         target = os.path.join(cache_folder(), "models", hashlib.sha256(model.encode()).hexdigest()[:16])
-        if storage.is_local(model):
-            return storage.download_folder(model, target)
-        if not os.path.exists(target):
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            partial = tempfile.mkdtemp(prefix=".download-", dir=os.path.dirname(target))
-            try:
-                storage.download_folder(model, partial)
-                os.rename(partial, target)
-            except OSError:
-                if not os.path.exists(target):  # else another process was first
-                    raise
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-        return target
+        return storage.download_folder(model, target) if storage.is_local(model) else download(model, target)
     if os.path.isdir(model):
         if not os.path.exists(os.path.join(model, "config.json")):
             raise UserError(f"model {model}: the folder holds no config.json; expected a Hugging Face model folder")
@@ -96,6 +83,23 @@ def resolve(model: str) -> str:
             f"model {model}: no such folder; give bundled:NAME, a Hugging Face id (owner/name) or a folder that exists"
         )
     return model
+
+
+def download(uri: str, target: str) -> str:
+    """The local folder ``target``, copied from ``uri`` where it is not there; whole or absent, whoever else asks at once."""
+    if not os.path.exists(target):
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        partial = tempfile.mkdtemp(prefix=".download-", dir=os.path.dirname(target))
+        try:
+            storage.download_folder(uri, partial)
+            os.chmod(partial, 0o755)
+            os.rename(partial, target)
+        except OSError:
+            if not os.path.exists(target):  # else another process was first
+                raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return target
 
 
 def revision(model: str, asked: str | None) -> str:

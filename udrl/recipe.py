@@ -299,6 +299,8 @@ class Recipe(Section):
         too_long = [n for n in self.evaluate.lengths or () if not 1 <= n <= self.commands.max_words]
         if too_long:
             raise ValueError(f"evaluate.lengths: {too_long} lie outside 1..commands.max_words={self.commands.max_words}")
+        if (self.train.min_workers or 0) > self.train.workers:
+            raise ValueError(f"train.min_workers: {self.train.min_workers} is more than train.workers={self.train.workers}")
         batch = self.train.batch_tokens
         if batch is not None and batch < self.student.context * self.train.workers:
             raise ValueError(

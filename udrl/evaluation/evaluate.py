@@ -136,8 +136,8 @@ def takes_commands(vocabulary: Vocabulary) -> bool:
 
 def usual_lengths(vocabulary: Vocabulary, task: str, steps: int = 5) -> list[int]:
     """Lengths from the 5th to the 95th percentile of a task's training episodes, evenly spaced: what is in distribution."""
-    low, _, high = vocabulary.tasks[task].words
-    return sorted({int(n) for n in np.linspace(low, min(high, vocabulary.max_words), steps).round()})
+    low, _, high = (min(max(n, 1), vocabulary.max_words) for n in vocabulary.tasks[task].words)
+    return sorted({int(n) for n in np.linspace(low, high, steps).round()})
 
 
 def _teacher_requests(policy: Policy, tasks: list[Task], chosen: list[tuple[int, str]], recipe: Recipe) -> list[Row]:

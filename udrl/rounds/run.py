@@ -69,7 +69,7 @@ def run(recipe: Recipe, actor: type | None = None) -> dict[str, Any]:
         if made["refused"]:
             break
     last = rounds[-1]["round"] - bool(rounds[-1]["refused"])
-    if _fingerprint(_target(recipe)) != facts["fingerprint"]:
+    if recipe.resume == "never" or _fingerprint(_target(recipe)) != facts["fingerprint"]:
         copy_student(_student(recipe, last), _target(recipe))
     storage.write_bytes(storage.join(recipe.storage, "recipe.yaml"), dump(recipe).encode())
     storage.write_json(storage.join(recipe.storage, SUMMARY), {"rounds": rounds, "student": last})
@@ -161,6 +161,7 @@ def _explored(recipe: Recipe, k: int, tasks: Sequence[Task], actor: type | None)
         print(f"round {k}: explored and scored already: {folder}", file=sys.stderr)
         return dict(known)
     buffer = [_episodes(recipe, j) for j in range(k)]
+    storage.remove(done)  # it vouches for episodes that scoring may clear now
     explore(recipe, what, tasks, buffer, actor)
     minutes = recipe.watchdog_minutes
     counts = score(what.ledger, folder, tasks, recipe.rewards, f"round {k}: score", known=buffer, watchdog_minutes=minutes)

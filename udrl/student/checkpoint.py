@@ -11,6 +11,8 @@ Layout under ``checkpoints/<fingerprint>/``::
     best/                              the weights with the lowest validation loss, bf16, and best.json, written last
 """
 
+import glob
+import hashlib
 import os
 import re
 import shutil
@@ -53,12 +55,15 @@ class Saver:
     def __init__(self, runs: str, keep: int, rank: int, world: int) -> None:
         self.runs, self.keep, self.rank, self.world = runs, keep, rank, world
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.prefix = f"udrl-checkpoint-{hashlib.sha256(runs.encode()).hexdigest()[:16]}-{rank}-"
+        for left in glob.glob(os.path.join(tempfile.gettempdir(), f"{self.prefix}*")):  # by a worker that was killed
+            shutil.rmtree(left, ignore_errors=True)
         self.on_its_way: Future[None] | None = None
 
     def save(self, engine: Any, step: int, facts: dict[str, Any]) -> None:
         """Every worker calls it at the same step."""
         self.settle()  # one on its way at a time: local disk holds two at most
-        folder = tempfile.mkdtemp(prefix="udrl-checkpoint-")
+        folder = tempfile.mkdtemp(prefix=self.prefix)
         save(engine, folder, facts)
         self.on_its_way = self.pool.submit(self._carry, folder, storage.join(self.runs, name_of(step)))
 
@@ -181,7 +186,8 @@ def save_best(runs: str, weights: dict[str, Any], facts: dict[str, Any]) -> None
     with tempfile.TemporaryDirectory() as folder:
         name = f"{name_of(facts['step'])}.safetensors"
         save_file(weights, os.path.join(folder, name))
-        storage.upload_folder(folder, uri)
+        with open(os.path.join(folder, name), "rb") as source, storage.whole_file(storage.join(uri, name)) as out:
+            shutil.copyfileobj(source, out)
     storage.write_json(storage.join(uri, "best.json"), {**facts, "file": name})
     for old in storage.list_files(uri):
         if old.endswith(".safetensors") and old != name:

@@ -1,5 +1,6 @@
 """DeepSpeed's engine around the network, where the last complete checkpoint left it."""
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -20,10 +21,13 @@ def start(
     DeepSpeed's universal form first. ``settings`` with an optimizer or a schedule of their own take their place.
     """
     import deepspeed
+    import ray
     import torch
 
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     # One worker looks: storage may show a checkpoint to the next a moment later.
+    if rank == 0:
+        checkpoint.sweep(runs)  # of the workers before these: the same steps are written again, and no old part may join in
     found = from_first(checkpoint.latest(runs) if rank == 0 else None)
     # Stage 0 shards nothing: its checkpoint is the same whoever wrote it.
     sharded = settings.get("zero_optimization", {}).get("stage", 0) > 0
@@ -48,14 +52,22 @@ def start(
     with tempfile.TemporaryDirectory() as folder:
         local = checkpoint.fetch(found, folder)
         if other:
-            name = "-".join(["udrl-universal", *found.rsplit("/", 2)[1:], str(os.getuid())])
+            node = ray.get_runtime_context().get_node_id()[:8]  # nodes may share a machine
+            name = f"udrl-universal-{hashlib.sha256(found.encode()).hexdigest()[:16]}-{node}-{os.getuid()}"
             shared = os.path.join(tempfile.gettempdir(), name)
             if local_rank == 0:  # for all workers of the node
                 checkpoint.universal(local, shared)
             torch.distributed.barrier()
             local = shared
+        decays = [group["weight_decay"] for group in engine.optimizer.param_groups] if other else []
         facts = checkpoint.load(engine, local)
         if other:
+            if engine.zero_optimization_stage() == 3 and "optimizer" not in settings:
+                # DeepSpeed gives all groups the first one's settings, and all states one counter of steps.
+                for group, decay in zip(engine.optimizer.param_groups, decays, strict=True):
+                    group["weight_decay"] = decay
+                for state in engine.optimizer.optimizer.state.values():
+                    state["step"] = state["step"].clone()
             torch.distributed.barrier()  # all have read it
             shutil.rmtree(local, ignore_errors=True)
         return engine, facts

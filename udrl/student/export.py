@@ -1,5 +1,6 @@
 """The finished student as a plain Hugging Face folder: what transformers and vLLM load with no code of ours."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -47,7 +48,13 @@ def export(
         lineage: ``recipe`` (plain values), ``generate`` (``generate.json``, or empty), and where there were rounds of
             exploration ``rounds`` (a flat dict each); for the card.
     """
-    facts = {**training, "parameters": sum(tensor.numel() for tensor in weights.values())}
+    import torch
+
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(weights[name].view(torch.uint8).numpy().tobytes())
+    parameters = sum(tensor.numel() for tensor in weights.values())
+    facts = {**training, "parameters": parameters, "weights": digest.hexdigest()[:16]}
     recipe = Recipe.model_validate(lineage["recipe"])
     tokenizer, vocabulary = tokenizers.load(tokenizer_folder), Vocabulary.load(tokenizer_folder)
     with tempfile.TemporaryDirectory() as folder:

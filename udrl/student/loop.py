@@ -5,7 +5,6 @@ step number alone is the data position.
 """
 
 import math
-import os
 import resource
 import tempfile
 import time
@@ -252,7 +251,8 @@ class _Worker:
             if self.rank == 0:
                 checkpoint.save_best(self.job.runs, weights, {"step": self.step, "validation_loss": loss})
         self._post(**self.seen)
-        if time.monotonic() - self.reported > REPORT_SECONDS:
+        # Worker 0's clock decides for all: report() waits for every worker.
+        if engines.from_first(time.monotonic() - self.reported > REPORT_SECONDS):
             self.reported = time.monotonic()
             ray.train.report({"step": self.step, **self.seen})
 
@@ -339,6 +339,4 @@ class _Worker:
 
 def tokenizer_folder(data: str) -> str:
     """Local copy of the run's tokenizer folder."""
-    return storage.download_folder(
-        storage.join(data, "tokenizer"), os.path.join(tempfile.gettempdir(), "udrl-tokenizer-" + str(os.getpid()))
-    )
+    return storage.download_folder(storage.join(data, "tokenizer"), tempfile.mkdtemp(prefix="udrl-tokenizer-"))

@@ -1,14 +1,14 @@
 """The exported student as a policy of the shared vLLM stage."""
 
+import hashlib
 import os
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from udrl import commands, storage
+from udrl import commands, models, storage
 from udrl.commands import Command, Vocabulary
 from udrl.errors import UserError
-from udrl.models import cache_folder
 from udrl.policies.policy import Policy, Row
 from udrl.recipe import Engine, Placement, Sampling
 from udrl.student import tokenizer as tokenizers
@@ -44,8 +44,10 @@ def fetch(uri: str) -> str:
     """
     if not storage.exists(storage.join(uri, TRAINING)):
         raise UserError(f"{uri}: no exported student; run jobs.train with this recipe first")
-    mark = storage.read_json(storage.join(uri, TRAINING))["fingerprint"]
-    return storage.download_folder(uri, os.path.join(cache_folder(), "students", mark))
+    if storage.is_local(uri):
+        return storage.download_folder(uri, "")
+    mark = hashlib.sha256(storage.read_bytes(storage.join(uri, TRAINING))).hexdigest()[:16]
+    return models.download(uri, os.path.join(models.cache_folder(), "students", mark))
 
 
 def student_policy(uri: str, sampling: Sampling, engine: Engine, placement: Placement) -> tuple[Policy, Vocabulary]:
@@ -59,7 +61,7 @@ def student_policy(uri: str, sampling: Sampling, engine: Engine, placement: Plac
         name="student",
         model=uri,
         path=folder,
-        revision=facts["fingerprint"],
+        revision=facts.get("weights", facts["fingerprint"]),  # students exported before 2026-11-23 have no hash
         render=_Render(folder),
         sampling=sampling,
         engine=fit(engine, positions),

@@ -134,8 +134,14 @@ def _fit(recipe: Recipe, training: Training, data: str, mark: str) -> None:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
     made = storage.join(recipe.episodes_of(), "generate.json")
+    sent = recipe.model_dump(mode="json")
+    # Ray Train's workers have another working folder.
+    if place.deepspeed:
+        sent["train"]["deepspeed"] = storage.absolute(place.deepspeed)
+    if recipe.student.init and os.path.isdir(recipe.student.init):
+        sent["student"]["init"] = os.path.abspath(recipe.student.init)
     job = loop.Job(
-        recipe=recipe.model_dump(mode="json"),
+        recipe=sent,
         data=data,
         runs=runs,
         export=training.target,
