@@ -80,7 +80,7 @@ class Killable:
         assert self.driver.wait(WAIT) == 0, self.told()
 
     def told(self) -> str:
-        return (self.folder / "driver.log").read_text(errors="replace")[-3000:]
+        return (self.folder / "driver.log").read_text(errors="replace")[-20_000:]
 
 
 def gone(process: psutil.Process) -> bool:
