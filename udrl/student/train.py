@@ -252,6 +252,7 @@ def _watch(board: Any, stop: threading.Event, minutes: float) -> None:
             _stall(time.monotonic() - moved, minutes)
         if "loss" in facts and (bar is None or facts["resumed_at"] != resumed):
             resumed = facts["resumed_at"]
+            cluster.let_first("RayTrainWorker")
             bar = Progress("train", facts["steps"], "steps", start=resumed)
         if bar:
             show = bar.finish if ended else bar.update
