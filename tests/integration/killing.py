@@ -1,5 +1,6 @@
 """A job that a test starts and kills as often as it wants."""
 
+import abc
 import contextlib
 import os
 import subprocess
@@ -14,7 +15,7 @@ AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent", "python")
 WAIT = 240  # seconds until a trigger that never comes fails the test
 
 
-class Killable:
+class Killable(abc.ABC):
     """A driver in a process of its own. Subclasses give its :meth:`command`."""
 
     def __init__(self, folder: Path) -> None:
@@ -22,8 +23,9 @@ class Killable:
         self.faults.mkdir(parents=True)
         self.driver: subprocess.Popen[bytes] | None = None
 
+    @abc.abstractmethod
     def command(self) -> list[str]:
-        raise NotImplementedError
+        """What starts it."""
 
     def environment(self) -> dict[str, str]:
         paths = [str(HERE / "faults"), str(HERE.parents[1])]

@@ -292,7 +292,6 @@ class _Worker:
         import ray.util
         import torch
 
-        made = max(self.step - self.resumed_at, 1)
         # The median step: a machine shared with others, or a checkpoint's writing, weighs on the mean.
         rate = self.tokens_a_step / float(np.median(self.seconds)) if self.seconds else 0.0
         peaks: list[Any] = [None] * self.world
@@ -326,7 +325,6 @@ class _Worker:
             "shape": model.Shape.of(self.recipe.student, self.recipe.train).describe(),
             "data": self.facts,
             "deepspeed": self.settings,
-            "made_now": made,
         }
         weights = export.weights(self.engine, self.network, self.rank)
         if self.rank != 0:
