@@ -16,10 +16,10 @@ from udrl.commands import ANY
 from udrl.episodes import EPISODES, stable_id
 from udrl.errors import UserError
 from udrl.policies.policy import Policy
-from udrl.policies.teacher import teacher_policy
+from udrl.policies.teacher import read_intents, teacher_policy
 from udrl.recipe import Recipe, Teacher
 from udrl.rounds import achieved, guard, record, run
-from udrl.rounds.explore import Draw, drawn_places, draws, read_intents, requests
+from udrl.rounds.explore import Draw, drawn_places, draws, requests
 from udrl.student.export import TRAINING
 from udrl.tasks import Example, Task
 

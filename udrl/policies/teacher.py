@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from udrl import models, storage
@@ -160,7 +161,7 @@ def intent_requests(
 
     def rows(shard: int) -> Iterator[Row]:
         start = shard * intents_per_shard
-        for intent_id, intent in _slice(intents, start, min(start + intents_per_shard, n_intents)):
+        for intent_id, intent in read_intents(intents, np.arange(start, min(start + intents_per_shard, n_intents))):
             for task, groups in of_task.items():
                 for variation, prompts in groups:
                     yield key_columns(policy, intent_id, intent, task, variation, prompts=prompts)
@@ -178,21 +179,21 @@ def count_intents(uri: str) -> int:
         return pq.ParquetFile(source).metadata.num_rows
 
 
-def _groups(samples: int, at_once: int) -> list[tuple[int, int]]:
-    """(first variation, prompts) of each request for one intent and task."""
-    return [(first, min(at_once, samples - first)) for first in range(0, samples, at_once)]
-
-
-def _slice(uri: str, start: int, stop: int) -> Iterator[tuple[int, str]]:
-    """Rows [start, stop) of an intents file, reading the row groups that hold them and no others."""
+def read_intents(uri: str, places: np.ndarray) -> Iterator[tuple[int, str]]:
+    """(id, text) of the intents at ``places``, in rising order, reading the row groups that hold them and no others."""
     fs, path = storage.open_filesystem(uri)
     with fs.open_input_file(path) as source:
         file = pq.ParquetFile(source)
         offset = 0
         for group in range(file.num_row_groups):
             n = file.metadata.row_group(group).num_rows
-            if offset < stop and offset + n > start:
-                table = file.read_row_group(group, columns=["intent_id", "intent"])
-                part = table.slice(max(start - offset, 0), min(stop, offset + n) - max(start, offset))
-                yield from zip(part.column("intent_id").to_pylist(), part.column("intent").to_pylist(), strict=True)
+            mine = places[(places >= offset) & (places < offset + n)] - offset
+            if len(mine):
+                table = file.read_row_group(group, columns=["intent_id", "intent"]).take(mine)
+                yield from zip(table.column("intent_id").to_pylist(), table.column("intent").to_pylist(), strict=True)
             offset += n
+
+
+def _groups(samples: int, at_once: int) -> list[tuple[int, int]]:
+    """(first variation, prompts) of each request for one intent and task."""
+    return [(first, min(at_once, samples - first)) for first in range(0, samples, at_once)]

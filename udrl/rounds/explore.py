@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
 from udrl import cluster, storage
@@ -26,7 +25,7 @@ from udrl.policies.engine import complete
 from udrl.policies.ledger import Requests
 from udrl.policies.policy import Policy, Row
 from udrl.policies.tally import Tally
-from udrl.policies.teacher import count_intents, key_columns
+from udrl.policies.teacher import count_intents, key_columns, read_intents
 from udrl.recipe import Recipe
 from udrl.rounds.achieved import best, counted
 from udrl.student.policy import student_policy
@@ -83,21 +82,6 @@ def drawn_places(start: int, stop: int, wanted: int, among: int, *key: object) -
     width = np.diff(stretch)
     chance = np.array([stable_id("intent", *key, i) for i in range(start, stop)], dtype=np.int64)
     return stretch[:-1] + chance % width
-
-
-def read_intents(uri: str, places: np.ndarray) -> Iterator[tuple[int, str]]:
-    """(id, text) of the intents at ``places``, in rising order, reading the row groups that hold them and no others."""
-    fs, path = storage.open_filesystem(uri)
-    with fs.open_input_file(path) as source:
-        file = pq.ParquetFile(source)
-        offset = 0
-        for group in range(file.num_row_groups):
-            n = file.metadata.row_group(group).num_rows
-            mine = places[(places >= offset) & (places < offset + n)] - offset
-            if len(mine):
-                table = file.read_row_group(group, columns=["intent_id", "intent"]).take(mine)
-                yield from zip(table.column("intent_id").to_pylist(), table.column("intent").to_pylist(), strict=True)
-            offset += n
 
 
 def requests(
