@@ -228,20 +228,75 @@ class Explore(Section):
     )
 
 
+class Baseline(Section):
+    """Another model that writes prompts from the teacher's task templates, to compare with."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="what the report calls it")
+    model: str = Field(description="bundled:NAME, Hugging Face id, path or storage URI")
+    revision: str | None = None
+    style: Literal["completion", "chat"] = "chat"
+    sampling: Sampling = Sampling()
+    engine: Engine = Engine()
+    placement: Placement = Placement()
+
+
+class Judge(Section):
+    """Who scores outputs for a report; never the scorer that made the training reward."""
+
+    kind: Literal["likelihood", "embedding", "rubric", "pairwise"] = Field(
+        description="mutual information of prompt and intent; cosine; a score of 1-10 by a language model; two prompts compared"
+    )
+    name: str | None = Field(None, pattern=r"^[a-z0-9][a-z0-9_-]*$", description="what the report calls it; default: its kind")
+    model: str = Field("bundled:smollm2-135m-instruct", description="bundled:NAME, Hugging Face id, path or storage URI")
+    revision: str | None = None
+    style: Literal["completion", "chat"] = Field("chat", description="of rubric and pairwise judges")
+    engine: Engine = Engine()
+    placement: Placement = Placement()
+
+    @property
+    def called(self) -> str:
+        """Its name in tables and columns."""
+        return self.name or self.kind
+
+
 class Evaluate(Section):
-    intents: int = Field(60, ge=1, description="held-out intents a task")
+    intents: int = Field(60, ge=1, description="held-out intents, each asked for every task")
     source: str | None = Field(None, description="evaluate on these intents instead of the run's held-out ones")
     column: str = "intent"
     samples: int = Field(2, ge=1, description="prompts of each policy per intent and task at its default command")
     lengths: list[int] | None = Field(
         None, min_length=1, description="commanded words to sweep; default: five from each task's p5 to p95"
     )
-    sampling: Sampling = Sampling(temperature=0.7)
+    sampling: Sampling = Field(Sampling(temperature=0.7), description="of the student")
     engine: Engine = Engine(max_model_len=256)
     placement: Placement = Placement()
-    judge: Literal["likelihood", "none"] = Field("likelihood", description="'likelihood' (PMI under judge_model) or 'none'")
-    judge_model: str = "bundled:smollm2-135m-instruct"
+    teacher: bool = Field(True, description="let the teacher write too; without it, baselines and yardsticks remain")
+    baselines: list[Baseline] = Field(default_factory=list)
+    yardsticks: list[Literal["echo", "shuffled", "best_of"]] = Field(
+        ["echo", "shuffled", "best_of"],
+        description="policies that cost nothing: the intent; the teacher's prompts for other intents; the best of its draws",
+    )
+    judges: list[Judge] = Field(default_factory=lambda: [Judge(kind="likelihood")])
+    pairs: int = Field(50, ge=1, description="pairs a task and policy that a pairwise judge compares")
     bootstrap: int = Field(1000, ge=100)
+    folder: str = Field(
+        "evaluation", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="where the report goes, below the run's storage"
+    )
+    latency_requests: int = Field(
+        8, ge=0, description="requests sent one at a time, to measure latency and memory before the start; 0: none"
+    )
+
+    @model_validator(mode="after")
+    def _named_apart(self) -> "Evaluate":
+        names = [baseline.name for baseline in self.baselines]
+        taken = {"student", "teacher", "echo", "shuffled"} | {n for n in names if n.startswith("best-of-")}
+        bad = [n for n in names if n in taken or names.count(n) > 1]
+        if bad:
+            raise ValueError(f"baselines: the name {bad[0]!r} is taken; give each its own")
+        called = [judge.called for judge in self.judges]
+        if len(set(called)) < len(called):
+            raise ValueError(f"judges: {', '.join(called)}: two have one name; set judges.N.name")
+        return self
 
 
 class Serve(Section):
@@ -299,6 +354,8 @@ class Recipe(Section):
         too_long = [n for n in self.evaluate.lengths or () if not 1 <= n <= self.commands.max_words]
         if too_long:
             raise ValueError(f"evaluate.lengths: {too_long} lie outside 1..commands.max_words={self.commands.max_words}")
+        for judge in self.evaluate.judges:
+            self._not_the_scorer(judge)
         if (self.train.min_workers or 0) > self.train.workers:
             raise ValueError(f"train.min_workers: {self.train.min_workers} is more than train.workers={self.train.workers}")
         batch = self.train.batch_tokens
@@ -312,6 +369,14 @@ class Recipe(Section):
                 f"serve.min_replicas: {self.serve.min_replicas} is more than serve.max_replicas={self.serve.max_replicas}"
             )
         return self
+
+    def _not_the_scorer(self, judge: Judge) -> None:
+        """A student was trained towards the reward's scorer; what that says of it afterwards proves nothing."""
+        rewards = self.rewards
+        embeds = rewards.relevance == "embedding" and judge.kind == "embedding" and judge.model == rewards.embedder
+        scores = rewards.relevance == "judge" and judge.kind == "rubric" and judge.model == rewards.judge.model
+        if embeds or scores:
+            raise ValueError(f"evaluate.judges: {judge.called}: {judge.model} made the training reward; choose another model")
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> Recipe:

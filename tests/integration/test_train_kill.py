@@ -81,7 +81,8 @@ def training(unbroken: Training, tmp_path: Path) -> Iterator[Callable[..., Train
 
 def assert_same_losses(broken: Training, unbroken: Training, resumed_at: int) -> None:
     facts, whole = broken.facts(), unbroken.facts()
-    assert facts["fingerprint"] == whole["fingerprint"]
+    if "zero_stage" not in broken.train or broken.train["zero_stage"] == 1:  # as the unbroken run has it
+        assert facts["fingerprint"] == whole["fingerprint"]
     assert (facts["resumed_at"], whole["resumed_at"]) == (resumed_at, 0)
     assert [step for step, _ in facts["history"]] == [step for step, _ in whole["history"]]
     for (_, a), (_, b) in zip(whole["history"], facts["history"], strict=True):
@@ -89,9 +90,12 @@ def assert_same_losses(broken: Training, unbroken: Training, resumed_at: int) ->
     assert all(checkpoint.is_complete(str(p)) for p in Path(broken.runs()).glob("step-*"))  # no debris
 
 
-def test_a_checkpoint_that_was_being_written_is_not_one(training: Callable[..., Training], unbroken: Training) -> None:
+@pytest.mark.parametrize("stage", [1, *(pytest.param(n, marks=pytest.mark.study) for n in (0, 2, 3))])
+def test_a_checkpoint_that_was_being_written_is_not_one(
+    training: Callable[..., Training], unbroken: Training, stage: int
+) -> None:
     """First the driver of two workers is killed while one of them writes, then the one worker that its job goes on with."""
-    killed = training(workers=2)
+    killed = training(workers=2, zero_stage=stage)
     killed.fault("before-hold-16")
     killed.start()
     killed.until(lambda: killed.struck("before-hold-16"))

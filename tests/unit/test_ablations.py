@@ -12,7 +12,8 @@ import pytest
 from udrl import commands, recipe, storage
 from udrl.commands import ANY
 from udrl.errors import UserError
-from udrl.evaluation import evaluate, metrics, report
+from udrl.evaluation import contenders, evaluate, metrics, report
+from udrl.evaluation.outputs import OUTPUTS
 from udrl.policies.teacher import key_columns, teacher_policy
 from udrl.recipe import Recipe, Teacher
 from udrl.tasks import load_tasks
@@ -42,7 +43,7 @@ def test_heldout_intents_are_those_of_the_run_whose_episodes_are_used(tmp_path: 
     table = pa.table({"intent_id": [1, 2], "intent": ["an owl", "a fox"], "subject": ["owl", "fox"]})
     storage.write_table(storage.join(other, "intents", "here", "heldout.parquet"), table)
     storage.write_json(storage.join(other, "generate.json"), {"intents": "here"})
-    assert evaluate._intents(values(tmp_path, episodes_from=other)) == [(1, "an owl"), (2, "a fox")]
+    assert evaluate._intents(values(tmp_path, episodes_from=other))[0] == [(1, "an owl"), (2, "a fox")]
     with pytest.raises(UserError, match="mine: no finished generate stage"):
         evaluate._intents(values(tmp_path))
 
@@ -52,32 +53,47 @@ def test_a_student_of_plain_fine_tuning_is_not_asked_for_lengths_and_rewards(tmp
     tasks = load_tasks(["image_search"])
     policy = teacher_policy(Teacher(model=str(tmp_path)), tasks)
     asked = {
-        objective: evaluate._student_requests(policy, vocabulary(objective), tasks, [(1, "an owl")], values(tmp_path))
+        objective: contenders._student_requests(policy, vocabulary(objective), tasks, [(1, "an owl")], values(tmp_path))
         for objective in ("udrl", "sft")
     }
-    assert {row["probe"] for row in asked["udrl"]} == {"default", "length", "reward"}
+    assert {row["probe"] for row in asked["udrl"]} == {"default", "length", "reach", "reward"}
     assert {(row["probe"], row["command_words"], row["command_reward"]) for row in asked["sft"]} == {("default", ANY, ANY)}
     assert len(asked["sft"]) == 2
 
 
 def test_its_report_is_whole_without_control_curves(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    policy = teacher_policy(Teacher(model=str(tmp_path)), load_tasks(["image_search"]))
+    tasks = load_tasks(["image_search"])
+    policy = teacher_policy(Teacher(model=str(tmp_path)), tasks)
     rows = []
     for who in ("student", "teacher"):
         for i in range(12):
-            row = {f.name: None for f in metrics.OUTPUTS} | key_columns(policy, i // 2, f"owl {i // 2}", "image_search", i % 2)
-            row |= {"policy": who, "model": "m", "probe": "default", "reason": "", "judge": float("nan")}
+            row = {f.name: None for f in OUTPUTS} | key_columns(policy, i // 2, f"owl {i // 2}", "image_search", i % 2)
+            row |= {"policy": who, "model": "m", "probe": "default", "reason": ""}
             row |= {"prompt": f"soft owl {i} in light", "n_words": 5, "relevance": 0.5, "reward": 0.5}
-            rows.append({name: row[name] for name in metrics.OUTPUTS.names})
-    outputs = pa.Table.from_pylist(rows, schema=metrics.OUTPUTS)
-    measured = evaluate.measure(outputs, vocabulary("sft"), bootstrap=100, seed=0)
-    out = str(tmp_path / "evaluation")
-    document = report.write(out, outputs, measured, report.Context(commands=vocabulary("sft")))
-    told = storage.read_bytes(storage.join(out, "report.md")).decode()
+            rows.append({name: row[name] for name in OUTPUTS.names})
+    outputs = pa.Table.from_pylist(rows, schema=OUTPUTS)
+    measured = metrics.compute(outputs, tasks=tasks, judges={}, pairwise=None, training=None, embed=None, bootstrap=100, seed=0)
+    evaluate.without_commands(measured, vocabulary("sft"))
+    policies = {name: {"kind": name, "model": "m"} for name in ("student", "teacher")}
+    document = {"name": "x", "source": "held out", **measured, "policies": policies, "judges": {}}
+    written = report.write(str(tmp_path / "evaluation"), outputs, document)
+    told = storage.read_bytes(written["files"]["report.md"]).decode()
     assert evaluate.NO_COMMANDS in told
-    assert evaluate.NO_COMMANDS in report.short_table(document)
-    assert not [name for name in document["files"] if "control" in name]
+    assert evaluate.NO_COMMANDS in report.short_table(written)
+    assert not [name for name in written["files"] if "control" in name]
+
+
+def test_intents_that_the_run_was_not_made_with_are_evaluated_on(tmp_path: Path) -> None:
+    (tmp_path / "requests.tsv").write_text("category\tprompt\nred\ta red bench\nred\ta green car\n")
+    source = str(tmp_path / "requests.tsv")
+    by_intents = values(tmp_path, intents={"source": source, "column": "prompt"})
+    by_evaluate = values(tmp_path, evaluate={"source": source, "column": "prompt", "intents": 1})
+    storage.write_bytes(storage.join(by_intents.storage, "recipe.yaml"), b"intents: {source: 'builtin:composer'}")
+    chosen, said = evaluate._intents(by_intents)
+    assert [text for _, text in chosen] == ["a red bench", "a green car"]
+    assert said == source
+    assert [text for _, text in evaluate._intents(by_evaluate)[0]] == ["a red bench"]
 
 
 @pytest.mark.parametrize("name", ["ablation-sft", "ablation-sft-top", "rounds"])

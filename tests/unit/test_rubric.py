@@ -1,6 +1,7 @@
 """A judgement is the expectation over score tokens; candidates become one request each, in the shards they came in."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ def test_the_score_is_the_mean_under_the_probabilities_of_the_scores_alone() -> 
     score, mass = expected_score(["8", " 6", "Score", "10", "0", "12"], logs(0.4, 0.2, 0.1, 0.2, 0.05, 0.05), 10)
     assert score == pytest.approx((8 * 0.4 + 6 * 0.2 + 10 * 0.2) / 0.8)
     assert mass == pytest.approx(0.8)
-    assert relevance(["8"], logs(0.9), 10) == (pytest.approx(7 / 9), True)
+    assert relevance(["8"], logs(0.9), 10) == (pytest.approx(7 / 9), pytest.approx(0.9))
 
 
 def test_a_scale_to_nine_knows_no_ten() -> None:
@@ -38,13 +39,13 @@ def test_a_scale_to_nine_knows_no_ten() -> None:
     assert relevance(["1"], logs(1.0), 9)[0] == 0
 
 
-def test_a_judgement_mostly_of_other_words_counts_as_unparsed_and_keeps_its_expectation() -> None:
-    assert relevance(["I", "5"], logs(0.6, 0.3), 9) == (pytest.approx(0.5), False)
+def test_a_judgement_mostly_of_other_words_keeps_its_expectation_and_tells_how_little_stood_on_scores() -> None:
+    assert relevance(["I", "5"], logs(0.6, 0.3), 9) == (pytest.approx(0.5), pytest.approx(0.3))
 
 
 def test_a_judgement_without_a_score_is_zero() -> None:
-    assert relevance(["I", "Sure"], logs(0.6, 0.3), 9) == (0.0, False)
-    assert relevance([], [], 9) == (0.0, False)
+    assert relevance(["I", "Sure"], logs(0.6, 0.3), 9) == (0.0, 0.0)
+    assert relevance([], [], 9) == (0.0, 0.0)
 
 
 @given(st.lists(st.tuples(st.sampled_from([*map(str, range(13)), " 3", "x", ""]), st.floats(-30, 0)), max_size=20))
@@ -85,7 +86,7 @@ def test_each_candidate_is_one_request_and_rejects_are_none(tmp_path: Path) -> N
     sift(str(tmp_path), 0, ["", "echo", ""])
     sift(str(tmp_path), 3, ["empty"])
     sift(str(tmp_path), 7, [""])
-    requests = rubric._requests(policy(), str(tmp_path), storage.list_files(str(tmp_path)))
+    requests = rubric._requests(policy(), str(tmp_path), storage.list_files(str(tmp_path)), rubric.JUDGED)
     rows = [list(requests.rows(s)) for s in range(requests.shards)]
     assert [len(r) for r in rows] == [requests.shard_size(s) for s in range(requests.shards)] == [2, 0, 1]
     assert requests.total == 3
@@ -108,12 +109,14 @@ def test_answers_become_one_file_a_shard_in_the_order_of_the_candidates(tmp_path
     name = part_name(0, answered)
     storage.write_table(storage.join(ledger, name), answered)
     work = [("part-00000000.parquet", [name]), ("part-00000001.parquet", [])]
-    counts = rubric._Collect(sifted, ledger, out, 9, work)({"id": np.array([0, 1])})
-    assert {key: n.tolist() for key, n in counts.items()} == {"rows": [3, 0], "unparsed": [2, 0], "unjudged": [1, 0]}
+    collect = rubric._Collect(sifted, ledger, out, partial(relevance, top=9), "relevance", work)
+    assert collect({"id": np.array([0, 1])})["rows"].tolist() == [3, 0]
     table = storage.read_table(storage.join(out, "part-00000000.parquet"))
-    assert table.schema.equals(rubric.RELEVANCE)
-    assert table.to_pydict() == {"episode_id": [0, 2, 3], "relevance": [1.0, 0.5, 0.0]}
+    assert table.drop_columns("mass").to_pydict() == {"episode_id": [0, 2, 3], "relevance": [1.0, 0.5, 0.0]}
+    assert table["mass"].to_pylist() == pytest.approx([1.0, 0.4, 0.0])
+    assert [str(t) for t in table.schema.types] == ["int64", "float", "float"]
     assert storage.read_table(storage.join(out, "part-00000001.parquet")).num_rows == 0
+    assert rubric.count(out) == {"rows": 3, "unparsed": 2, "unjudged": 1}
 
 
 def test_nothing_is_asked_where_every_shard_has_its_file(tmp_path: Path) -> None:
@@ -121,7 +124,10 @@ def test_nothing_is_asked_where_every_shard_has_its_file(tmp_path: Path) -> None
 
     sifted, out = str(tmp_path / "sifted"), str(tmp_path / "out")
     sift(sifted, 0, [""])
-    done = pa.table({"episode_id": [0], "relevance": pa.array([0.5], pa.float32())}, schema=rubric.RELEVANCE)
+    columns = {"relevance": pa.array([0.5], pa.float32()), "mass": pa.array([0.25], pa.float32())}
+    done = pa.table({"episode_id": [0], **columns})
     storage.write_table(storage.join(out, "part-00000000.parquet"), done)
-    rubric.judge_relevance(sifted, out, RubricJudge(model="/nowhere"), [TASK])  # a judge that is not there would be an error
+    # A judge that is not there would be an error.
+    counts = rubric.judge_relevance(sifted, out, RubricJudge(model="/nowhere"), [TASK])
+    assert counts == {"rows": 1, "unparsed": 1, "unjudged": 0}, "a resumed run still knows what did not parse"
     assert storage.read_table(storage.join(out, "part-00000000.parquet")).equals(done)

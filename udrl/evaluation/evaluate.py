@@ -1,104 +1,139 @@
-"""The evaluate stage: held-out intents through student and teacher, judged, measured, reported.
+"""The evaluate stage: intents through student, teacher and baselines, judged, measured, reported.
 
-Three probes: ``default`` compares the policies (the student under its default command), ``length`` sweeps the commanded
-words, ``reward`` the commanded bin. Completions go through the same ledger and scoring pass as generation, so a killed
-evaluation goes on where it was.
+Completions go through the same ledger and scoring pass as generation, and judgements through files of their own, so an
+evaluation that was killed goes on where it was. The order: who writes, how fast they are and what it will take, their
+outputs, the yardsticks, the judges, the numbers, the report.
 """
 
 import hashlib
 import json
 import os
 import platform
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import yaml
 
 from udrl import cluster, intents, models, storage
 from udrl.commands import Vocabulary
 from udrl.episodes import iter_tables, word_count
 from udrl.errors import UserError
-from udrl.evaluation import judges, metrics, report
+from udrl.evaluation import contenders as who
+from udrl.evaluation import judges, metrics, report, speed
+from udrl.evaluation.contenders import Contender, Intent
+from udrl.evaluation.outputs import OUTPUTS
 from udrl.policies.engine import complete
-from udrl.policies.ledger import Requests
-from udrl.policies.policy import Policy, Row
+from udrl.policies.ledger import Requests, rows_done
+from udrl.policies.policy import Row
 from udrl.policies.tally import Tally
-from udrl.policies.teacher import key_columns, teacher_policy
-from udrl.progress import Progress
 from udrl.recipe import Recipe, dump
 from udrl.scoring.parsing import clean
 from udrl.scoring.score import score
 from udrl.student.export import TRAINING
-from udrl.student.policy import student_policy
+from udrl.student.policy import fetch
 from udrl.tasks import Task, load_tasks
 
-# Variations of the sweeps are numbered apart, so that they never share an id with a default draw of the same command.
-LENGTH_SWEEP, REWARD_SWEEP = 1000, 2000
 NO_COMMANDS = "the student takes no commands"
 SHARD = 128
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
-    """Evaluate the run's student against its teacher; return what ``evaluation/metrics.json`` holds.
+    """Evaluate the run's student; return what ``metrics.json`` of the recipe's ``evaluate.folder`` holds.
 
     Raises:
-        UserError: no student yet, or the intents can't be used.
+        UserError: no student yet, the intents can't be used, or a model can't be found.
     """
     tasks = load_tasks(recipe.tasks)
     storage.require_writable(recipe.storage)
-    config = recipe.evaluate
-    student, vocabulary = student_policy(
-        storage.join(recipe.storage, "student"), config.sampling, config.engine, config.placement
-    )
-    teacher = teacher_policy(recipe.teacher, tasks)
-    for model in (recipe.rewards.embedder, *([config.judge_model] if config.judge == "likelihood" else [])):
-        models.resolve(model)  # found out now, not after both policies have written
-    chosen = _intents(recipe)
+    fetch(storage.join(recipe.storage, "student"))  # without one, that is what the user should hear first
+    chosen, source = _intents(recipe)
+    contenders, vocabulary = who.gather(recipe, tasks, chosen)
+    for model in (recipe.rewards.embedder, *(judge.model for judge in recipe.evaluate.judges)):
+        models.resolve(model)  # found out now, not after all policies have written
     cluster.connect()
+    work = storage.join(recipe.storage, recipe.evaluate.folder, "work")
+    if recipe.resume == "never":
+        storage.remove(work)
+    seconds: dict[str, float] = {}
+    begun = time.monotonic()
 
-    policies: dict[str, report.PolicyFacts] = {}
+    def lap(phase: str) -> None:
+        nonlocal begun
+        seconds[phase], begun = time.monotonic() - begun, time.monotonic()
+
+    speeds = speed.measure(contenders, recipe.evaluate.latency_requests, work)
+    print("\n".join(_plan(recipe, contenders, speeds, work)), file=sys.stderr, flush=True)
+    lap("timing")
     parts = []
-    for policy, rows in (
-        (student, _student_requests(student, vocabulary, tasks, chosen, recipe)),
-        (teacher, _teacher_requests(teacher, tasks, chosen, recipe)),
-    ):
-        outputs, facts = _outputs(recipe, policy, rows, tasks)
+    policies: dict[str, dict[str, Any]] = {}
+    for contender in contenders:
+        outputs, done = _outputs(recipe, contender, tasks, work)
         parts.append(outputs)
-        policies[policy.name] = facts
+        name = contender.policy.name
+        policies[name] = _facts(contender, speeds.get(name, {}), done, _folder(work, contender))
+        lap(f"write: {name}")
     outputs = pa.concat_tables(parts)
-    judge: dict[str, Any] = {}
-    if config.judge == "likelihood":
-        outputs, judge = _judge(recipe, outputs)
-    training = storage.read_json(storage.join(recipe.storage, "student", TRAINING))
-    context = report.Context(
-        recipe=dump(recipe),
-        environment=environment(),
-        policies=policies,
-        losses=[(step, loss) for step, loss in training["history"]],
-        commands=vocabulary,
-        judge=judge,
+    embedder = _Embedding(recipe)
+    extra = who.yardsticks(recipe, outputs, embedder.relevance)
+    outputs = pa.concat_tables([outputs, pa.Table.from_pylist(extra, schema=OUTPUTS)])
+    policies |= {name: {"kind": "yardstick", "model": "-"} for name in dict.fromkeys(row["policy"] for row in extra)}
+    embedder.rest()  # a judge may need its place
+    lap("yardsticks")
+    outputs, pairwise, judged = judges.ask(recipe, tasks, outputs, work)
+    lap("judges")
+    _remember_rate(work, seconds["judges"], outputs, len(recipe.evaluate.judges))
+    measured = metrics.compute(
+        outputs,
+        tasks=tasks,
+        judges=judged,
+        pairwise=pairwise,
+        training=_training(recipe),
+        embed=embedder.embed,
+        bootstrap=recipe.evaluate.bootstrap,
+        seed=recipe.seed,
     )
-    measured = measure(outputs, vocabulary, bootstrap=config.bootstrap, seed=recipe.seed)
-    return report.write(storage.join(recipe.storage, "evaluation"), outputs, measured, context)
+    lap("numbers")
+    without_commands(measured, vocabulary)
+    document = {
+        "name": recipe.name,
+        "source": source,
+        **measured,
+        "policies": policies,
+        "judges": judged,
+        "losses": storage.read_json(storage.join(recipe.storage, "student", TRAINING)).get("history", []),
+        "commands": vocabulary.model_dump(),
+        "environment": environment(),
+        "recipe": dump(recipe),
+        "seconds": seconds,
+    }
+    folder = storage.join(recipe.storage, recipe.evaluate.folder)
+    if pairwise.num_rows:
+        storage.write_table(storage.join(folder, "pairwise.parquet"), pairwise)
+    return report.write(folder, outputs, document)
 
 
-def measure(outputs: pa.Table, vocabulary: Vocabulary, *, bootstrap: int, seed: int) -> dict[str, Any]:
-    """:func:`metrics.compute`; where a student takes no commands, the targets of control say so."""
-    measured = metrics.compute(outputs, bootstrap=bootstrap, seed=seed)
-    if not takes_commands(vocabulary):
+def without_commands(measured: dict[str, Any], vocabulary: Vocabulary) -> None:
+    """Where a student takes no commands, the targets of control say so."""
+    if not who.takes_commands(vocabulary):
         for target in measured["targets"]:
             if "commanded" in target["target"]:
                 target["measured"] = NO_COMMANDS
-    return measured
 
 
-def _intents(recipe: Recipe) -> list[tuple[int, str]]:
-    """Intents to evaluate on: the recipe's own source, or the run's held-out ones, drawn by seed."""
-    config = recipe.evaluate
-    if config.source:
-        texts = [i.text for i in intents.read(config.source, config.column, config.intents)]
-        return [(intents.stable_hash(text), text) for text in texts]
-    run = recipe.episodes_of()
+def _intents(recipe: Recipe) -> tuple[list[Intent], str]:
+    """Intents to evaluate on, and where they come from: ``evaluate.source``, or an ``intents.source`` that the run was not
+    made with, else the run's held-out ones, drawn by seed."""
+    config, run = recipe.evaluate, recipe.episodes_of()
+    source, column = config.source, config.column
+    if source is None and not recipe.intents.source.startswith("builtin:") and recipe.intents.source != _source_of(run):
+        source, column = recipe.intents.source, recipe.intents.column
+    if source:
+        texts = [i.text for i in intents.read(source, column, config.intents)]
+        return [(intents.stable_hash(text), text) for text in texts], source
     summary = storage.join(run, "generate.json")
     if not storage.exists(summary):
         raise UserError(f"{run}: no finished generate stage; run jobs.generate first, or set evaluate.source")
@@ -108,89 +143,91 @@ def _intents(recipe: Recipe) -> list[tuple[int, str]]:
         raise UserError(f"{uri}: no held-out intent; raise intents.heldout, or set evaluate.source")
     order = np.random.default_rng(recipe.seed).permutation(table.num_rows)[: config.intents]
     drawn = table.take(sorted(order))
-    return list(zip(drawn.column("intent_id").to_pylist(), drawn.column("intent").to_pylist(), strict=True))
+    found = list(zip(drawn.column("intent_id").to_pylist(), drawn.column("intent").to_pylist(), strict=True))
+    return found, "the run's held-out intents"
 
 
-def _student_requests(
-    policy: Policy, vocabulary: Vocabulary, tasks: list[Task], chosen: list[tuple[int, str]], recipe: Recipe
-) -> list[Row]:
-    rows = []
-    for intent_id, intent in chosen:
-        for task in tasks:
-            default = vocabulary.default(task.name)
-            asked = [(v, default.words, default.reward, "default") for v in range(recipe.evaluate.samples)]
-            if takes_commands(vocabulary):
-                lengths = recipe.evaluate.lengths or usual_lengths(vocabulary, task.name)
-                asked += [(LENGTH_SWEEP, n, default.reward, "length") for n in lengths]
-                asked += [(REWARD_SWEEP, default.words, b, "reward") for b in range(vocabulary.reward_bins)]
-            for variation, words, reward, probe in asked:
-                row = key_columns(policy, intent_id, intent, task.name, variation, command_words=words, command_reward=reward)
-                rows.append({**row, "probe": probe})
-    return rows
+def _source_of(run: str) -> str | None:
+    """The source of the intents that a run was made with."""
+    made_with = storage.join(run, "recipe.yaml")
+    if not storage.exists(made_with):
+        return None
+    return yaml.safe_load(storage.read_bytes(made_with)).get("intents", {}).get("source")
 
 
-def takes_commands(vocabulary: Vocabulary) -> bool:
-    """Whether the student learnt to follow commands: plain fine-tuning knows the task alone."""
-    return vocabulary.objective == "udrl"
+def _plan(recipe: Recipe, contenders: Sequence[Contender], speeds: dict[str, dict[str, float]], work: str) -> list[str]:
+    missing, rows = {}, 0
+    for contender in contenders:
+        done = rows_done(storage.join(_folder(work, contender), "completions"))
+        missing[contender.policy.name] = len(contender.requests) - sum(done.values())
+        rows += sum(row["probe"] in ("default", "reward") for row in contender.requests)
+    file = storage.join(work, "judges.json")
+    rate = storage.read_json(file)["pairs_per_second"] if storage.exists(file) else None
+    pairs = rows * len(recipe.evaluate.judges) if any(missing.values()) else 0
+    return speed.plan(contenders, missing, speeds, pairs, rate)
 
 
-def usual_lengths(vocabulary: Vocabulary, task: str, steps: int = 5) -> list[int]:
-    """Lengths from the 5th to the 95th percentile of a task's training episodes, evenly spaced: what is in distribution."""
-    low, _, high = (min(max(n, 1), vocabulary.max_words) for n in vocabulary.tasks[task].words)
-    return sorted({int(n) for n in np.linspace(low, high, steps).round()})
+def _remember_rate(work: str, seconds: float, outputs: pa.Table, judges_: int) -> None:
+    """How fast the judges were, for the next plan; a pass that found all its scores there tells nothing."""
+    pairs = judges_ * sum(probe in ("default", "reward") for probe in outputs["probe"].to_pylist())
+    if pairs and seconds > 5:
+        storage.write_json(storage.join(work, "judges.json"), {"pairs_per_second": pairs / seconds})
 
 
-def _teacher_requests(policy: Policy, tasks: list[Task], chosen: list[tuple[int, str]], recipe: Recipe) -> list[Row]:
-    return [
-        {**key_columns(policy, intent_id, intent, task.name, variation), "probe": "default"}
-        for intent_id, intent in chosen
-        for task in tasks
-        for variation in range(recipe.evaluate.samples)
-    ]
+def _folder(work: str, contender: Contender) -> str:
+    """Where the work of a contender lies: named after what its outputs depend on."""
+    ids = [row["episode_id"] for row in contender.requests]
+    mark = hashlib.sha256(json.dumps([contender.policy.fingerprint, ids]).encode()).hexdigest()[:16]
+    return storage.join(work, f"{contender.policy.name}-{mark}")
 
 
-def _outputs(recipe: Recipe, policy: Policy, rows: list[Row], tasks: list[Task]) -> tuple[pa.Table, report.PolicyFacts]:
-    """Complete and score the requests of one policy, as a table of :data:`metrics.OUTPUTS`."""
-    ids = [row["episode_id"] for row in rows]
-    mark = hashlib.sha256(json.dumps([policy.fingerprint, ids]).encode()).hexdigest()[:16]
-    work = storage.join(recipe.storage, "evaluation", "work", f"{policy.name}-{mark}")
-    if recipe.resume == "never":
-        storage.remove(work)
-    probes = {row["episode_id"]: row.pop("probe") for row in rows}
-    ledger, scored, rejects = (storage.join(work, name) for name in ("completions", "episodes", "rejects"))
-    done = complete(
-        policy, Requests.of_rows(rows, SHARD), ledger, f"evaluate {policy.name}", watchdog_minutes=recipe.watchdog_minutes
-    )
+def _outputs(recipe: Recipe, contender: Contender, tasks: Sequence[Task], work: str) -> tuple[pa.Table, Tally]:
+    """Complete and score the requests of one policy, as a table of :data:`~udrl.evaluation.outputs.OUTPUTS`."""
+    policy, folder = contender.policy, _folder(work, contender)
+    probes = {row["episode_id"]: row["probe"] for row in contender.requests}
+    rows = [{name: value for name, value in row.items() if name != "probe"} for row in contender.requests]
+    ledger, scored, rejects = (storage.join(folder, name) for name in ("completions", "episodes", "rejects"))
+    what = f"evaluate {policy.name}"
+    done = complete(policy, Requests.of_rows(rows, SHARD), ledger, what, watchdog_minutes=recipe.watchdog_minutes)
     what = f"score {policy.name}"
-    score(ledger, work, tasks, recipe.rewards, what, deduplicate=False, watchdog_minutes=recipe.watchdog_minutes)
-    table: list[Row] = []
+    score(ledger, folder, tasks, recipe.rewards, what, deduplicate=False, watchdog_minutes=recipe.watchdog_minutes)
+    found: list[Row] = []
     for part in iter_tables(scored):
-        table += [{**row, "reason": "", "judge": float("nan")} for row in part.to_pylist()]
+        found += [{**row, "reason": ""} for row in part.to_pylist()]
     for part in iter_tables(rejects):
         for row in part.to_pylist():
-            nothing = {name: None for name in metrics.OUTPUTS.names if name not in row}
-            table.append(
-                {**nothing, **row, "prompt": "", "n_words": word_count(clean(row["completion"])), "judge": float("nan")}
-            )
-    outputs = [
-        {name: row[name] for name in metrics.OUTPUTS.names} for row in ({**r, "probe": probes[r["episode_id"]]} for r in table)
+            nothing = {name: None for name in OUTPUTS.names if name not in row}
+            found.append({**nothing, **row, "prompt": "", "n_words": word_count(clean(row["completion"]))})
+    named = [
+        {name: row[name] for name in OUTPUTS.names if name != "probe"} | {"probe": probes[row["episode_id"]]} for row in found
     ]
-    return pa.Table.from_pylist(outputs, schema=metrics.OUTPUTS), _speed(policy, work, done)
+    return pa.Table.from_pylist(named, schema=OUTPUTS), done
 
 
-def _speed(policy: Policy, work: str, done: Tally) -> report.PolicyFacts:
-    """Parameters and tokens/s; of an evaluation that was resumed whole, the speed measured when it ran."""
-    file = storage.join(work, "speed.json")
-    if done.rows:
-        storage.write_json(file, {"tokens_per_second": done.tokens_per_second, "seconds": done.seconds})
-    speed = storage.read_json(file) if storage.exists(file) else {}
-    facts = report.PolicyFacts(model=policy.model)
-    if speed:
-        facts["tokens_per_second"], facts["seconds"] = speed["tokens_per_second"], speed["seconds"]
+def _facts(contender: Contender, speeds: dict[str, float], done: Tally, folder: str) -> dict[str, Any]:
+    """What a policy is, how it draws, and what it costs. Its rates are those of the evaluation's own requests where this run
+    or an earlier one made them in one go."""
+    policy = contender.policy
+    file = storage.join(folder, "speed.json")
+    if done.rows and not done.reused and done.seconds:
+        prompts = done.prompts / done.seconds
+        rates = {"tokens_per_second": done.tokens_per_second, "prompts_per_second": prompts, "seconds": done.seconds}
+        storage.write_json(file, rates)
+    measured = {name: speeds[name] for name in ("latency_p50", "latency_p95", "memory_mib") if name in speeds}
+    rates = storage.read_json(file) if storage.exists(file) else {}
+    facts = {
+        "kind": contender.kind,
+        "model": policy.model,
+        "revision": policy.revision,
+        "sampling": policy.sampling.model_dump(),
+        "seed": policy.engine.kwargs.get("seed", 0),  # vLLM's default
+        **measured,
+        **rates,
+    }
+    if speeds:
+        facts |= speed.costs(contender, speeds["prompts_per_second"])
     parameters = _parameters(policy.path)
-    if parameters:
-        facts["parameters"] = parameters
-    return facts
+    return facts | ({"parameters": parameters} if parameters else {})
 
 
 def _parameters(folder: str) -> int | None:
@@ -207,60 +244,51 @@ def _parameters(folder: str) -> int | None:
     return total or None
 
 
-def _judge(recipe: Recipe, outputs: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
-    """Fill the judge's column of the default probe, and find out whether the judge is to be believed.
+class _Embedding:
+    """The training's embedder in a Ray actor of its own, started when it is first needed."""
 
-    True pairs and shuffled ones go through one Ray Data pass, so that the model is loaded once.
-    """
-    import ray
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self._actor: Any = None
 
-    config = recipe.evaluate
-    model = models.resolve(config.judge_model)
-    chosen = [
-        i
-        for i, (probe, prompt) in enumerate(zip(*_lists(outputs, "probe", "prompt"), strict=True))
-        if probe == "default" and prompt
-    ]
-    if not chosen:
-        return outputs, {}
-    prompts, texts, tasks = _lists(outputs.take(chosen), "prompt", "intent", "task")
-    wrong = judges.shuffled(texts, tasks, recipe.seed)
-    pairs = pa.table({"i": range(2 * len(chosen)), "prompt": prompts + prompts, "intent": texts + wrong})
-    gpus = recipe.evaluate.placement.gpus
-    dataset = ray.data.from_arrow(pairs).map_batches(
-        judges.LikelihoodJudge,
-        fn_constructor_kwargs={"model_path": model, "threads": None if gpus else cluster.cpus()},
-        batch_size=32,
-        num_cpus=1,
-        num_gpus=gpus or None,
-        concurrency=1,
-    )
-    scores = np.full(2 * len(chosen), np.nan)
-    bar = Progress("judge", len(scores), "pairs")
-    done = 0
-    for batch in dataset.iter_batches(batch_size=None):
-        scores[batch["i"]] = batch["judge"]
-        done += len(batch["i"])
-        bar.update(done)
-    bar.finish(done)
-    true, false = np.split(scores, 2)
-    usable = ~np.isnan(true) & ~np.isnan(false)
-    column = np.full(outputs.num_rows, np.nan, dtype=np.float32)
-    column[chosen] = true
-    filled = outputs.set_column(outputs.schema.get_field_index("judge"), metrics.OUTPUTS.field("judge"), pa.array(column))
-    of_task = {t: usable & (np.array(tasks) == t) for t in sorted(set(tasks))}
-    facts = {
-        "name": "likelihood",
-        "model": config.judge_model,
-        "auc": judges.auc(true[usable], false[usable]),
-        "tasks": {t: judges.auc(true[mine], false[mine]) for t, mine in of_task.items()},
-        "pairs": int(usable.sum()),
-    }
-    return filled, facts
+    def embed(self, texts: list[str]) -> np.ndarray:
+        """Unit vectors (texts, dimensions)."""
+        return self._call("embed", texts)
+
+    def relevance(self, texts: list[str], prompts: list[str]) -> np.ndarray:
+        """Cosine of each pair (pairs,)."""
+        return self._call("relevance", texts, prompts)
+
+    def rest(self) -> None:
+        """Give its place back until it is needed again."""
+        import ray
+
+        if self._actor is not None:
+            ray.kill(self._actor)
+            self._actor = None
+
+    def _call(self, method: str, *arguments: Any) -> np.ndarray:
+        import ray
+
+        from udrl.rewards.relevance import Embedder
+
+        if self._actor is None:
+            rewards, place = self.recipe.rewards, self.recipe.rewards.placement
+            threads = None if place.gpus else place.threads or cluster.cpus()
+            made = ray.remote(num_cpus=place.cpus, num_gpus=place.gpus)(Embedder)
+            self._actor = made.remote(rewards.embedder, rewards.batch_size, threads)
+        return ray.get(getattr(self._actor, method).remote(*arguments))
 
 
-def _lists(table: pa.Table, *names: str) -> list[list[Any]]:
-    return [table.column(name).to_pylist() for name in names]
+def _training(recipe: Recipe) -> Iterator[pa.Table] | None:
+    """Tables of task, prompt and policy of all episodes that the student may have seen: the teacher's and each round's."""
+    folders = [storage.join(recipe.episodes_of(), "episodes")]
+    rounds = storage.join(recipe.storage, "rounds")
+    folders += [storage.join(rounds, name, "episodes") for name in storage.list_folders(rounds)]
+    there = [folder for folder in folders if storage.list_files(folder)]
+    if not there:
+        return None
+    return (table for folder in there for table in iter_tables(folder, ["task", "prompt", "policy"]))
 
 
 def environment() -> dict[str, Any]:
@@ -279,4 +307,5 @@ def environment() -> dict[str, Any]:
 
 def describe(document: dict[str, Any]) -> str:
     """The lines that end the job: the short table and where the report lies."""
-    return f"{report.short_table(document)}\n\nreport: {document['files']['report.md']}"
+    files = document["files"]
+    return f"{report.short_table(document)}\n\nreport: {files['report.md']}\n        {files['report.html']}"

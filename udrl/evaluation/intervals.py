@@ -4,6 +4,7 @@ Percentile intervals, 95%, seeded. A statistic is a ratio of sums (a mean is val
 matrix product of how often each intent was drawn with the per-intent sums; no loop over resamples.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -90,11 +91,23 @@ def _resampled(sums: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     intents = len(sums)
     if not intents:
         return np.zeros((resamples, sums.shape[1]))
+    if resamples * intents <= _CHUNK:
+        return _drawn(intents, resamples, seed) @ sums
     rng = np.random.default_rng(seed)
-    share = np.full(intents, 1 / intents)
     step = max(1, _CHUNK // intents)
-    blocks = [rng.multinomial(intents, share, size=min(step, resamples - at)) @ sums for at in range(0, resamples, step)]
+    blocks = [_draw(rng, intents, min(step, resamples - at)) @ sums for at in range(0, resamples, step)]
     return np.vstack(blocks)
+
+
+@lru_cache(maxsize=4)
+def _drawn(intents: int, resamples: int, seed: int) -> np.ndarray:
+    """One block of draws, kept: a report asks for hundreds of intervals over the same number of intents."""
+    return _draw(np.random.default_rng(seed), intents, resamples).astype(float)
+
+
+def _draw(rng: np.random.Generator, intents: int, resamples: int) -> np.ndarray:
+    """How often each intent is drawn, shape (resamples, intents)."""
+    return rng.multinomial(intents, np.full(intents, 1 / intents), size=resamples)
 
 
 def _divide(above: np.ndarray, below: np.ndarray) -> np.ndarray:

