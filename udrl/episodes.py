@@ -17,7 +17,8 @@ Layout under the storage URI::
     rounds/<k>/                    of each round: completions/<mark>/, sifted/, relevance/, episodes/, rejects/ as above,
                                    round.json (what was asked and achieved), student/; round 0 has the last two alone
     rounds.json                    one entry a round, and whose student is in student/
-    evaluation/                    report.md, metrics.json, plots, outputs.parquet
+    evaluation/                    report.html, report.md with its plots, metrics.json, outputs.parquet, pairwise.parquet; work/
+                                   keeps completions and judgements
 """
 
 import hashlib
