@@ -41,7 +41,7 @@ def test_the_run_is_complete(run: tuple[Path, str]) -> None:
     assert generated["accepted"] + generated["rejected"] == generated["requested"]
     for name in ("model.safetensors", "tokenizer.json", "commands.json", "training.json", "config.json"):
         assert (folder / "student" / name).exists()
-    for name in ("report.md", "metrics.json", "outputs.parquet", "length_control.png", "reward_control.png"):
+    for name in ("report.html", "report.md", "metrics.json", "outputs.parquet", "length_control.png"):
         assert (folder / "evaluation" / name).exists()
     assert (folder / "recipe.yaml").read_text().startswith("name: smoke")
 
@@ -102,3 +102,31 @@ def test_a_job_submitted_to_a_cluster_finds_the_run_finished(
     assert "succeeded" in said
     assert " 0 made now" in said  # generation was reused, not paid for again
     assert "is there already" in said  # so was the student
+    assert "evaluate: nothing left to ask" in said  # and no policy and no judge was asked again
+    assert "judge likelihood" not in said.split("claim: ")[0]
+
+
+def test_a_student_is_evaluated_on_intents_from_elsewhere_without_its_teacher(run: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = run
+    (tmp_path / "requests.tsv").write_text("kind\tprompt\nred\ta red bench and a green car\nblue\ta blue clock\n")
+    command = [sys.executable, "-m", "jobs.evaluate", "recipes/smoke.yaml", f"storage={folder}", "evaluate.folder=elsewhere"]
+    command += [f"intents.source={tmp_path}/requests.tsv", "intents.column=prompt", "evaluate.teacher=false"]
+    command += ["evaluate.judges=[]", "evaluate.latency_requests=2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "prompts, about" in done.stderr  # how long it will take, before it starts
+    document = json.loads((folder / "elsewhere" / "metrics.json").read_text())
+    assert document["intents"] == 2
+    assert set(document["policies"]) == {"student", "echo"}
+    assert 0 < document["policies"]["student"]["latency_p50"] <= document["policies"]["student"]["latency_p95"]
+    assert document["policies"]["student"]["memory_mib"] > 100
+
+
+def test_evaluations_are_compared_and_a_drop_fails(run: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = run
+    (tmp_path / "rules.yaml").write_text("- {metric: relevance, max_drop: 0}\n- {metric: rejected, max: -1}\n")
+    command = [sys.executable, "-m", "jobs.compare", str(folder), str(folder), "--thresholds", f"{tmp_path}/rules.yaml"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "FAILS: rejected (all)" in done.stdout
+    assert "1 of 2 hold" in done.stdout

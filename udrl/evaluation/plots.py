@@ -149,11 +149,12 @@ def _panels(
     return figure
 
 
-def _legend(figure: Any, axes: Any, columns: int = 5) -> None:
-    """One legend above all panels."""
+def _legend(figure: Any, axes: Any) -> None:
+    """One legend above all panels, in as many columns as its longest entry lets stand side by side."""
     entries = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     if entries:
-        across = min(len(entries), columns)
+        widest = 0.55 + 0.075 * max(map(len, entries))  # inches of a handle and its label in 9 points
+        across = min(len(entries), max(1, int(figure.get_figwidth() / widest)))
         figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=across, fontsize=9, frameon=False)
 
 

@@ -151,5 +151,6 @@ def plan(
         total += pairs / rate
         basis = "measured before" if judged else "assumed"
         lines.append(f"judges: at most {pairs:,} pairs, about {duration(pairs / rate)} ({basis} {rate:.0f} pairs/s)")
-    known = f"about {duration(total)} in all" if total else "nothing left to ask"
-    return [f"evaluate: {known}{', without what was not measured' if unknown else ''}", *(f"  {line}" for line in lines)]
+    known = f"about {duration(total)} in all" if total else "" if unknown else "nothing left to ask"
+    said = ", ".join(part for part in (known, "without what was not measured" if unknown else "") if part)
+    return [f"evaluate: {said}", *(f"  {line}" for line in lines)]
