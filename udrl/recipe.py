@@ -267,6 +267,9 @@ class Evaluate(Section):
     lengths: list[int] | None = Field(
         None, min_length=1, description="commanded words to sweep; default: five from each task's p5 to p95"
     )
+    sweep_intents: int = Field(
+        100, ge=1, description="of those intents, how many the sweeps of length and reward are asked for"
+    )
     sampling: Sampling = Field(Sampling(temperature=0.7), description="of the student")
     engine: Engine = Engine(max_model_len=256)
     placement: Placement = Placement()

@@ -96,6 +96,15 @@ def test_intents_that_the_run_was_not_made_with_are_evaluated_on(tmp_path: Path)
     assert [text for _, text in evaluate._intents(by_evaluate)[0]] == ["a red bench"]
 
 
+def test_intents_of_a_longer_source_are_drawn_from_all_of_it() -> None:
+    lines = [str(i) for i in range(100)]
+    drawn = [evaluate._drawn(iter(lines), 10, seed) for seed in range(300)]
+    assert all(len(set(some)) == 10 and [int(x) for x in some] == sorted(map(int, some)) for some in drawn)
+    often = np.bincount(np.array(drawn, dtype=int).ravel(), minlength=100)
+    assert 10 < often.min() <= often.max() < 55  # 30 expected; 5 is the standard deviation
+    assert evaluate._drawn(iter(lines[:3]), 10, 0) == ["0", "1", "2"]
+
+
 @pytest.mark.parametrize("name", ["ablation-sft", "ablation-sft-top", "rounds"])
 def test_the_ablations_differ_from_quickstart_where_they_say(name: str) -> None:
     ours, base = (recipe.load(str(ROOT / "recipes" / f"{n}.yaml")).model_dump() for n in (name, "quickstart"))

@@ -48,6 +48,16 @@ def test_every_request_of_the_student_has_its_own_id_and_its_intent_s_are_neighb
     assert of_probe == {"length": {8, 12, 16, 20, 24}, "reach": {4, 32, 40}}
 
 
+def test_sweeps_are_asked_for_some_intents_from_all_over(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    tasks = load_tasks(["image_search"])
+    policy = teacher_policy(Teacher(model=str(tmp_path)), tasks)
+    chosen = [(i, f"owl {i}") for i in range(9)]
+    asked = contenders._student_requests(policy, vocabulary([8, 14, 24]), tasks, chosen, values(sweep_intents=3))
+    assert {r["intent_id"] for r in asked if r["probe"] == "default"} == set(range(9))
+    assert {r["intent_id"] for r in asked if r["probe"] != "default"} == {0, 4, 8}
+
+
 def scorer(intents: list[str], prompts: list[str]) -> np.ndarray:
     return np.array([1.0 if intent == prompt else 0.1 for intent, prompt in zip(intents, prompts, strict=True)])
 

@@ -76,6 +76,8 @@ def _student_requests(
     policy: Policy, vocabulary: Vocabulary, tasks: Sequence[Task], chosen: Sequence[Intent], recipe: Recipe
 ) -> list[Row]:
     config, rows = recipe.evaluate, []
+    # Spread over all of them: a source may be sorted.
+    swept = {chosen[i][0] for i in np.linspace(0, len(chosen) - 1, min(config.sweep_intents, len(chosen))).round().astype(int)}
     for task in tasks:
         default = vocabulary.default(task.name)
         asked = [("default", v, default.words, default.reward) for v in range(config.samples)]
@@ -86,6 +88,8 @@ def _student_requests(
             asked += [("reward", 0, default.words, b) for b in range(vocabulary.reward_bins)]
         for intent_id, intent in chosen:
             for probe, variation, words, reward in asked:
+                if probe != "default" and intent_id not in swept:
+                    continue
                 number = VARIATION[probe] + variation
                 row = key_columns(policy, intent_id, intent, task.name, number, command_words=words, command_reward=reward)
                 rows.append({**row, "probe": probe})

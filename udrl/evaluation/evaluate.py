@@ -39,6 +39,7 @@ from udrl.tasks import Task, load_tasks
 
 NO_COMMANDS = "the student takes no commands"
 SHARD = 128
+DRAWN_FROM = 1_000_000  # intents of a source: reading tells repeated ones by a hash each, which must fit in memory
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
@@ -132,7 +133,7 @@ def _intents(recipe: Recipe) -> tuple[list[Intent], str]:
     if source is None and not recipe.intents.source.startswith("builtin:") and recipe.intents.source != _source_of(run):
         source, column = recipe.intents.source, recipe.intents.column
     if source:
-        texts = [i.text for i in intents.read(source, column, config.intents)]
+        texts = _drawn((i.text for i in intents.read(source, column, DRAWN_FROM)), config.intents, recipe.seed)
         return [(intents.stable_hash(text), text) for text in texts], source
     summary = storage.join(run, "generate.json")
     if not storage.exists(summary):
@@ -145,6 +146,18 @@ def _intents(recipe: Recipe) -> tuple[list[Intent], str]:
     drawn = table.take(sorted(order))
     found = list(zip(drawn.column("intent_id").to_pylist(), drawn.column("intent").to_pylist(), strict=True))
     return found, "the run's held-out intents"
+
+
+def _drawn(texts: Iterator[str], n: int, seed: int) -> list[str]:
+    """``n`` texts of a stream, each as likely, in their order (reservoir sampling: Vitter 1985, algorithm R)."""
+    rng = np.random.default_rng(seed)
+    kept: list[tuple[int, str]] = []
+    for place, text in enumerate(texts):
+        if place < n:
+            kept.append((place, text))
+        elif (at := int(rng.integers(place + 1))) < n:
+            kept[at] = (place, text)
+    return [text for _, text in sorted(kept)]
 
 
 def _source_of(run: str) -> str | None:
