@@ -264,6 +264,8 @@ class Evaluate(Section):
     source: str | None = Field(None, description="evaluate on these intents instead of the run's held-out ones")
     column: str = "intent"
     samples: int = Field(2, ge=1, description="prompts of each policy per intent and task at its default command")
+    words: int | None = Field(None, ge=1, description="the student's command: words; default: each task's own default")
+    reward: int | None = Field(None, ge=0, description="the student's command: reward bin; default: each task's own default")
     lengths: list[int] | None = Field(
         None, min_length=1, description="commanded words to sweep; default: five from each task's p5 to p95"
     )
@@ -357,6 +359,11 @@ class Recipe(Section):
         too_long = [n for n in self.evaluate.lengths or () if not 1 <= n <= self.commands.max_words]
         if too_long:
             raise ValueError(f"evaluate.lengths: {too_long} lie outside 1..commands.max_words={self.commands.max_words}")
+        words, reward, commands = self.evaluate.words or 0, self.evaluate.reward or 0, self.commands
+        if words > commands.max_words:
+            raise ValueError(f"evaluate.words: {words} is more than commands.max_words={commands.max_words}")
+        if reward >= commands.reward_bins:
+            raise ValueError(f"evaluate.reward: {reward} is no bin: 0 to {commands.reward_bins - 1} (commands.reward_bins)")
         for judge in self.evaluate.judges:
             self._not_the_scorer(judge)
         if (self.train.min_workers or 0) > self.train.workers:
@@ -377,7 +384,7 @@ class Recipe(Section):
         """A student was trained towards the reward's scorer; what that says of it afterwards proves nothing."""
         rewards = self.rewards
         embeds = rewards.relevance == "embedding" and judge.kind == "embedding" and judge.model == rewards.embedder
-        scores = rewards.relevance == "judge" and judge.kind == "rubric" and judge.model == rewards.judge.model
+        scores = rewards.relevance == "judge" and judge.kind in ("rubric", "pairwise") and judge.model == rewards.judge.model
         if embeds or scores:
             raise ValueError(f"evaluate.judges: {judge.called}: {judge.model} made the training reward; choose another model")
 

@@ -92,15 +92,16 @@ def test_the_plan_counts_what_is_missing_and_says_on_what_its_times_rest(tmp_pat
     policy = teacher_policy(Teacher(model=str(tmp_path)), load_tasks(["image_search"]))
     one = Contender("teacher", policy, [{}] * 1000)
     speeds = {"teacher": {"startup_seconds": 20.0, "prompts_per_second": 10.0}}
-    lines = speed.plan([one], {"teacher": 600}, speeds, 500, 50.0)
+    lines = speed.plan([one], {"teacher": 600}, speeds, [speed.Judging("rubric", 500, 50.0), speed.Judging("pmi", 0, None)])
     assert lines == [
         "evaluate: about 1m30s in all",
         "  teacher: 600 prompts, about 1m20s (measured 10.0 prompts/s)",
-        "  judges: at most 500 pairs, about 10s (measured before 50 pairs/s)",
+        "  judge rubric: at most 500 texts, about 10s (measured before 50 texts/s)",
+        "  judge pmi: all its scores are there already",
     ]
-    assert speed.plan([one], {"teacher": 0}, speeds, 0, None) == [
+    assert speed.plan([one], {"teacher": 0}, speeds, []) == [
         "evaluate: nothing left to ask",
         "  teacher: all 1,000 prompts are there already",
     ]
-    unknown = speed.plan([one], {"teacher": 600}, {}, 0, None)
+    unknown = speed.plan([one], {"teacher": 600}, {}, [])
     assert unknown[0].endswith("without what was not measured")

@@ -8,6 +8,7 @@ from typing import Any
 
 import evaluation_made_up as made_up
 import pyarrow.parquet as pq
+import pyarrow as pa
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -57,7 +58,8 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("report") / "evaluation"
-    pairwise = PAIRWISE.empty_table()
+    pair = {"judge": "duel", "policy": "student", "other": "teacher", "first": 0.5, "second": 0.5, "parsed": True}
+    pairwise = pa.Table.from_pylist([pair], schema=PAIRWISE)
     return folder, report.write(str(folder), made_up.outputs(), made_up.document(), pairwise)
 
 
@@ -71,6 +73,14 @@ def test_all_files_are_written_and_named(written: tuple[Path, dict[str, Any]]) -
         assert uri == str(folder / name)
         assert (folder / name).stat().st_size
     assert pq.read_schema(folder / "outputs.parquet").names == [*OUTPUTS.names, "judge_likelihood"]
+
+
+def test_a_second_report_leaves_nothing_of_the_first(tmp_path: Path) -> None:
+    for name in ("pairwise.parquet", "training_loss.png"):
+        (tmp_path / name).write_text("of the first")
+    report.write(str(tmp_path), made_up.outputs(), {**made_up.document(), "losses": []}, PAIRWISE.empty_table())
+    assert not (tmp_path / "pairwise.parquet").exists()
+    assert not (tmp_path / "training_loss.png").exists()
 
 
 def test_metrics_json_is_strict_and_holds_the_document_with_none_for_what_is_unknown(

@@ -14,7 +14,8 @@ import pyarrow as pa
 from udrl import storage
 from udrl.commands import Vocabulary
 from udrl.episodes import stable_id, word_count
-from udrl.evaluation.judges.validation import shuffled
+from udrl.evaluation.judges.run import CONTROLLED
+from udrl.evaluation.judges.validation import KINDS, shuffled
 from udrl.evaluation.outputs import STUDENT, TEACHER
 from udrl.policies.policy import Policy, Row
 from udrl.policies.teacher import key_columns, teacher_policy
@@ -69,6 +70,10 @@ def _writer(kind: Kind, policy: Policy, tasks: Sequence[Task], chosen: Sequence[
         for task in tasks
         for variation in range(recipe.evaluate.samples)
     ]
+    # A pool sized to write millions of episodes would wait for machines that an evaluation has no use for.
+    place = policy.placement
+    replicas = min(place.replicas, max(1, recipe.evaluate.placement.replicas))
+    policy = dataclasses.replace(policy, placement=place.model_copy(update={"replicas": replicas}))
     return Contender(kind, policy, requests)
 
 
@@ -80,6 +85,9 @@ def _student_requests(
     swept = {chosen[i][0] for i in np.linspace(0, len(chosen) - 1, min(config.sweep_intents, len(chosen))).round().astype(int)}
     for task in tasks:
         default = vocabulary.default(task.name)
+        if takes_commands(vocabulary):
+            own = {"words": config.words, "reward": config.reward}
+            default = default.model_copy(update={name: value for name, value in own.items() if value is not None})
         asked = [("default", v, default.words, default.reward) for v in range(config.samples)]
         if takes_commands(vocabulary):
             lengths = config.lengths or usual_lengths(vocabulary, task.name)
@@ -121,12 +129,28 @@ def _usual(vocabulary: Vocabulary, task: str) -> tuple[int, int]:
     return low, high
 
 
+def judged_texts(recipe: Recipe, contenders: Sequence[Contender], tasks: int) -> dict[bool, int]:
+    """How many texts a pointwise judge (False) and a pairwise one (True) will be asked about at most: outputs, yardsticks
+    and the controls that it is validated on."""
+    config = recipe.evaluate
+    rows = sum(row["probe"] in ("default", "reward") for c in contenders for row in c.requests)
+    intents_ = len({row["intent_id"] for c in contenders for row in c.requests})
+    teachers = sum(len(c.requests) for c in contenders if c.kind == "teacher")
+    cheap = ("echo" in config.yardsticks) * intents_ * tasks + ("shuffled" in config.yardsticks) * teachers
+    controls = CONTROLLED * len(KINDS) * tasks
+    others = len(contenders) - 1 + len(config.yardsticks)
+    return {
+        False: rows + cheap + controls,
+        True: 2 * (min(config.pairs, intents_ * config.samples) * tasks * others + controls),
+    }
+
+
 def yardsticks(recipe: Recipe, outputs: pa.Table, relevance: Relevance) -> list[Row]:
     """Rows of :data:`~udrl.evaluation.outputs.OUTPUTS` for the yardsticks that the recipe names, the default probe alone.
 
     ``echo`` repeats the intent; ``shuffled`` gives the teacher's prompt for another intent of the task; ``best-of-N`` is the
     one of the teacher's N draws with the highest training reward. None is rejected for what it is: it shows how much a
-    judge gives for nothing. Without the teacher's outputs there is only ``echo``.
+    judge gives for nothing. Without the teacher's outputs there is only ``echo``. ``relevance`` may give NaN.
     """
     wanted = recipe.evaluate.yardsticks
     rows = [row for row in outputs.to_pylist() if row["probe"] == "default"]

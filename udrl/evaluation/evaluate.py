@@ -5,8 +5,6 @@ evaluation that was killed goes on where it was. The order: who writes, how fast
 outputs, the yardsticks, the judges, the numbers, the report.
 """
 
-import hashlib
-import json
 import os
 import platform
 import sys
@@ -21,7 +19,7 @@ import yaml
 from udrl import cluster, intents, models, storage
 from udrl.commands import Vocabulary
 from udrl.episodes import iter_tables, word_count
-from udrl.errors import UserError
+from udrl.errors import Stalled, UserError
 from udrl.evaluation import contenders as who
 from udrl.evaluation import judges, metrics, report, speed
 from udrl.evaluation.contenders import Contender, Intent
@@ -33,6 +31,7 @@ from udrl.policies.tally import Tally
 from udrl.recipe import Recipe, dump
 from udrl.scoring.parsing import clean
 from udrl.scoring.score import score
+from udrl.scoring.sift import mark
 from udrl.student.export import TRAINING
 from udrl.student.policy import fetch
 from udrl.tasks import Task, load_tasks
@@ -66,8 +65,9 @@ def run(recipe: Recipe) -> dict[str, Any]:
         nonlocal begun
         seconds[phase], begun = time.monotonic() - begun, time.monotonic()
 
-    speeds = speed.measure(contenders, recipe.evaluate.latency_requests, work)
-    print("\n".join(_plan(recipe, contenders, speeds, work)), file=sys.stderr, flush=True)
+    config, where = recipe.evaluate, environment()
+    speeds = speed.measure(contenders, config.latency_requests, work, where, recipe.watchdog_minutes)
+    print("\n".join(_plan(recipe, contenders, speeds, work, tasks)), file=sys.stderr, flush=True)
     lap("timing")
     parts = []
     policies: dict[str, dict[str, Any]] = {}
@@ -86,7 +86,6 @@ def run(recipe: Recipe) -> dict[str, Any]:
     lap("yardsticks")
     outputs, pairwise, judged = judges.ask(recipe, tasks, outputs, work)
     lap("judges")
-    _remember_rate(work, seconds["judges"], outputs, len(recipe.evaluate.judges))
     measured = metrics.compute(
         outputs,
         tasks=tasks,
@@ -94,7 +93,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
         pairwise=pairwise,
         training=_training(recipe),
         embed=embedder.embed,
-        bootstrap=recipe.evaluate.bootstrap,
+        bootstrap=config.bootstrap,
         seed=recipe.seed,
     )
     lap("numbers")
@@ -107,14 +106,11 @@ def run(recipe: Recipe) -> dict[str, Any]:
         "judges": judged,
         "losses": storage.read_json(storage.join(recipe.storage, "student", TRAINING)).get("history", []),
         "commands": vocabulary.model_dump(),
-        "environment": environment(),
+        "environment": where,
         "recipe": dump(recipe),
         "seconds": seconds,
     }
-    folder = storage.join(recipe.storage, recipe.evaluate.folder)
-    if pairwise.num_rows:
-        storage.write_table(storage.join(folder, "pairwise.parquet"), pairwise)
-    return report.write(folder, outputs, document)
+    return report.write(storage.join(recipe.storage, config.folder), outputs, document, pairwise)
 
 
 def without_commands(measured: dict[str, Any], vocabulary: Vocabulary) -> None:
@@ -130,7 +126,8 @@ def _intents(recipe: Recipe) -> tuple[list[Intent], str]:
     made with, else the run's held-out ones, drawn by seed."""
     config, run = recipe.evaluate, recipe.episodes_of()
     source, column = config.source, config.column
-    if source is None and not recipe.intents.source.startswith("builtin:") and recipe.intents.source != _source_of(run):
+    ours = recipe.intents.source
+    if source is None and not ours.startswith("builtin:") and storage.absolute(ours) != storage.absolute(_source_of(run)):
         source, column = recipe.intents.source, recipe.intents.column
     if source:
         texts = _drawn((i.text for i in intents.read(source, column, DRAWN_FROM)), config.intents, recipe.seed)
@@ -160,38 +157,41 @@ def _drawn(texts: Iterator[str], n: int, seed: int) -> list[str]:
     return [text for _, text in sorted(kept)]
 
 
-def _source_of(run: str) -> str | None:
-    """The source of the intents that a run was made with."""
+def _source_of(run: str) -> str:
+    """The source of the intents that a run was made with; empty where there is no telling."""
     made_with = storage.join(run, "recipe.yaml")
     if not storage.exists(made_with):
-        return None
-    return yaml.safe_load(storage.read_bytes(made_with)).get("intents", {}).get("source")
+        return ""
+    return yaml.safe_load(storage.read_bytes(made_with)).get("intents", {}).get("source", "")
 
 
-def _plan(recipe: Recipe, contenders: Sequence[Contender], speeds: dict[str, dict[str, float]], work: str) -> list[str]:
-    missing, rows = {}, 0
+def _plan(
+    recipe: Recipe,
+    contenders: Sequence[Contender],
+    speeds: dict[str, dict[str, float]],
+    work: str,
+    tasks: Sequence[Task],
+) -> list[str]:
+    missing = {}
     for contender in contenders:
         done = rows_done(storage.join(_folder(work, contender), "completions"))
         missing[contender.policy.name] = len(contender.requests) - sum(done.values())
-        rows += sum(row["probe"] in ("default", "reward") for row in contender.requests)
-    file = storage.join(work, "judges.json")
-    rate = storage.read_json(file)["pairs_per_second"] if storage.exists(file) else None
-    pairs = rows * len(recipe.evaluate.judges) if any(missing.values()) else 0
-    return speed.plan(contenders, missing, speeds, pairs, rate)
-
-
-def _remember_rate(work: str, seconds: float, outputs: pa.Table, judges_: int) -> None:
-    """How fast the judges were, for the next plan; a pass that found all its scores there tells nothing."""
-    pairs = judges_ * sum(probe in ("default", "reward") for probe in outputs["probe"].to_pylist())
-    if pairs and seconds > 5:
-        storage.write_json(storage.join(work, "judges.json"), {"pairs_per_second": pairs / seconds})
+    asked = who.judged_texts(recipe, contenders, len(tasks))
+    judging = []
+    for judge in recipe.evaluate.judges:
+        answered, rate = judges.known(judge, work, tasks)
+        # Outputs that were rejected are not judged, so all may be answered with fewer: then none is there to write, either.
+        left = max(0, asked[judge.kind == "pairwise"] - answered) if any(missing.values()) or not answered else 0
+        judging.append(speed.Judging(judge.called, left, rate))
+    return speed.plan(contenders, missing, speeds, judging)
 
 
 def _folder(work: str, contender: Contender) -> str:
     """Where the work of a contender lies: named after what its outputs depend on."""
+    policy = contender.policy
     ids = [row["episode_id"] for row in contender.requests]
-    mark = hashlib.sha256(json.dumps([contender.policy.fingerprint, ids]).encode()).hexdigest()[:16]
-    return storage.join(work, f"{contender.policy.name}-{mark}")
+    depends = [policy.fingerprint, {**policy.engine.kwargs, "logits_processors": None}, ids]
+    return storage.join(work, f"{policy.name}-{mark(depends)}")
 
 
 def _outputs(recipe: Recipe, contender: Contender, tasks: Sequence[Task], work: str) -> tuple[pa.Table, Tally]:
@@ -218,24 +218,25 @@ def _outputs(recipe: Recipe, contender: Contender, tasks: Sequence[Task], work: 
 
 
 def _facts(contender: Contender, speeds: dict[str, float], done: Tally, folder: str) -> dict[str, Any]:
-    """What a policy is, how it draws, and what it costs. Its rates are those of the evaluation's own requests where this run
-    or an earlier one made them in one go."""
+    """What a policy is, how it draws, and what one replica of it costs. Rates are those that were measured before the start;
+    where nothing was, those of the evaluation's own requests, if they were made in one go."""
     policy = contender.policy
     file = storage.join(folder, "speed.json")
     if done.rows and not done.reused and done.seconds:
-        prompts = done.prompts / done.seconds
-        rates = {"tokens_per_second": done.tokens_per_second, "prompts_per_second": prompts, "seconds": done.seconds}
-        storage.write_json(file, rates)
-    measured = {name: speeds[name] for name in ("latency_p50", "latency_p95", "memory_mib") if name in speeds}
+        one = 1 / policy.placement.replicas
+        rates = {"tokens_per_second": one * done.tokens_per_second, "prompts_per_second": one * done.prompts / done.seconds}
+        storage.write_json(file, {**rates, "seconds": done.seconds})
     rates = storage.read_json(file) if storage.exists(file) else {}
+    names = ("latency_p50", "latency_p95", "memory_mib", "tokens_per_second", "prompts_per_second")
+    measured = {name: speeds[name] for name in names if name in speeds}
     facts = {
         "kind": contender.kind,
         "model": policy.model,
         "revision": policy.revision,
         "sampling": policy.sampling.model_dump(),
         "seed": policy.engine.kwargs.get("seed", 0),  # vLLM's default
-        **measured,
         **rates,
+        **measured,
     }
     if speeds:
         facts |= speed.costs(contender, speeds["prompts_per_second"])
@@ -269,7 +270,9 @@ class _Embedding:
         return self._call("embed", texts)
 
     def relevance(self, texts: list[str], prompts: list[str]) -> np.ndarray:
-        """Cosine of each pair (pairs,)."""
+        """Cosine of each pair (pairs,); NaN where a judge scores relevance, since its scale is another."""
+        if self.recipe.rewards.relevance != "embedding" or not texts:
+            return np.full(len(texts), np.nan)
         return self._call("relevance", texts, prompts)
 
     def rest(self) -> None:
@@ -282,15 +285,23 @@ class _Embedding:
 
     def _call(self, method: str, *arguments: Any) -> np.ndarray:
         import ray
+        from ray.exceptions import GetTimeoutError
 
         from udrl.rewards.relevance import Embedder
 
         if self._actor is None:
             rewards, place = self.recipe.rewards, self.recipe.rewards.placement
             threads = None if place.gpus else place.threads or cluster.cpus()
-            made = ray.remote(num_cpus=place.cpus, num_gpus=place.gpus)(Embedder)
+            options: dict[str, Any] = {"num_cpus": place.cpus, "num_gpus": place.gpus}
+            if place.accelerator:
+                options["accelerator_type"] = place.accelerator
+            made = ray.remote(**options)(Embedder)
             self._actor = made.remote(rewards.embedder, rewards.batch_size, threads)
-        return ray.get(getattr(self._actor, method).remote(*arguments))
+        try:
+            return ray.get(getattr(self._actor, method).remote(*arguments), timeout=60 * self.recipe.watchdog_minutes)
+        except GetTimeoutError as error:
+            minutes = self.recipe.watchdog_minutes
+            raise Stalled(f"evaluate: {self.recipe.rewards.embedder}: no answer for {minutes:g} minutes") from error
 
 
 def _training(recipe: Recipe) -> Iterator[pa.Table] | None:

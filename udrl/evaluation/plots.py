@@ -14,8 +14,8 @@ from udrl.evaluation.reading import at, in_order, kind
 DARK, MIDDLE, LIGHT = "#1b4965", "#d1495b", "#c9d6df"
 POINTS = 400  # of the loss curve; more are averaged, so that the page stays small
 COSTS = (
-    ("core_seconds_per_1000", "core-seconds per 1,000 prompts"),
     ("dollars_per_1000", "dollars per 1,000 prompts"),
+    ("core_seconds_per_1000", "core-seconds per 1,000 prompts"),
     ("prompts_per_second", "seconds per 1,000 prompts"),
 )
 

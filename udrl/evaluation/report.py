@@ -29,7 +29,7 @@ def write(folder_uri: str, outputs: pa.Table, document: dict[str, Any], pairwise
     document = _plain(document)
     drawn = plots.draw(document, [j for j in pointwise(document) if at(document, "judges", j, "believable")])
     blocks = content.blocks(document, outputs, list(drawn))
-    tables = {"outputs.parquet": outputs} | ({} if pairwise is None else {"pairwise.parquet": pairwise})
+    tables = {"outputs.parquet": outputs} | ({"pairwise.parquet": pairwise} if pairwise and pairwise.num_rows else {})
     for name, table in tables.items():
         storage.write_table(storage.join(folder_uri, name), table)
     storage.write_json(storage.join(folder_uri, "metrics.json"), document)
@@ -39,6 +39,9 @@ def write(folder_uri: str, outputs: pa.Table, document: dict[str, Any], pairwise
     for name, data in pages.items():
         storage.write_bytes(storage.join(folder_uri, name), data)
     names = [*tables, "metrics.json", *pages]
+    for name in ("pairwise.parquet", *(f"{plot}.png" for plot in plots.CAPTIONS)):
+        if name not in names:  # an earlier report's
+            storage.remove(storage.join(folder_uri, name))
     return {**document, "files": {name: storage.join(folder_uri, name) for name in names}}
 
 

@@ -7,33 +7,32 @@ evaluation tells how long it will take, and the report what a prompt costs.
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from udrl import cluster, storage
+from udrl.errors import Stalled
 from udrl.evaluation.contenders import Contender
 from udrl.policies.policy import Policy
 from udrl.policies.settings import bundles, engine_kwargs, environment, pinned
 from udrl.progress import duration
+from udrl.scoring.sift import mark
 
 AT_ONCE = 64  # requests of the measurement of throughput
-# Pairs a second of one judge, where no judge of this run was timed yet: the bundled 135M model on two CPU cores.
-PAIRS_PER_SECOND = 25.0
+# Texts a second of a judge that was not timed yet: likelihood under the bundled 135M model on two CPU cores.
+TEXTS_PER_SECOND = 25.0
 
 
 class _Stopwatch:
     """A Ray actor with one bare engine."""
 
     def __init__(self, model: str, kwargs: dict[str, Any]) -> None:
-        import psutil
-
         begun = time.perf_counter()
         from vllm import LLM
 
-        before = psutil.Process().memory_info().rss
         self.engine = LLM(model=model, disable_log_stats=True, **kwargs)
-        self.startup, self.before = time.perf_counter() - begun, before
+        self.startup = time.perf_counter() - begun
 
     def measure(self, prompts: list[Any], params: dict[str, Any], one_by_one: int) -> dict[str, float]:
         import psutil
@@ -61,27 +60,36 @@ class _Stopwatch:
         }
 
 
-def measure(contenders: Sequence[Contender], requests: int, work: str) -> dict[str, dict[str, float]]:
+def measure(
+    contenders: Sequence[Contender], requests: int, work: str, where: dict[str, Any], watchdog_minutes: float
+) -> dict[str, dict[str, float]]:
     """Latency (seconds of one request alone, p50 and p95 of ``requests``), prompts/s and tokens/s of 64 requests given at once
-    to one replica, memory of the engine's process and start-up seconds, by policy.
+    to one replica, host memory of the engine's process and start-up seconds, by policy.
 
-    What was measured before, with the same settings, is read from ``work``. ``requests`` = 0 measures nothing.
+    What was measured before is read from ``work``: with the same settings, on the same kind of machine (``where``).
+    ``requests`` = 0 measures nothing.
+
+    Raises:
+        UserError: the placement can't be had.
+        Stalled: an engine did not answer for ``watchdog_minutes``.
     """
     found: dict[str, dict[str, float]] = {}
     for contender in contenders:
         policy = contender.policy
-        file = storage.join(work, f"speed-{policy.name}-{policy.fingerprint}.json")
+        settings = [policy.fingerprint, engine_kwargs(policy.engine, policy.placement), policy.placement.model_dump(), where]
+        file = storage.join(work, f"speed-{policy.name}-{mark([*settings, requests])}.json")
         if storage.exists(file):
             found[policy.name] = storage.read_json(file)
         elif requests and contender.requests:
             print(f"evaluate: timing {policy.name} ({policy.model})", file=sys.stderr, flush=True)
-            found[policy.name] = _measure(contender, requests)
+            found[policy.name] = _measure(contender, requests, watchdog_minutes)
             storage.write_json(file, found[policy.name])
     return found
 
 
-def _measure(contender: Contender, requests: int) -> dict[str, float]:
+def _measure(contender: Contender, requests: int, watchdog_minutes: float) -> dict[str, float]:
     import ray
+    from ray.exceptions import GetTimeoutError
 
     policy, place = contender.policy, contender.policy.placement
     need = bundles(policy.engine, place)
@@ -96,7 +104,10 @@ def _measure(contender: Contender, requests: int) -> dict[str, float]:
     step = max(1, len(contender.requests) // AT_ONCE)
     rows = (contender.requests[::step] * (1 + requests))[: max(AT_ONCE, 1 + requests)]
     try:
-        return ray.get(actor.measure.remote([_prompt(policy, row) for row in rows], policy.sampling_params(), requests))
+        asked = actor.measure.remote([_prompt(policy, row) for row in rows], policy.sampling_params(), requests)
+        return ray.get(asked, timeout=60 * watchdog_minutes)
+    except GetTimeoutError as error:
+        raise Stalled(f"evaluate: timing {policy.name}: no answer for {watchdog_minutes:g} minutes") from error
     finally:
         ray.kill(actor)
 
@@ -108,27 +119,36 @@ def _prompt(policy: Policy, row: dict[str, Any]) -> Any:
 
 
 def costs(contender: Contender, prompts_per_second: float) -> dict[str, float]:
-    """What 1,000 prompts of one replica take: seconds of all cores that it may use, and dollars where its price is known."""
+    """What 1,000 prompts of one replica take: seconds of all cores, or of all GPUs, that it may use, and dollars where its
+    price is known."""
     place = contender.policy.placement
     seconds = 1000 / prompts_per_second
-    cores = max(place.cpus, 1) if place.gpus else place.threads or cluster.cpus()
-    found = {"core_seconds_per_1000": seconds * cores}
+    if place.gpus:
+        found = {"gpu_seconds_per_1000": seconds * sum(b["GPU"] for b in bundles(contender.policy.engine, place))}
+    else:
+        found = {"core_seconds_per_1000": seconds * (place.threads or cluster.cpus())}
     if place.dollars_per_hour is not None:
         found["dollars_per_1000"] = seconds * place.dollars_per_hour / 3600
     return found
+
+
+class Judging(NamedTuple):
+    """What a judge has still to score at most, and the texts a second that it scored last, if it ever did."""
+
+    name: str
+    texts: int
+    rate: float | None
 
 
 def plan(
     contenders: Sequence[Contender],
     missing: dict[str, int],
     speeds: dict[str, dict[str, float]],
-    pairs: int,
-    judged: float | None,
+    judging: Sequence[Judging],
 ) -> list[str]:
     """The lines that say, before it starts, what the evaluation will ask and how long it will take.
 
-    ``missing``: requests of each policy that no earlier run has answered. ``pairs``: of prompt and intent, that all judges
-    will score at most. ``judged``: pairs a second as timed before, or None.
+    ``missing``: requests of each policy that no earlier run has answered.
     """
     lines, total, unknown = [], 0.0, False
     for contender in contenders:
@@ -146,11 +166,14 @@ def plan(
         else:
             unknown = True
             lines.append(f"{name}: {n:,} prompts, its speed was not measured")
-    if pairs:
-        rate = judged or PAIRS_PER_SECOND
-        total += pairs / rate
-        basis = "measured before" if judged else "assumed"
-        lines.append(f"judges: at most {pairs:,} pairs, about {duration(pairs / rate)} ({basis} {rate:.0f} pairs/s)")
-    known = f"about {duration(total)} in all" if total else "" if unknown else "nothing left to ask"
-    said = ", ".join(part for part in (known, "without what was not measured" if unknown else "") if part)
+    for name, texts, known in judging:
+        if not texts:
+            lines.append(f"judge {name}: all its scores are there already")
+            continue
+        rate = known or TEXTS_PER_SECOND
+        total += texts / rate
+        basis = "measured before" if known else "assumed"
+        lines.append(f"judge {name}: at most {texts:,} texts, about {duration(texts / rate)} ({basis} {rate:.0f} texts/s)")
+    known_part = f"about {duration(total)} in all" if total else "" if unknown else "nothing left to ask"
+    said = ", ".join(part for part in (known_part, "without what was not measured" if unknown else "") if part)
     return [f"evaluate: {said}", *(f"  {line}" for line in lines)]

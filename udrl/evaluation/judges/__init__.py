@@ -4,6 +4,7 @@
 believed it must tell true pairs from false ones (:mod:`~udrl.evaluation.judges.validation`).
 """
 
+from udrl.evaluation.judges.passes import known
 from udrl.evaluation.judges.run import ask, judge_pairwise, judge_pointwise
 
-__all__ = ["ask", "judge_pairwise", "judge_pointwise"]
+__all__ = ["ask", "judge_pairwise", "judge_pointwise", "known"]

@@ -1,5 +1,6 @@
 """One pass of a judge over what it was not asked before: in Ray Data actors, or through the vLLM stage of the policies."""
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from udrl.scoring.sift import mark
 from udrl.tasks import Task
 from udrl.watchdog import watched
 
+RATE = "rate.json"
+
 
 def answers(
     judge: Judge, questions: Sequence[Row], work: str, tasks: Sequence[Task], watchdog_minutes: float
@@ -27,17 +30,37 @@ def answers(
         UserError: the judge's model can't be found or placed.
         Stalled: it was silent for ``watchdog_minutes``.
     """
-    folder = storage.join(work, f"judge-{judge.called}-{mark(_depends_on(judge, tasks))}")
+    folder = folder_of(judge, work, tasks)
     store.add(folder, questions)
     todo = rubric.unanswered(store.asked(folder), store.scores(folder))
     if todo:
         models.resolve(judge.model)  # a missing model is told here, in one line
         cluster.connect()
+        begun = time.monotonic()
         if judge.kind in ("likelihood", "embedding"):
             _pass(judge, folder, todo, watchdog_minutes)
         else:
             _engine_pass(judge, folder, tasks, watchdog_minutes)
+        texts = sum(storage.read_table(storage.join(store.asked(folder), name), []).num_rows for name in todo)
+        storage.write_json(storage.join(folder, RATE), {"texts_per_second": texts / (time.monotonic() - begun)})
     return store.answers(folder)
+
+
+def folder_of(judge: Judge, work: str, tasks: Sequence[Task]) -> str:
+    """Where the questions and answers of a judge lie, named after all that its answers depend on."""
+    return storage.join(work, f"judge-{judge.called}-{mark(_depends_on(judge, tasks))}")
+
+
+def known(judge: Judge, work: str, tasks: Sequence[Task]) -> tuple[int, float | None]:
+    """(texts that the judge has answered, texts a second as it last did, loading it included)."""
+    folder = folder_of(judge, work, tasks)
+    answered = sum(
+        storage.read_table(storage.join(store.scores(folder), name), []).num_rows
+        for name in storage.list_files(store.scores(folder))
+        if name.startswith("part-")
+    )
+    file = storage.join(folder, RATE)
+    return answered, storage.read_json(file)["texts_per_second"] if storage.exists(file) else None
 
 
 def _depends_on(judge: Judge, tasks: Sequence[Task]) -> dict[str, Any]:
@@ -49,7 +72,7 @@ def _depends_on(judge: Judge, tasks: Sequence[Task]) -> dict[str, Any]:
         "pairwise": {**engine, **pairwise.facts(tasks)},
     }
     model = {"model": judge.model, "revision": models.revision(judge.model, judge.revision)}
-    return {"kind": judge.kind, **model, **of_kind[judge.kind]}
+    return {"kind": judge.kind, **model, "kwargs": judge.engine.kwargs, **of_kind[judge.kind]}
 
 
 def _engine_pass(judge: Judge, folder: str, tasks: Sequence[Task], watchdog_minutes: float) -> None:
