@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import evaluation_made_up as made_up
-import pyarrow.parquet as pq
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
