@@ -32,6 +32,7 @@ QUALITY = {
     "shuffled": 0.08,
 }
 PARAMETERS = {"student": 104_000_000, "teacher": 135_000_000, "llama3-8b": 8_030_000_000, "qwen3-8b": 8_190_000_000}
+UNRELATED = 0.16  # what a judge gives to a prompt for another intent, and so to a rejected one
 NAN = float("nan")
 
 
@@ -85,6 +86,8 @@ def outputs(
         found |= dict.fromkeys((f"judge_{judge}" for judge in judges), 2 * relevance)
         if rng.random() < 0.05:
             found = {"prompt": "", "reason": "empty", "n_words": 0, "relevance": None, "reward": None}
+            if probe in ("default", "reward"):
+                found |= dict.fromkeys((f"judge_{judge}" for judge in judges), UNRELATED)
         rows.append(row(task, i, policy, probe, **found, **values))
 
     for task in tasks:
@@ -134,8 +137,8 @@ def document(tasks: tuple[str, ...] = TASKS, policies: dict[str, str] | None = N
             "bound": 0.94,
             "parts": [
                 {"what": "relevance (judge likelihood) against llama3-8b", "interval": interval(0.95, 0.03), "met": None},
-                {"what": "diversity (distinct-2) against llama3-8b", "interval": interval(0.97, 0), "met": True},
-                {"what": "diversity (Vendi) against llama3-8b", "interval": interval(0.9, 0), "met": False},
+                {"what": "diversity (distinct-2) against llama3-8b", "interval": interval(0.97), "met": True},
+                {"what": "diversity (Vendi) against llama3-8b", "interval": interval(0.9), "met": False},
             ],
         },
         "targets": [
@@ -217,12 +220,14 @@ def _judges(tasks: tuple[str, ...]) -> dict[str, Any]:
     return {
         "likelihood": {
             **shared,
-            **{"kind": "likelihood", "model": "hub/judge-1b", "unit": "nats", "ratio": False, "auc": good, "believable": True},
+            **{"kind": "likelihood", "model": "hub/judge-1b", "unit": "nats", "ratio": True, "auc": good, "believable": True},
+            "unrelated": UNRELATED,
             "tasks": dict.fromkeys(tasks, good),
         },
         "rubric": {
             **shared,
-            **{"kind": "rubric", "model": "hub/teacher", "unit": "0..1", "ratio": True, "auc": bad, "believable": False},
+            **{"kind": "rubric", "model": "hub/teacher", "unit": "0..1", "ratio": False, "auc": bad, "believable": False},
+            "unrelated": 0.4,
             **{"tasks": dict.fromkeys(tasks, bad), "of_teacher": True, "parse_failures": 0.02},
         },
         "pairwise": {
@@ -243,12 +248,12 @@ def _scope(policies: dict[str, str], shift: float) -> dict[str, Any]:
         if name != "student":
             mine = QUALITY["student"] + shift
             both = {"difference": interval(mine - quality, 0.01), "ratio": interval(mine / quality, 0.02)}
-            preferred = {"preferred": interval(0.46, 0.05), "n": 50, "position_bias": 0.21, "consistent": 0.64}
+            preferred = {"preferred": interval(0.46, 0.05), "n": 50, "settled": 4, "position_bias": 0.21, "consistent": 0.64}
             against[name] = {
                 "relevance": {**both, "ratio_accepted": interval(mine / quality + 0.01)},
                 "judges": {
-                    "likelihood": {"difference": interval(2 * (mine - quality), 0.05), "ratio": interval(NAN)},
-                    "rubric": both,
+                    "likelihood": {"difference": interval(2 * (mine - quality), 0.05), "ratio": interval(mine / quality)},
+                    "rubric": {"difference": both["difference"], "ratio": interval(NAN)},
                 },
                 "pairwise": {"pairwise": preferred},
             }
@@ -260,7 +265,12 @@ def _scope(policies: dict[str, str], shift: float) -> dict[str, Any]:
         "classifier": {"n": 400, "teacher_holdout": 0.97, "policies": dict.fromkeys(policies, 0.95)},
         "format": {"policies": dict.fromkeys(policies, 0.93)},
     }
-    diversity = {"words": 8, "n": 96, "policies": varied}
+    ratios = {
+        name: {figure: interval(varied["student"][figure] / found[figure]) for figure in ("distinct_2", "vendi")}
+        for name, found in varied.items()
+        if name in PARAMETERS and name != "student" and "student" in varied
+    }
+    diversity = {"words": 8, "n": 96, "fewest": 30, "policies": varied, "ratios": ratios}
     return {"policies": found, "against": against, "diversity": diversity, "accuracy": accuracy}
 
 

@@ -91,11 +91,11 @@ def test_values_and_differences_against_hand_counts(tmp_path: Path) -> None:
     assert document["warnings"] == []
 
 
-def test_a_rejected_prompt_counts_as_zero(tmp_path: Path) -> None:
-    refused = rows({3: 0.0}, prompt="", reason="empty", relevance=None, judge_likelihood=None)
+def test_a_rejected_prompt_counts_as_zero_and_for_a_judge_as_its_table_says(tmp_path: Path) -> None:
+    refused = rows({3: 0.0}, prompt="", reason="empty", relevance=None, judge_likelihood=0.2)
     document = compared(write(tmp_path / "a", *rows(EVEN)), write(tmp_path / "b", *rows({0: 0.4, 1: 0.4, 2: 0.4}), *refused))
     assert figure(document, "relevance")["values"]["value"] == pytest.approx(0.3)
-    assert figure(document, "judge.likelihood")["differences"]["value"] == pytest.approx(-0.2)
+    assert figure(document, "judge.likelihood")["differences"]["value"] == pytest.approx(-0.15)
     assert figure(document, "rejected")["differences"]["value"] == pytest.approx(0.25)
 
 

@@ -94,8 +94,8 @@ def test_the_plan_counts_what_is_missing_and_says_on_what_its_times_rest(tmp_pat
     speeds = {"teacher": {"startup_seconds": 20.0, "prompts_per_second": 10.0}}
     lines = speed.plan([one], {"teacher": 600}, speeds, [speed.Judging("rubric", 500, 50.0), speed.Judging("pmi", 0, None)])
     assert lines == [
-        "evaluate: about 1m30s in all",
-        "  teacher: 600 prompts, about 1m20s (measured 10.0 prompts/s)",
+        "evaluate: about 1m59s in all",
+        "  teacher: 600 prompts, about 1m49s (measured 10.0 prompts/s)",
         "  judge rubric: at most 500 texts, about 10s (measured before 50 texts/s)",
         "  judge pmi: all its scores are there already",
     ]

@@ -144,10 +144,152 @@ def test_a_yardstick_does_not_shorten_what_the_others_are_compared_at() -> None:
     assert set(found["policies"]) == {"student", "teacher", "shuffled"}  # an echo has no prompt of twelve words
 
 
+def written(*given: tuple[str, int, int, str | None]) -> diversity.Columns:
+    """Rows of (policy, intent, variation, prompt); None: rejected."""
+    return columns(
+        table(
+            *(
+                row(intent=i, policy=p, variation=v, prompt=prompt or "", reason="" if prompt else "echo", n_words=0)
+                for p, i, v, prompt in given
+            )
+        )
+    )
+
+
+WRITERS = ["student", "teacher"]
+
+
+def test_across_intents_each_gives_its_first_accepted_prompt_that_is_long_enough() -> None:
+    rows = written(
+        *(("teacher", i, 0, f"t{i} u{i} v{i}") for i in range(3)),
+        *(("student", 0, v, prompt) for v, prompt in ((2, "a b c"), (1, "d e f"), (0, None))),
+        *(("student", 1, v, prompt) for v, prompt in ((0, "g h"), (1, "d e f"))),
+        *(("student", 2, v, "x y z") for v in range(2)),
+    )
+    found = diversity.table(rows, writers=WRITERS)
+    assert (found["words"], found["n"]) == (3, 3)
+    assert found["policies"]["student"]["distinct_1"] == pytest.approx(6 / 9)  # d e f, d e f, x y z
+    assert found["policies"]["student"]["within_distance"] == pytest.approx((1 + 0) / 2)  # all draws of intents 0 and 2
+
+
+def test_more_draws_of_an_intent_do_not_lower_the_figures_across_intents() -> None:
+    rng = np.random.default_rng(1)
+    once = [(p, i, 0, " ".join(rng.choice(WORDS, 8))) for i in range(30) for p in WRITERS]
+    again = [(p, i, v, prompt) for p, i, _, prompt in once for v in range(4)]
+    one, four = (diversity.table(written(*rows), writers=WRITERS) for rows in (once, again))
+    assert (one["n"], four["n"]) == (30, 30)
+    for policy in WRITERS:
+        across = [{name: found["policies"][policy][name] for name in diversity.ACROSS} for found in (one, four)]
+        assert across[0] == across[1]
+
+
+def test_writers_are_compared_on_the_intents_that_all_of_them_answered() -> None:
+    rows = written(
+        *(("teacher", i, 0, f"t{i} u{i}" if i != 3 else None) for i in range(6)),
+        *(("student", i, 0, "a b" if i in (0, 3) else f"s{i} r{i}" if i != 5 else None) for i in range(6)),
+    )
+    found = diversity.table(rows, writers=WRITERS)
+    assert found["n"] == 4  # 0, 1, 2 and 4
+    assert found["policies"]["student"]["distinct_1"] == 1  # a b stands for intent 0 alone
+
+
+def test_yardsticks_with_one_draw_an_intent_have_figures() -> None:
+    rng = np.random.default_rng(0)
+    rows = [(p, i, v, " ".join(rng.choice(WORDS, 8))) for p in WRITERS for i in range(20) for v in range(2)]
+    rows += [(p, i, 0, " ".join(rng.choice(WORDS, 8))) for p in ("echo", "best-of-2") for i in range(20)]
+    rows.append(("student", 7, 0, None))
+    found = diversity.table(written(*rows), writers=WRITERS)
+    for policy in ("echo", "best-of-2"):
+        assert not any(math.isnan(found["policies"][policy][figure]) for figure in diversity.ACROSS)
+
+
+def test_a_yardstick_gives_others_for_the_intents_that_it_lacks() -> None:
+    rows = written(
+        *((p, i, 0, f"{p}{i} x{i}" if (p, i) != ("student", 0) else None) for p in WRITERS for i in range(5)),
+        *(("best-of-2", i, 0, f"b{i} c{i}") for i in (0, 2, 3, 4)),
+        *(("shuffled", i, 0, f"b{i} c{i}") for i in (2, 3, 4)),
+    )
+    found = diversity.table(rows, writers=WRITERS)
+    assert found["n"] == 4
+    assert found["policies"]["best-of-2"]["distinct_1"] == 1
+    assert "shuffled" not in found["policies"]
+
+
+def test_a_writer_with_nearly_everything_rejected_leaves_the_others_comparable() -> None:
+    rng = np.random.default_rng(0)
+    policies = ["student", "teacher", "llama3-8b"]
+    rows = [
+        (p, i, v, " ".join(rng.choice(WORDS, 8)) if p != "llama3-8b" or i == 0 else None)
+        for p in policies
+        for i in range(30)
+        for v in range(2)
+    ]
+    found = diversity.table(written(*rows), writers=policies)
+    assert found["n"] == 30
+    assert all(math.isnan(value) for value in found["policies"]["llama3-8b"].values())
+    assert not any(math.isnan(found["policies"][p][f]) for p in WRITERS for f in (*diversity.ACROSS, *diversity.WITHIN))
+    half = [r for r in rows if r[0] != "llama3-8b" or r[1] == 0] + [
+        ("llama3-8b", i, 0, "a b c d e f g h") for i in range(1, 15)
+    ]
+    assert diversity.table(written(*half), writers=policies)["n"] == 15  # half as many as the median: it counts
+
+
+@settings(deadline=None, max_examples=30)
+@given(texts, st.integers(0, 9))
+def test_figures_of_some_texts_are_those_of_these_texts_alone(lines: list[list[str]], seed: int) -> None:
+    kept = np.random.default_rng(seed).random((5, len(lines))) < 0.5
+    similar = diversity.kernel(lines)
+    for some, pairs, score in zip(kept, diversity.distinct_of(lines, 2, kept), diversity.vendi_of(similar, kept), strict=True):
+        chosen = [line for line, keep in zip(lines, some, strict=True) if keep]
+        assert pairs == pytest.approx(diversity.distinct(chosen, 2), nan_ok=True)
+        assert score == pytest.approx(diversity.vendi(diversity.kernel(chosen)), nan_ok=True)
+
+
+def measured(prompts: dict[str, list[str]]) -> diversity.Varied:
+    rows = written(*((p, i, 0, prompt) for p, mine in prompts.items() for i, prompt in enumerate(mine)))
+    return diversity.measure(rows, writers=list(prompts), groups=diversity.Groups.of(rows["intent_id"]))
+
+
+def test_a_policy_is_as_varied_as_itself_without_doubt() -> None:
+    rng = np.random.default_rng(3)
+    same = [" ".join(rng.choice(WORDS, 6)) for _ in range(30)]
+    found = diversity.ratios([measured({"student": same, "teacher": same})] * 2)
+    for figure in diversity.COMPARED:
+        assert found["teacher"][figure] == pytest.approx({"value": 1, "low": 1, "high": 1})
+
+
+def test_a_ratio_s_interval_covers_about_95_times_in_100_though_a_vendi_score_grows_with_the_number() -> None:
+    rng = np.random.default_rng(5)
+    found: dict[str, list[dict[str, float]]] = {figure: [] for figure in diversity.COMPARED}
+    for _ in range(100):
+        prompts = {
+            policy: [
+                " ".join(rng.choice(vocabulary, 6, p=1 / vocabulary / (1 / vocabulary).sum()).astype(str)) for _ in range(24)
+            ]
+            for policy, vocabulary in (("student", np.arange(1, 40)), ("teacher", np.arange(1, 90)))
+        }
+        for figure, interval in diversity.ratios([measured(prompts)])["teacher"].items():
+            found[figure].append(interval)
+    for each in found.values():
+        true = np.mean([interval["value"] for interval in each])
+        assert sum(interval["low"] <= true <= interval["high"] for interval in each) >= 88
+
+
+def test_over_tasks_a_ratio_is_of_the_means_and_needs_every_task() -> None:
+    one = measured({"student": ["a b c", "d e f"], "teacher": ["a b c", "d e f"], "x": ["a b c", "a b c"]})
+    two = measured({"student": ["a b c", "a b c"], "teacher": ["a b c", "d e f"]})
+    found = diversity.ratios([one, two])
+    assert found["teacher"]["distinct_2"]["value"] == pytest.approx((1 + 0.5) / (1 + 1))
+    assert found["teacher"]["vendi"]["value"] == pytest.approx((2 + 1) / (2 + 2))
+    assert math.isnan(found["x"]["vendi"]["value"])
+    assert diversity.ratios([one])["x"]["vendi"]["value"] == pytest.approx(2)
+
+
 def test_over_tasks_the_figures_are_averaged() -> None:
     one, two = ({**dict.fromkeys((*diversity.ACROSS, *diversity.WITHIN), math.nan), "vendi": v} for v in (2.0, 4.0))
     found = diversity.over_tasks(
         [{"words": 8, "n": 10, "policies": {"student": one}}, {"words": 11, "n": 5, "policies": {"student": two}}]
     )
     assert (found["words"], found["n"], found["policies"]["student"]["vendi"]) == (9.5, 15, 3)
+    assert found["fewest"] == 5
     assert math.isnan(found["policies"]["student"]["distinct_2"])

@@ -73,3 +73,36 @@ def test_a_kept_draw_gives_what_drawing_in_blocks_gives(monkeypatch: pytest.Monk
     kept = intervals.mean(values, clusters, resamples=100, seed=5)
     monkeypatch.setattr(intervals, "_CHUNK", 40 * 30)  # three blocks
     assert intervals.mean(values, clusters, resamples=100, seed=5) == pytest.approx(kept)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 90), st.integers(0, 3))
+def test_each_intent_is_left_out_with_one_group_and_groups_are_even(intents: int, seed: int) -> None:
+    kept = intervals.groups(intents, seed)
+    assert kept.shape == (min(intents, intervals.GROUPS), intents)
+    assert ((~kept).sum(axis=0) == 1).all()
+    left_out = (~kept).sum(axis=1)
+    assert not intents or left_out.max() - left_out.min() <= 1
+    assert (kept == intervals.groups(intents, seed)).all()
+
+
+def test_a_jackknife_against_values_worked_out_by_hand() -> None:
+    found = intervals.jackknife(2.0, np.exp([0.1, -0.1, np.nan]))
+    spread = math.sqrt(1 / 2 * (0.1**2 + 0.1**2))
+    reach = math.exp(12.7062047 * spread)  # Student's t, one degree of freedom
+    assert found == pytest.approx((2.0, 2.0 / reach, 2.0 * reach))
+    assert intervals.jackknife(2.0, np.array([2.0, 2.0])) == pytest.approx((2, 2, 2))
+    assert intervals.jackknife(2.0, np.array([1.0])) == (2, 2, 2)
+    assert all(math.isnan(x) for x in intervals.jackknife(math.nan, np.ones(5)))
+
+
+def test_a_jackknife_covers_the_true_ratio_about_95_times_in_100() -> None:
+    rng = np.random.default_rng(4)
+    covered = 0
+    for i in range(200):
+        shared = rng.gamma(4, 1, 60)
+        one, two = 0.9 * shared * rng.gamma(9, 1 / 9, 60), shared * rng.gamma(9, 1 / 9, 60)
+        kept = intervals.groups(60, i)
+        found = intervals.jackknife(one.mean() / two.mean(), (kept @ one) / (kept @ two))
+        covered += found.low <= 0.9 <= found.high
+    assert 180 <= covered <= 198

@@ -27,7 +27,6 @@ from udrl.evaluation.judges.validation import (
     truncated,
     validate,
     validate_pairwise,
-    zero_means_unrelated,
 )
 from udrl.evaluation.outputs import OUTPUTS, PAIRWISE
 from udrl.recipe import Judge, Recipe
@@ -151,44 +150,79 @@ def test_a_draw_takes_as_many_of_each_task_as_it_may(tasks: list[str], limit: in
     assert draw(tasks, limit, seed) == drawn
 
 
-MADE = controls([f"i{n}" for n in range(4)], [f"p{n}" for n in range(4)], ["t", "t", "u", "u"], 0)
-KIND = np.array(MADE["kind"].to_pylist(), dtype=object)
+def made_of(pairs: int) -> tuple[pa.Table, np.ndarray, list[str]]:
+    """Controls of so many pairs, half of each task, with their kinds and the pairs' tasks."""
+    tasks = ["t"] * (pairs // 2) + ["u"] * (pairs - pairs // 2)
+    made = controls([f"i{n}" for n in range(pairs)], [f"p{n}" for n in range(pairs)], tasks, 0)
+    return made, np.array(made["kind"].to_pylist(), dtype=object), tasks
+
+
+MADE, KIND, OF = made_of(40)
 
 
 def test_a_judge_is_believed_where_it_tells_true_pairs_from_shuffled_ones() -> None:
-    true = np.array([3.0, 2.0, 3.0, np.nan])
+    true = np.array([3.0, 2.0] * 19 + [3.0, np.nan])
     scores = np.select([KIND == "shuffled", KIND == "echo"], [1.0, 9.0], 3.0)
-    found = validate(true, scores, MADE, ["t", "t", "u", "u"])
-    assert found["auc"] == pytest.approx({"shuffled": 1, "echo": 0, "stuffed": 1 / 3, "truncated": 1 / 3})
-    assert found["tasks"]["t"] == {"shuffled": 1, "echo": 0, "stuffed": 0.25, "truncated": 0.25}
-    assert (found["pairs"], found["believable"]) == (3, True)
-    blind = validate(true, np.full(len(KIND), 2.5), MADE, ["t", "t", "u", "u"])
-    assert (blind["auc"]["shuffled"], blind["believable"]) == (pytest.approx(2 / 3), False)
+    found = validate(true, scores, MADE, OF)
+    of_task = {"shuffled": 1, "echo": 0, "stuffed": 0.25, "truncated": 0.25}
+    assert found["auc"] == pytest.approx({**of_task, "stuffed": 10 / 39, "truncated": 10 / 39})
+    assert found["tasks"]["t"] == of_task
+    assert (found["pairs"], found["believable"]) == (39, True)
+    blind = validate(true, np.full(len(KIND), 2.5), MADE, OF)
+    assert (blind["auc"]["shuffled"], blind["believable"], blind["ratio"]) == (pytest.approx(20 / 39), False, False)
+
+
+@pytest.mark.parametrize(("pairs", "believed"), [(19, False), (20, True)])
+def test_a_few_pairs_prove_no_judge(pairs: int, believed: bool) -> None:
+    made, kinds, tasks = made_of(pairs)
+    found = validate(np.ones(pairs), np.zeros(len(kinds)), made, tasks)
+    assert (found["auc"]["shuffled"], found["believable"], found["ratio"]) == (1, believed, believed)
+    compared = validate_pairwise(np.ones(len(kinds)), made)
+    assert (compared["auc"]["shuffled"], compared["believable"], compared["ratio"]) == (1, believed, False)
+
+
+def test_pairs_whose_shuffled_control_has_no_score_do_not_count_towards_belief() -> None:
+    scores = np.where((KIND == "shuffled") & (np.cumsum(KIND == "shuffled") > 19), np.nan, 0.0)
+    assert not validate(np.ones(40), scores, MADE, OF)["believable"]
+    assert not validate_pairwise(1 - scores, MADE)["believable"]
 
 
 def test_without_anything_to_shuffle_no_judge_is_believed() -> None:
     made = controls(["one"], ["a prompt"], ["t"], 0)
     found = validate(np.array([1.0]), np.zeros(made.num_rows), made, ["t"])
     assert math.isnan(found["auc"]["shuffled"])
-    assert found["believable"] is False
+    assert math.isnan(found["unrelated"])
+    assert found["believable"] is found["ratio"] is False
     nothing = validate(np.zeros(0), np.zeros(0), controls([], [], [], 0), [])
-    assert (nothing["pairs"], nothing["believable"], nothing["tasks"]) == (0, False, {})
+    assert (nothing["pairs"], nothing["believable"], nothing["ratio"], nothing["tasks"]) == (0, False, False, {})
 
 
-def test_a_comparing_judge_is_measured_by_its_mean_preference_for_the_true_prompt() -> None:
-    preferred = np.select([KIND == "shuffled", KIND == "echo"], [0.9, 0.4], np.nan)
+def test_a_comparing_judge_is_measured_by_how_often_it_prefers_the_true_prompt() -> None:
+    turn = np.cumsum(KIND == "shuffled")  # which shuffled control it is
+    often = np.select([turn <= 30, turn <= 36], [0.51, 0.5 + 1e-9], 0.01)  # 30 won, 6 even, 4 lost
+    preferred = np.select([KIND == "shuffled", KIND == "echo"], [often, 0.4], np.nan)
     found = validate_pairwise(preferred, MADE)
-    assert found["auc"]["shuffled"] == pytest.approx(0.9)
-    assert found["tasks"]["u"]["echo"] == pytest.approx(0.4)
+    assert found["auc"]["shuffled"] == pytest.approx((30 + 6 / 2) / 40)
+    assert found["tasks"]["u"]["echo"] == 0
     assert math.isnan(found["auc"]["stuffed"])
-    assert (found["pairs"], found["believable"]) == (4, True)
+    assert (found["pairs"], found["believable"]) == (40, True)
 
 
-def test_a_ratio_says_something_only_where_unrelated_prompts_score_low() -> None:
-    true = np.array([0.6, 0.6, 0.6, np.nan])
-    assert zero_means_unrelated(true, np.where(KIND == "shuffled", 0.1, 0.9), MADE)
-    assert not zero_means_unrelated(true, np.where(KIND == "shuffled", 0.5, 0.1), MADE)
-    assert not zero_means_unrelated(np.zeros(0), np.zeros(0), controls([], [], [], 0))
+def test_a_judge_that_always_takes_the_first_is_at_chance() -> None:
+    first = np.random.default_rng(0).uniform(0.5, 1, len(KIND))
+    found = validate_pairwise((first + (1 - first)) / 2, MADE)
+    assert found["auc"]["shuffled"] == 0.5
+
+
+def test_unrelated_prompts_are_the_zero_of_a_scale() -> None:
+    true = np.array([0.6] * 39 + [np.nan])
+    found = validate(true, np.where(KIND == "shuffled", 0.5, 0.9), MADE, OF)
+    assert (found["unrelated"], found["ratio"]) == (pytest.approx(0.5), True)
+    nats = validate(true, np.where(KIND == "shuffled", -0.2, 0.9), MADE, OF)
+    assert (nats["unrelated"], nats["ratio"]) == (pytest.approx(-0.2), True)
+    # Eight true pairs in ten score above, and the mean is below all the same.
+    skewed = validate(np.array([0.6] * 36 + [-9.0] * 4), np.where(KIND == "shuffled", 0.1, 0.9), MADE, OF)
+    assert (skewed["believable"], skewed["ratio"]) == (True, False)
 
 
 # --- comparisons ---
@@ -403,19 +437,20 @@ def knows(row: dict[str, Any]) -> tuple[float, float]:
 def test_judges_are_asked_about_accepted_outputs_and_validated_on_the_teachers(tmp_path: Path) -> None:
     table = outputs(
         *(output("student", i) for i in range(4)),
-        *(output("teacher", i) for i in range(4)),
+        *(output("teacher", i) for i in range(24)),
         output("student", 4, "", reason="echo"),
-        output("teacher", 4),
         output("echo", 0, "thing 0"),
         output("student", 0, probe="length", variation=1000),
         output("student", 1, probe="reward", variation=2000, prompt="of a bin"),
+        output("student", 2, "", probe="reward", variation=2001, reason="empty"),
+        output("student", 2, "", probe="length", variation=1001, reason="empty"),
     )
     judges = [Judge(kind="rubric", model="/nowhere", name="big"), Judge(kind="pairwise", model="/nowhere"), NOWHERE]
     config = recipe(tmp_path, *judges)
     filled, compared, facts = asked_and_answered(config, table, str(tmp_path / "work"), knows)
     assert filled.select(table.column_names).equals(table)
     assert filled.column_names[-2:] == ["judge_big", "judge_likelihood"]
-    expected = [0.8] * 8 + [math.nan, 0.8, 0.1, math.nan, 0.0]
+    expected = [0.8] * 28 + [0.0, 0.1, math.nan, 0.0, 0.0, math.nan]
     assert filled["judge_big"].to_pylist() == pytest.approx(expected, nan_ok=True)
 
     assert compared.schema.equals(PAIRWISE)
@@ -429,12 +464,49 @@ def test_judges_are_asked_about_accepted_outputs_and_validated_on_the_teachers(t
     big = facts["big"]
     assert (big["kind"], big["model"], big["unit"], big["of_teacher"]) == ("rubric", "/nowhere", "score, 0 to 1", False)
     assert big["auc"] == {"shuffled": 1, "echo": 1, "stuffed": 1, "truncated": 1}
-    assert (big["pairs"], big["believable"], big["ratio"], big["parse_failures"]) == (5, True, True, 0)
-    assert facts["likelihood"]["ratio"] is False
+    assert (big["pairs"], big["believable"], big["ratio"], big["parse_failures"]) == (24, True, True, 0)
+    assert (facts["likelihood"]["ratio"], facts["likelihood"]["unrelated"]) == (True, 0)
     assert facts["likelihood"]["parse_failures"] is None
     assert facts["pairwise"]["position_bias"] == pytest.approx(0.2), "of what was asked, not of what was settled"
-    assert facts["pairwise"]["auc"]["shuffled"] == pytest.approx(0.9)
+    assert (facts["pairwise"]["auc"]["shuffled"], facts["pairwise"]["ratio"]) == (1, False)
     assert set(facts["pairwise"]["tasks"][TASK.name]) == set(KINDS)
+
+
+@pytest.mark.parametrize("zero", [-0.5, 0.25])
+def test_a_rejected_output_gets_what_a_judge_gives_to_prompts_for_other_intents(tmp_path: Path, zero: float) -> None:
+    table = outputs(
+        *(output("teacher", i) for i in range(24)),
+        output("student", 0, "", reason="echo"),
+        output("student", 0, "", reason="echo", probe="reward"),
+        output("student", 0, "", reason="echo", probe="reach"),
+    )
+
+    def shifted(row: dict[str, Any]) -> tuple[float, float]:
+        return zero + (row["intent"] in row["prompt"]), 1.0
+
+    filled, _, facts = asked_and_answered(recipe(tmp_path, NOWHERE), table, str(tmp_path / "work"), shifted)
+    assert facts["likelihood"]["unrelated"] == pytest.approx(zero)
+    assert filled["judge_likelihood"].to_pylist()[-3:] == pytest.approx([zero, zero, math.nan], nan_ok=True)
+
+
+def test_unread_answers_of_a_comparing_judge_count_neither_for_it_nor_as_its_bias(tmp_path: Path) -> None:
+    config = recipe(tmp_path, Judge(kind="pairwise", model="/nowhere"))
+    table = outputs(*(output(policy, i) for i in range(24) for policy in ("student", "teacher")))
+
+    def mumbles(row: dict[str, Any]) -> tuple[float, float]:
+        """Half of the comparisons of policies are not read; all controls but the shuffled ones are not."""
+        policies = "student" in row["prompt"] + row["other_prompt"]
+        read = (
+            int(row["intent"].split()[-1]) % 2 if policies else "teacher" in row["prompt"] and "teacher" in row["other_prompt"]
+        )
+        return (0.7, 0.9) if read else (1.0, 0.2)
+
+    _, compared, facts = asked_and_answered(config, table, str(tmp_path / "work"), mumbles)
+    told = facts["pairwise"]
+    assert sum(compared["parsed"].to_pylist()) == 12
+    assert told["position_bias"] == pytest.approx(0.4)  # 0.7 first, 0.3 second
+    assert told["auc"]["shuffled"] == 0.5
+    assert math.isnan(told["auc"]["echo"])
 
 
 def test_without_a_teacher_judges_are_validated_on_the_student_and_nobody_is_no_error(tmp_path: Path) -> None:
@@ -446,6 +518,6 @@ def test_without_a_teacher_judges_are_validated_on_the_student_and_nobody_is_no_
     assert math.isnan(facts["pairwise"]["position_bias"])
     rejected = outputs(output("student", 0, "", reason="empty", **dict.fromkeys(COMPONENTS)))
     filled, _, facts = ask(config, [TASK], rejected, str(tmp_path / "none"))
-    assert np.isnan(filled["judge_likelihood"].to_pylist()).all()
+    assert filled["judge_likelihood"].to_pylist() == [0]  # no control tells what another intent's prompt would have
     assert (facts["likelihood"]["pairs"], facts["likelihood"]["believable"]) == (0, False)
     assert ask(recipe(tmp_path), [TASK], alone, str(tmp_path / "none"))[2] == {}

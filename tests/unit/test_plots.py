@@ -69,12 +69,12 @@ def test_plots_without_numbers_are_not_drawn() -> None:
     assert list(plots.draw(document)) == ["relevance", "length_control", "reward_control"]
 
 
-def test_cost_falls_back_to_time_where_no_core_seconds_are_known() -> None:
+def test_cost_is_dollars_else_core_seconds_else_time() -> None:
     document = made_up.document()
-    assert plots._cost(document)[0] == "core-seconds per 1,000 prompts"
-    for told in document["policies"].values():
-        told.pop("core_seconds_per_1000", None)
-        told.pop("dollars_per_1000", None)
+    for key, said in (("dollars_per_1000", "dollars"), ("core_seconds_per_1000", "core-seconds")):
+        assert plots._cost(document)[0] == f"{said} per 1,000 prompts"
+        for told in document["policies"].values():
+            told.pop(key, None)
     label, costs = plots._cost(document)
     assert label == "seconds per 1,000 prompts"
     assert costs["student"] == pytest.approx(1000 / 210)

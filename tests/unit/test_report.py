@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from udrl.evaluation import content, examples, html, markdown, report
 from udrl.evaluation.blocks import Bullets, Code, Details, Heading, Paragraph, Plot, Span, Table, plain
+from udrl.evaluation.intervals import GROUPS
+from udrl.evaluation.judges.validation import BELIEVED_FROM, ENOUGH
 from udrl.evaluation.outputs import OUTPUTS, PAIRWISE
 from udrl.evaluation.reading import best_judge, in_order, pointwise, reference, seconds, signed
 
@@ -89,7 +91,7 @@ def test_metrics_json_is_strict_and_holds_the_document_with_none_for_what_is_unk
     folder, document = written
     stored = json.loads((folder / "metrics.json").read_text(), parse_constant=pytest.fail)  # no bare NaN
     assert stored == {name: part for name, part in document.items() if name != "files"}
-    assert stored["overall"]["against"]["teacher"]["judges"]["likelihood"]["ratio"]["value"] is None
+    assert stored["overall"]["against"]["teacher"]["judges"]["rubric"]["ratio"]["value"] is None
     assert stored["claim"]["parts"][0]["interval"]["low"] == pytest.approx(0.92)
 
 
@@ -166,6 +168,31 @@ def test_text_keeps_its_contrast_in_light_and_dark() -> None:
             for ground in ("bg", "card", "head"):
                 high, low = sorted((luminance(scheme[text]), luminance(scheme[ground])), reverse=True)
                 assert (high + 0.05) / (low + 0.05) >= 4.5, (text, ground)
+
+
+def test_what_is_said_of_judges_and_intervals_is_how_they_are_made() -> None:
+    text = markdown.render(content.blocks(made_up.document(), made_up.outputs(), [])).replace("\\", "")
+    for said in (
+        "for a judge as a prompt for another intent",
+        f"at least {BELIEVED_FROM} on shuffled, from at least {ENOUGH} scored pairs",
+        f"from 1,000 bootstrap resamples (ratios of diversity: from a jackknife of up to {GROUPS} groups of them)",
+        "of each policy one an intent, for the intents that all models",
+        "all that could say met is the scorer that made the training reward",
+    ):
+        assert said in text
+    assert "floor" not in text
+
+
+def test_the_zero_of_a_judge_s_scale_and_the_pairs_it_never_saw_are_shown() -> None:
+    blocks = content.blocks(made_up.document(), made_up.outputs(), [])
+    tables = {tuple(map(plain, block.heads)): block for block in blocks if isinstance(block, Table)}
+    judges = next(table for heads, table in tables.items() if "score of shuffled" in heads)
+    heads = list(map(plain, judges.heads))
+    assert [plain(line[heads.index("score of shuffled")]) for line in judges.lines] == ["0.16", "0.40", "-"]
+    beside = next(table for heads, table in tables.items() if heads[0] == "student against")
+    heads = list(map(plain, beside.heads))
+    at = [heads.index(f"pairwise: {told}") for told in ("pairs", "settled by a rejection", "same winner in both orders")]
+    assert [plain(beside.lines[0][i]) for i in at] == ["50", "4", "64%"]
 
 
 def test_yardsticks_are_marked_and_the_student_stands_first() -> None:

@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 
 from udrl.evaluation.control import every
+from udrl.evaluation.intervals import UNKNOWN
 from udrl.evaluation.outputs import STUDENT, TEACHER
 
 BOUND = 0.94  # student over other, of the claim
 RATIO_TARGET = 0.90  # of the teacher's mean relevance
 WITHIN_2_TARGET = 0.80  # of the prompts
+FEWEST = 20  # prompts of a policy and task, for a verdict on diversity
 VARIED = {"distinct_2": "distinct-2", "vendi": "Vendi"}
+SCORER = "the scorer that made the training reward"
 NAN = float("nan")
-_UNKNOWN = {"value": NAN, "low": NAN, "high": NAN}
 
 
 def is_yardstick(policy: str) -> bool:
@@ -25,65 +27,70 @@ def is_yardstick(policy: str) -> bool:
 
 
 def others(policies: Sequence[str]) -> list[str]:
-    """Whom the claim is about: the baselines, or the teacher where there is none."""
+    """Whom the claim is about: the baselines, and the teacher."""
     baselines = [p for p in policies if p not in (STUDENT, TEACHER) and not is_yardstick(p)]
-    return baselines or [p for p in policies if p == TEACHER]
+    return [*baselines, *(p for p in policies if p == TEACHER)]
 
 
 def judge_of_claim(judges: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The judge whose ratio decides: believable, not the teacher's own model, with a scale on which a ratio means something;
-    of several the one that tells other intents' prompts best. None where there is no such judge."""
+    """The judge whose ratio decides: believable, not the teacher's own model, with a scale that has a zero; of several the one
+    that tells other intents' prompts best. None where there is no such judge."""
     fit = [name for name, told in judges.items() if told.get("believable") and told.get("ratio") and not told.get("of_teacher")]
     return max(fit, key=lambda name: (judges[name].get("auc") or {}).get("shuffled", 0.0), default=None)
 
 
 def claim(overall: Mapping[str, Any], judges: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Is the student within 6% of the others: relevance by an independent judge if one can be believed, and diversity.
+    """Is the student within 6% of each of the others: relevance by an independent judge, and diversity.
 
-    A part is met if its whole interval is at least :data:`BOUND`, missed if all of it is below, else open (None). The
-    figures of diversity have no interval: their value stands for it. The claim is met if all parts are, missed if one is.
+    A part is met if its whole interval is at least :data:`BOUND`, missed if all of it is below, else open (None). Without a
+    judge that is fit, relevance is by the scorer that made the training reward: the student was trained towards it, so such a
+    part can be missed and never met. Diversity of fewer than :data:`FEWEST` prompts is open. The claim is met if all parts
+    are, missed if one is.
 
     Args:
         overall: the document's scope of all tasks.
         judges: the document's facts of each judge.
     """
     judge = judge_of_claim(judges)
-    by = f"judge {judge}" if judge else "the training's own embedder, for want of a judge that is fit"
+    varied = overall["diversity"]
     parts = []
     held = [name for name in others(list(overall["policies"])) if name in overall["against"]]
     for name in held:
         against = overall["against"][name]
-        ratio = against["judges"][judge]["ratio"] if judge in against["judges"] else against["relevance"]["ratio"]
-        said = by if judge in against["judges"] or not judge else f"the training's own embedder, as judge {judge} was not asked"
-        parts.append(_part(f"relevance ({said}) against {name}", ratio))
+        asked = judge is not None and judge in against["judges"]
+        why = "for want of a judge that is fit" if judge is None else f"as judge {judge} was not asked"
+        by = f"judge {judge}" if asked else f"{SCORER}, {why}"
+        ratio = (against["judges"][judge] if asked else against["relevance"])["ratio"]
+        parts.append(_part(f"relevance ({by}) against {name}", ratio, may_meet=asked))
         for figure, called in VARIED.items():
-            quotient = _quotient(*(overall["diversity"]["policies"].get(p, {}).get(figure, NAN) for p in (STUDENT, name)))
-            parts.append(_part(f"diversity ({called}) against {name}", {"value": quotient, "low": quotient, "high": quotient}))
+            interval = varied["ratios"].get(name, {}).get(figure, UNKNOWN.plain())
+            few = varied["fewest"] < FEWEST
+            said = f"{called}, of {varied['fewest']} prompts only" if few and varied["fewest"] else called
+            parts.append(_part(f"diversity ({said}) against {name}", interval, may_meet=not few, may_miss=not few))
     met = every(part["met"] for part in parts)
     return {"met": met, "text": _sentence(met, held, parts), "bound": BOUND, "parts": parts}
 
 
-def _part(what: str, interval: dict[str, float]) -> dict[str, Any]:
-    low, high = interval["low"], interval["high"]
-    met = None if np.isnan(interval["value"]) or low < BOUND <= high else bool(low >= BOUND)
+def _part(what: str, interval: dict[str, float], *, may_meet: bool, may_miss: bool = True) -> dict[str, Any]:
+    met = True if may_meet and interval["low"] >= BOUND else False if may_miss and interval["high"] < BOUND else None
     return {"what": what, "interval": interval, "met": met}
-
-
-def _quotient(above: float, below: float) -> float:
-    return above / below if below > 0 else NAN
 
 
 def _sentence(met: bool | None, held: Sequence[str], parts: Sequence[dict[str, Any]]) -> str:
     if not held:
         return "Neither a baseline nor the teacher wrote, so there is nothing to hold the student against."
-    whom = f"{', '.join(held)}{' (no baseline wrote)' if list(held) == [TEACHER] else ''}"
+    named = ["the teacher" if name == TEACHER else name for name in held]
+    whom = " and ".join([", ".join(named[:-1]), named[-1]] if len(named) > 1 else named)
+    whom += " (no baseline wrote)" if list(held) == [TEACHER] else ""
     if met:
         return f"The student is within {1 - BOUND:.0%} of {whom} in relevance and in diversity."
     found = [part for part in parts if part["met"] is met]
     told = "; ".join(part["what"] + _tell(part["interval"]) for part in found)
     if met is False:
         return f"The student is not within {1 - BOUND:.0%} of {whom}: {told}."
-    return f"Not decided whether the student is within {1 - BOUND:.0%} of {whom}: {told}."
+    text = f"Not decided whether the student is within {1 - BOUND:.0%} of {whom}: {told}."
+    trained = any(SCORER in part["what"] for part in found)
+    return f"{text} What {SCORER} says can be missed, but not met." if trained else text
 
 
 def _tell(interval: dict[str, float]) -> str:

@@ -11,10 +11,12 @@ import pyarrow as pa
 from udrl.evaluation import examples, plots
 from udrl.evaluation.appendix import appendix
 from udrl.evaluation.blocks import Block, Bullets, Heading, Paragraph, Span, Table, Text
+from udrl.evaluation.claim import SCORER, VARIED
+from udrl.evaluation.intervals import GROUPS
 from udrl.evaluation.markdown import count, number, percent, span, yes
 from udrl.evaluation.measured import control, diversity, judges, novelty
 from udrl.evaluation.outputs import STUDENT, TEACHER
-from udrl.evaluation.reading import at, best_judge, in_order, pointwise, quotient, reference, scopes, seconds, signed
+from udrl.evaluation.reading import at, best_judge, in_order, pointwise, reference, scopes, seconds, signed
 
 VERDICTS: dict[bool | None, Span] = {True: Span("met", "good"), False: Span("missed", "bad"), None: Span("open", "open")}
 
@@ -49,7 +51,8 @@ def _title(document: dict[str, Any]) -> list[Block]:
         f"policies: {len(at(document, 'policies') or {})}",
         f"outputs: {number(at(document, 'rows'), ',')}",
         f"seed: {number(at(document, 'seed'), 'd')}",
-        f"brackets hold 95% intervals from {number(at(document, 'bootstrap'), ',')} bootstrap resamples of intents",
+        f"brackets hold 95% intervals over intents, from {number(at(document, 'bootstrap'), ',')} bootstrap resamples "
+        f"(ratios of diversity: from a jackknife of up to {GROUPS} groups of them)",
     ]
     return [Heading(1, f"Evaluation of {document.get('name') or 'the student'}"), Paragraph("; ".join(facts) + ".")]
 
@@ -66,8 +69,11 @@ def _claim(document: dict[str, Any]) -> list[Block]:
         Paragraph([word, f" {claim.get('text') or 'Nothing was compared.'}"]),
     ]
     if lines:
-        caption = f"Student over the other, in per cent. Met: the whole interval is at least {percent(bound)}. Missed: it lies "
-        caption += "below. Open: it holds the bound, or nothing was measured."
+        caption = (
+            "Student over the other, in per cent; by a judge: of what it scores above prompts for other intents. Met: the "
+            f"whole interval is at least {percent(bound)}. Missed: it lies below. Open: it holds the bound; or too little was "
+            f"measured; or all that could say met is {SCORER}, towards which the student was trained."
+        )
         found.append(Table(["part of the claim", "verdict", "student / other"], lines, caption, 2))
     return found
 
@@ -81,8 +87,7 @@ def _headline(document: dict[str, Any]) -> list[Block]:
     for task, scope in scopes(document):
         policies, against = at(scope, "policies") or {}, at(scope, "against", name) or {}
         student, peer = policies.get(STUDENT) or {}, policies.get(name) or {}
-        varied = at(scope, "diversity", "policies") or {}
-        ratios = [percent(quotient(at(varied, STUDENT, f), at(varied, name, f))) for f in ("distinct_2", "vendi")]
+        ratios = [percent(at(scope, "diversity", "ratios", name, f, "value")) for f in VARIED]
         lines.append(
             [
                 task,
@@ -141,14 +146,19 @@ def _policies(document: dict[str, Any]) -> list[Block]:
     ]
     if beside:
         heads = ["student against", "relevance difference", "ratio", "ratio, accepted alone"]
-        heads += [f"{j}: difference" for j in asked] + [f"{j}: same winner in both orders" for j in paired]
-        found_blocks.append(
-            Table(heads, beside, "The student minus, or over, each of the others, paired by intent; all tasks.")
-        )
+        heads += [f"{j}: difference" for j in asked]
+        heads += [f"{j}: {told}" for j in paired for told in ("pairs", "settled by a rejection", "same winner in both orders")]
+        caption = "The student minus, or over, each of the others, paired by intent; all tasks."
+        if paired:
+            caption += " A rejected prompt loses its pair, unseen by the judge; same winner: of the pairs that it saw."
+        found_blocks.append(Table(heads, beside, caption))
     if cost:
-        heads = ["policy", "model", "parameters", "tokens/s", "prompts/s", "latency p50", "p95", "memory"]
-        heads += ["core-seconds / 1,000", "cost / 1,000"]
-        caption = "What they cost on this machine. Latency: one request at a time. The last two are for 1,000 prompts."
+        heads = ["policy", "model", "parameters", "tokens/s", "prompts/s", "latency p50", "p95", "host memory"]
+        heads += ["core-seconds / 1,000", "GPU-seconds / 1,000", "cost / 1,000"]
+        caption = (
+            "What one replica of each costs on this machine. Latency: one request at a time; rates: many at once. The last three "
+            "are for 1,000 prompts."
+        )
         found_blocks.append(Table(heads, cost, caption, 2))
     return found_blocks
 
@@ -163,6 +173,7 @@ def _costs(told: dict[str, Any]) -> list[Text]:
         seconds(told.get("latency_p95")),
         "-" if memory is None else f"{memory:,.0f} MiB",
         number(told.get("core_seconds_per_1000"), ",.1f"),
+        number(told.get("gpu_seconds_per_1000"), ",.1f"),
         "-" if dollars is None else f"${dollars:,.4f}",
     ]
 
@@ -174,7 +185,11 @@ def _beside(against: dict[str, Any], asked: Sequence[str], paired: Sequence[str]
         span(at(against, "relevance", "ratio_accepted"), percent),
     ]
     judged = [span(at(against, "judges", judge, "difference"), signed) for judge in asked]
-    return [*relevance, *judged, *(percent(at(against, "pairwise", judge, "consistent")) for judge in paired)]
+    counted: list[Text] = []
+    for judge in paired:
+        told = at(against, "pairwise", judge) or {}
+        counted += [number(told.get("n"), ",.0f"), number(told.get("settled"), ",.0f"), percent(told.get("consistent"))]
+    return [*relevance, *judged, *counted]
 
 
 def _targets(document: dict[str, Any]) -> list[Block]:
@@ -204,12 +219,13 @@ def _limits(document: dict[str, Any]) -> list[Text]:
     lines: list[Text] = [
         "Relevance is the scorer that made the training reward: the student was trained towards it, and the others were not. "
         "Read it together with the judges.",
-        "A rejected or empty output counts as relevance 0 and as every judge's floor, for every policy, so that refusing "
-        "never pays.",
+        "A rejected or empty output counts as relevance 0, and for a judge as a prompt for another intent, for every policy, "
+        "so that refusing never pays. A pairwise judge does not see it: it loses.",
         "The reward curve describes accepted prompts, with the rejected share beside it; it counts as rising only if it "
         "also rises with rejected ones as 0.",
         "Length tables count every output with the words it has; the words of a rejected one are those of its text, if any.",
-        "Intervals cover the choice of intents, not another training run or another seed of the sampler.",
+        "Intervals cover the choice of intents, not another training run or another seed of the sampler; a judge's score of "
+        "prompts for other intents, from which its ratios count, is taken as known.",
         "Speed, memory and cost hold for this machine and these settings; see the environment below.",
     ]
     found = at(document, "judges") or {}

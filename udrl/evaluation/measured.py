@@ -5,10 +5,11 @@ from typing import Any
 
 from udrl.evaluation import plots
 from udrl.evaluation.blocks import Block, Details, Heading, Paragraph, Span, Table, Text
+from udrl.evaluation.judges.validation import BELIEVED_FROM, ENOUGH
+from udrl.evaluation.judges.validation import KINDS as CONTROLS
 from udrl.evaluation.markdown import number, percent, span, yes
 from udrl.evaluation.reading import at, in_order, pointwise, scopes, signed
 
-CONTROLS = ("shuffled", "echo", "stuffed", "truncated")
 DIVERSITY = {
     "distinct_1": "distinct-1",
     "distinct_2": "distinct-2",
@@ -32,15 +33,21 @@ def judges(document: dict[str, Any]) -> list[Block]:
         believed = {True: Span("believed", "good"), False: Span("not believed", "bad"), None: Span("-", "open")}
         model = f"{told.get('model') or '-'}{' (the teacher)' if told.get('of_teacher') else ''}"
         aucs = [number(at(told, "auc", control)) for control in CONTROLS]
-        after = [number(told.get("pairs"), ",.0f"), percent(told.get("parse_failures")), signed(told.get("position_bias"))]
+        after = [number(told.get("pairs"), ",.0f"), number(told.get("unrelated"))]
+        after += [percent(told.get("parse_failures")), signed(told.get("position_bias"))]
         lines.append([name, told.get("kind") or "-", model, believed[told.get("believable")], *aucs, *after])
-    heads = ["judge", "kind", "model", "verdict", *CONTROLS, "pairs", "unread answers", "position bias"]
-    caption = "AUC: how often a true pair of intent and prompt scores above one of each control (0.5 is chance)."
+    heads = ["judge", "kind", "model", "verdict", *CONTROLS, "pairs", "score of shuffled", "unread answers", "position bias"]
+    caption = (
+        "Under each control the AUC: how often a true pair of intent and prompt scores above one of that control, or a "
+        "pairwise judge prefers the true prompt (0.5 is chance). Score of shuffled: their mean, which is what a rejected "
+        "output counts for, and the zero of the judge's ratios."
+    )
     text = (
         "Before a judge is believed, it must tell true pairs from controls: the prompt of another intent (shuffled), the "
-        "intent itself (echo), its words stuffed with keywords (stuffed), the prompt's first third (truncated). Believed: at "
-        "least 0.8 on shuffled. A low AUC on echo or stuffed says what the judge can be fooled by. Position bias: how much "
-        "more a pairwise judge prefers what it sees first."
+        "intent itself (echo), its words stuffed with keywords (stuffed), the prompt's first third (truncated). Believed: an "
+        f"AUC of at least {BELIEVED_FROM} on shuffled, from at least {ENOUGH} scored pairs. A low AUC on echo or stuffed says "
+        "what the judge can be fooled by. Position bias: how much more a pairwise judge prefers what it sees first, in the "
+        "comparisons of policies that it saw and answered."
     )
     found: list[Block] = [heading, Paragraph(text), Table(heads, lines, caption, 4)]
     by_task = [
@@ -143,9 +150,10 @@ def diversity(document: dict[str, Any]) -> list[Block]:
     """How much the prompts vary, at equal length and number."""
     *by_task, whole = scopes(document)
     caption = (
-        "Accepted prompts, cut to the same number of words, the same number of each policy. Higher varies more, but where "
+        "Accepted prompts, cut to the same number of words: of each policy one an intent, for the intents that all models "
+        "answered with enough words (a yardstick may give others). Higher varies more, but where it says lower. Within an "
+        "intent: over several draws for it. A dash: too few prompts, of a model fewer than half of what the median model has."
     )
-    caption += "it says lower. Within an intent: over several draws for it."
     found: list[Block] = [Heading(2, "Diversity"), _varied([whole], document, caption)]
     return [*found, Details("Diversity by task", [_varied(by_task, document)])] if by_task else found
 

@@ -1,7 +1,7 @@
 """What the evaluation measures, as pure functions of its tables: the numbers of the report's document.
 
-One rule runs through: a rejected or empty output has relevance 0 and every judge's floor of 0, for all policies alike, so
-that refusing never pays (see :func:`udrl.evaluation.outputs.columns`).
+One rule runs through: a rejected or empty output counts as relevance 0, and for a judge as a prompt for another intent, for
+all policies alike, so that refusing never pays (see :mod:`udrl.evaluation.outputs`).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,7 +34,7 @@ def compute(
     Args:
         outputs: of :data:`~udrl.evaluation.outputs.OUTPUTS`, with a column for each pointwise judge.
         tasks: gives the format rules.
-        judges: of each judge ``ratio``, ``believable``, ``of_teacher`` and ``auc``.
+        judges: of each judge ``ratio``, ``unrelated``, ``believable``, ``of_teacher`` and ``auc``.
         pairwise: of :data:`~udrl.evaluation.outputs.PAIRWISE`.
         training: tables of task, prompt and policy, streamed once: what the student was trained on.
         embed: texts -> unit vectors (texts, dimensions), for the Vendi scores.
@@ -60,19 +60,22 @@ def compute(
         return {"policies": found, "against": beside, "accuracy": accuracy.table(rows, taught)}
 
     of_tasks: dict[str, Any] = {}
+    varied: list[diversity.Varied] = []
+    groups = diversity.Groups.of(default["intent_id"], seed)
     writers = [policy for policy in sorted(set(default["policy"])) if not claim.is_yardstick(policy)]
     for task in sorted(set(rows["task"])):
         mine, here = where(rows, rows["task"] == task), where(default, default["task"] == task)
+        varied.append(diversity.measure(here, writers=writers, embed=embed, seed=seed, groups=groups))
         of_tasks[task] = {
             **scope(here, where(pairs, pairs["task"] == task)),
-            "diversity": diversity.table(here, writers=writers, embed=embed, seed=seed),
+            "diversity": {**varied[-1].table, "ratios": diversity.ratios(varied[-1:])},
             "length": control.length_table(_student(mine, "length")),
             "reach": control.length_table(_student(mine, "reach")),
             "reward": control.reward_table(_student(mine, "reward"), **options),
         }
     overall = {
         **scope(default, pairs),
-        "diversity": diversity.over_tasks([task["diversity"] for task in of_tasks.values()]),
+        "diversity": {**diversity.over_tasks([task.table for task in varied]), "ratios": diversity.ratios(varied)},
         **{
             probe: control.over_tasks(_student(rows, probe), [task[probe] for task in of_tasks.values()])
             for probe in ("length", "reach")
@@ -125,8 +128,9 @@ def against(rows: Columns, pairs: Columns, other: str, judges: Facts, options: O
 
     Returns:
         ``relevance``: ``difference``, ``ratio`` and ``ratio_accepted`` (rejected prompts left out on both sides: the harder
-        reading for a student that is rejected less often); by pointwise judge ``difference`` and ``ratio`` (unknown where the
-        judge's scale has none); by pairwise judge see :func:`preferred`.
+        reading for a student that is rejected less often); by pointwise judge ``difference`` and ``ratio``, which is of what
+        both score above prompts for other intents (the judge's ``unrelated``, taken as known), and is itself unknown where the
+        judge's scale has none or the other policy is not surely above that; by pairwise judge see :func:`preferred`.
     """
     sides = [where(rows, rows["policy"] == policy) for policy in (STUDENT, other)]
 
@@ -134,7 +138,12 @@ def against(rows: Columns, pairs: Columns, other: str, judges: Facts, options: O
         return [column for side in sides for column in (side[name], side["intent_id"])]
 
     def judged(judge: str, name: str) -> dict[str, Any]:
-        ratio = intervals.ratio(*paired(name, sides), **options) if judges.get(judge, {}).get("ratio") else intervals.UNKNOWN
+        told, ratio = judges.get(judge, {}), intervals.UNKNOWN
+        if told.get("ratio"):
+            mine, intents, theirs, their_intents = paired(name, sides)
+            mine, theirs = mine - told["unrelated"], theirs - told["unrelated"]
+            if intervals.mean(theirs, their_intents, **options).low > 0:
+                ratio = intervals.ratio(mine, intents, theirs, their_intents, **options)
         return {"difference": intervals.difference(*paired(name, sides), **options).plain(), "ratio": ratio.plain()}
 
     accepted = [where(side, ~side["rejected"]) for side in sides]
@@ -154,16 +163,20 @@ def preferred(pairs: Columns, options: Options) -> dict[str, Any]:
     """How often one judge prefers the student's prompt.
 
     Returns:
-        ``preferred``: mean preference with interval, 0.5 is even; ``n`` pairs with a verdict; and of those that the judge was
-        shown (one with a rejected prompt is settled without it) ``position_bias``, the mean preference where the student
-        stands first minus where it stands second, and ``consistent``, the share with the same winner in both orders.
+        ``preferred``: mean preference with interval, 0.5 is even, unknown where the judge answered for no pair; ``n`` pairs
+        with a verdict, of which ``settled`` without the judge, as a prompt was rejected; and of those that it was shown
+        ``position_bias``, the mean preference where the student stands first minus where it stands second, and
+        ``consistent``, the share with the same winner in both orders.
     """
     first, second = pairs["first"], pairs["second"]
-    shown = pairs["shown"] & ~np.isnan(first + second)
+    known = ~np.isnan(first + second)
+    shown = pairs["shown"] & known
     same = np.sign(first[shown] - 0.5) == np.sign(second[shown] - 0.5)
+    preferred = intervals.mean((first + second) / 2, pairs["intent_id"], **options) if shown.any() else intervals.UNKNOWN
     return {
-        "preferred": intervals.mean((first + second) / 2, pairs["intent_id"], **options).plain(),
-        "n": int((~np.isnan(first + second)).sum()),
+        "preferred": preferred.plain(),
+        "n": int(known.sum()),
+        "settled": int((known & ~shown).sum()),
         "position_bias": control.average(first[shown] - second[shown]),
         "consistent": control.average(same),
     }

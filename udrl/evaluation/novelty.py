@@ -41,6 +41,7 @@ def table(rows: Columns, training: Iterable[pa.Table] | None) -> dict[str, Any]:
     texts = pc.binary_join(words, " ")
     grams = {n: ngrams(words, n) for n in ORDERS}
     known = {n: np.unique(hashes) for n, (hashes, _) in grams.items()}
+    ends = {n: _ends(hashes) for n, hashes in known.items()}
     seen = {n: np.zeros(len(hashes), dtype=bool) for n, hashes in known.items()}
     exact: set[str] = set()
     wanted, prompts = pc.unique(texts), 0
@@ -51,7 +52,7 @@ def table(rows: Columns, training: Iterable[pa.Table] | None) -> dict[str, Any]:
             lines = pc.binary_join(there, " ")
             exact.update(pc.unique(lines.filter(pc.is_in(lines, value_set=wanted))).to_pylist())
             for n in ORDERS:
-                seen[n][_found(known[n], ngrams(there, n)[0])] = True
+                seen[n][_found(known[n], ends[n], ngrams(there, n)[0])] = True
     copied = np.array([text in exact for text in texts.to_pylist()], dtype=float)
     shares = {n: _shares(seen[n][np.searchsorted(known[n], hashes)], owner, len(texts)) for n, (hashes, owner) in grams.items()}
     found = {}
@@ -85,14 +86,19 @@ def ngrams(words: pa.ListArray, n: int) -> tuple[np.ndarray, np.ndarray]:
     return mixed[inside], text[:many][inside]
 
 
-def _found(known: np.ndarray, hashes: np.ndarray) -> np.ndarray:
-    """Positions in the sorted ``known`` of those ``hashes`` that are there."""
+def _ends(known: np.ndarray) -> np.ndarray:
+    """Which last bits occur among the hashes, bool (2**BITS,)."""
+    last = np.zeros(1 << BITS, dtype=bool)
+    last[known & _LAST] = True
+    return last
+
+
+def _found(known: np.ndarray, ends: np.ndarray, hashes: np.ndarray) -> np.ndarray:
+    """Positions in the sorted ``known``, of which ``ends`` are the last bits, of those ``hashes`` that are there."""
     if not len(known):
         return np.zeros(0, dtype=int)
     # Nearly all of training is not there: a look at the last bits spares the binary search, which is most of the time.
-    last = np.zeros(1 << BITS, dtype=bool)
-    last[known & _LAST] = True
-    hashes = hashes[last[hashes & _LAST]]
+    hashes = hashes[ends[hashes & _LAST]]
     place = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
     return place[known[place] == hashes]
 

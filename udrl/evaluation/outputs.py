@@ -1,7 +1,7 @@
 """The two tables that an evaluation is measured from: one row an output, and one row a pair that a pairwise judge compared.
 
-One rule runs through: a rejected or empty output has relevance 0 and every judge's floor of 0, for all policies alike, so
-that refusing never pays. Yardsticks (see :mod:`udrl.evaluation.contenders`) are never rejected.
+One rule runs through: a rejected or empty output counts as relevance 0, and for a judge as a prompt for another intent, for
+all policies alike, so that refusing never pays. Yardsticks (see :mod:`udrl.evaluation.contenders`) are never rejected.
 """
 
 from typing import Any
@@ -14,7 +14,9 @@ from udrl.episodes import COMPONENTS, KEYS
 # Which question a row answers: at the default command; under commanded words in and out of the usual range; under a bin.
 PROBES = ("default", "length", "reach", "reward")
 STUDENT, TEACHER = "student", "teacher"
-JUDGE = "judge_"  # begins the column of each pointwise judge, float32; NaN or null where it was not asked
+# Begins the column of each pointwise judge, float32: NaN or null where it was not asked or failed; of a rejected row what a
+# prompt for another intent has on average (see udrl.evaluation.judges.run).
+JUDGE = "judge_"
 
 OUTPUTS = pa.schema(
     [
@@ -45,10 +47,9 @@ Columns = dict[str, np.ndarray]  # arrays of shape (rows,)
 
 
 def columns(outputs: pa.Table) -> Columns:
-    """The table as arrays of shape (rows,), the rule for rejected rows applied; ``rejected`` is a column of its own.
+    """The table as arrays of shape (rows,); ``rejected`` is a column of its own, and such a row's relevance and reward are 0.
 
-    ``judge_<name>`` is NaN where the judge was not asked; for a rejected row it is 0 if the judge was asked for any row of
-    the same probe.
+    ``judge_<name>`` is as it stands there: the judges have said what a rejected row counts for.
     """
     rows = {name: np.asarray(outputs[name].to_pylist(), dtype=object) for name in ("task", "policy", "probe", "prompt")}
     rows |= {
@@ -60,9 +61,7 @@ def columns(outputs: pa.Table) -> Columns:
     for name in ("relevance", "reward"):
         rows[name] = np.where(rows["rejected"], 0.0, _numbers(outputs, name, np.nan))
     for name in judge_columns(outputs):
-        scores = _numbers(outputs, name, np.nan)
-        asked = np.isin(rows["probe"], list(set(rows["probe"][~np.isnan(scores)])))
-        rows[name] = np.where(rows["rejected"] & asked, 0.0, scores)
+        rows[name] = _numbers(outputs, name, np.nan)
     return rows
 
 

@@ -132,7 +132,8 @@ def _points(sides: dict[str, Columns], seed: int) -> dict[str, dict[str, Interva
     evaluation; the Vendi score is over word pairs, so that no model is loaded."""
     default = {label: where(rows, rows["probe"] == "default") for label, rows in sides.items()}
     named = [{**rows, "policy": np.full(len(rows["policy"]), label, dtype=object)} for label, rows in default.items()]
-    together = {name: np.concatenate([rows[name] for rows in named]) for name in ("policy", "rejected", "prompt", "intent_id")}
+    columns = ("policy", "rejected", "prompt", "intent_id", "variation")
+    together = {name: np.concatenate([rows[name] for rows in named]) for name in columns}
     varied = diversity.table(together, writers=list(sides), seed=seed)["policies"]
     found = {}
     for label, rows in sides.items():

@@ -51,10 +51,6 @@ def best_judge(document: dict[str, Any]) -> str | None:
     return next((name for name in pointwise(document) if at(document, "judges", name, "believable")), None)
 
 
-def quotient(above: float | None, below: float | None) -> float | None:
-    return above / below if above is not None and below else None
-
-
 def seconds(value: float | None) -> str:
     """``340 ms``, ``2.1 s``."""
     if value is None:

@@ -22,6 +22,9 @@ from udrl.scoring.sift import mark
 AT_ONCE = 64  # requests of the measurement of throughput
 # Texts a second of a judge that was not timed yet: likelihood under the bundled 135M model on two CPU cores.
 TEXTS_PER_SECOND = 25.0
+# Around the engine, of one policy: starting the stages of Ray Data and the embedder, and scoring. Seen on two CPU cores.
+AROUND = 25.0  # seconds
+SCORED_PER_SECOND = 150.0  # prompts
 
 
 class _Stopwatch:
@@ -158,7 +161,7 @@ def plan(
             lines.append(f"{name}: all {len(contender.requests):,} prompts are there already")
         elif speed:
             replicas = contender.policy.placement.replicas
-            seconds = speed["startup_seconds"] + n / speed["prompts_per_second"] / replicas
+            seconds = speed["startup_seconds"] + n / speed["prompts_per_second"] / replicas + AROUND + n / SCORED_PER_SECOND
             total += seconds
             lines.append(
                 f"{name}: {n:,} prompts, about {duration(seconds)} (measured {speed['prompts_per_second']:.1f} prompts/s)"

@@ -13,13 +13,14 @@ import pyarrow as pa
 
 from udrl.evaluation.judges import pairwise, store
 from udrl.evaluation.judges.passes import answers
-from udrl.evaluation.judges.validation import controls, draw, validate, validate_pairwise, zero_means_unrelated
+from udrl.evaluation.judges.validation import controls, draw, mean, validate, validate_pairwise
 from udrl.evaluation.outputs import JUDGE, PAIRWISE, STUDENT, TEACHER
 from udrl.policies.policy import Row
 from udrl.recipe import Judge, Recipe
 from udrl.scoring import rubric
 from udrl.tasks import Task
 
+JUDGED = ("default", "reward")  # probes that pointwise judges see
 CONTROLLED = 50  # true pairs a task that a judge is validated on
 UNITS = {
     "likelihood": "nats per intent token",
@@ -34,15 +35,16 @@ Facts = dict[str, Any]
 def ask(recipe: Recipe, tasks: Sequence[Task], outputs: pa.Table, work: str) -> tuple[pa.Table, pa.Table, dict[str, Facts]]:
     """Ask every judge of the recipe about the outputs, and find out which of them can be believed.
 
-    Pointwise judges score the accepted rows of the probes ``default`` and ``reward``; pairwise ones compare the student with
-    every other policy. A pair in which one was rejected is settled without asking.
+    Pointwise judges score the accepted rows of the probes :data:`JUDGED`; a rejected one gets their mean score for prompts of
+    other intents. Pairwise judges compare the student with every other policy, and a pair in which one was rejected is
+    settled without asking.
 
     Args:
         outputs: of :data:`~udrl.evaluation.outputs.OUTPUTS`.
         work: folder or URI of what is kept between runs.
 
     Returns:
-        ``outputs`` with a float32 column ``judge_<name>`` for each pointwise judge, NaN where it was not asked or failed; the
+        ``outputs`` with a float32 column ``judge_<name>`` for each pointwise judge, NaN in other probes or where it failed; the
         comparisons as :data:`~udrl.evaluation.outputs.PAIRWISE`; by judge what it is, and how it fared on true pairs and
         controls.
 
@@ -82,16 +84,18 @@ def _accepted(row: Row) -> bool:
 def _score(
     judge: Judge, recipe: Recipe, tasks: Sequence[Task], rows: list[Row], true: list[Row], made: pa.Table, work: str
 ) -> tuple[np.ndarray, Facts]:
-    """A pointwise judge's column, NaN where it was not asked, and what is known of it."""
-    chosen = [i for i, row in enumerate(rows) if row["probe"] in ("default", "reward") and _accepted(row)]
+    """A pointwise judge's column, NaN in other probes or where it failed, and what is known of it."""
+    chosen = [i for i, row in enumerate(rows) if row["probe"] in JUDGED and _accepted(row)]
     false = [{**row, "intent_id": true[row["pair"]]["intent_id"]} for row in made.to_pylist()]
     questions = [*(rows[i] for i in chosen), *true, *false]
     scores, facts = judge_pointwise(judge, _pairs(questions), work, tasks, recipe)
     mine, right, wrong = np.split(scores, [len(chosen), len(chosen) + len(true)])
+    found = validate(right, wrong, made, [row["task"] for row in true])
     column = np.full(len(rows), np.nan)
     column[chosen] = mine
-    ratio = judge.kind != "likelihood" and zero_means_unrelated(right, wrong, made)  # nats of both signs have no ratio
-    return column, {**facts, **validate(right, wrong, made, [row["task"] for row in true]), "ratio": ratio}
+    refused = [i for i, row in enumerate(rows) if row["probe"] in JUDGED and not _accepted(row)]
+    column[refused] = np.nan_to_num(found["unrelated"])  # as good as a prompt for something else, whatever the judge's unit
+    return column, {**facts, **found}
 
 
 def _pairs(rows: Sequence[Row]) -> pa.Table:
@@ -121,15 +125,10 @@ def _compare(
         | {"first": first[i], "second": second[i], "parsed": bool(parsed[i])}
         for i, (mine, other) in enumerate(pairs)
     ]
-    bias = _mean((first - second)[undecided])
-    controlled = (said[0][n:] + said[1][n:]) / 2
-    found = {**facts, **validate_pairwise(controlled, made), "position_bias": bias, "ratio": False}
+    bias = mean(np.where(parsed, first - second, np.nan)[undecided])
+    controlled = np.where(said[2][n:], (said[0][n:] + said[1][n:]) / 2, np.nan)
+    found = {**facts, **validate_pairwise(controlled, made), "position_bias": bias}
     return pa.Table.from_pylist(rows, schema=PAIRWISE), found
-
-
-def _mean(values: np.ndarray) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else math.nan
 
 
 def judge_pointwise(
@@ -154,7 +153,7 @@ def judge_pointwise(
     if judge.kind != "rubric":
         return scores, {"parse_failures": None}
     scores[mass == 0] = np.nan  # scoring makes it 0, so that it is not learnt as good; here it is not known
-    return scores, {"parse_failures": _mean(np.where(np.isnan(mass), np.nan, mass < rubric.HALF))}
+    return scores, {"parse_failures": mean(np.where(np.isnan(mass), np.nan, mass < rubric.HALF))}
 
 
 def judge_pairwise(judge: Judge, table: pa.Table, work: str, tasks: Sequence[Task], recipe: Recipe) -> tuple[pa.Table, Facts]:
@@ -177,5 +176,5 @@ def judge_pairwise(judge: Judge, table: pa.Table, work: str, tasks: Sequence[Tas
     said = [(by_id[one["episode_id"]], by_id[two["episode_id"]]) for one, two in shown]
     found = [pairwise.both_orders(one, two) for one, two in said]
     columns = [pa.array([row[i] for row in found], kind.type) for i, kind in enumerate(VERDICTS)]
-    unparsed = _mean(np.array([mass < rubric.HALF for both in said for _, mass in both], dtype=float))
+    unparsed = mean(np.array([mass < rubric.HALF for both in said for _, mass in both], dtype=float))
     return pa.table(columns, schema=VERDICTS), {"parse_failures": unparsed}

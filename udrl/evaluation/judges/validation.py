@@ -15,6 +15,7 @@ from udrl.rewards.components import words
 
 KINDS = ("shuffled", "echo", "stuffed", "truncated")
 BELIEVED_FROM = 0.8  # area under the curve against shuffled pairs
+ENOUGH = 20  # true pairs, and as many shuffled ones: fewer reach that area by luck
 CONTROLS = pa.schema(
     [
         ("pair", pa.int64()),  # position of the true pair that it stands against: same intent and task
@@ -80,7 +81,9 @@ def validate(true: np.ndarray, scores: np.ndarray, made: pa.Table, tasks: Sequen
         tasks: of each true pair.
 
     Returns:
-        ``auc`` by control, ``tasks`` the same by task, ``pairs`` that were scored, ``believable``.
+        ``auc`` by control, ``tasks`` the same by task, ``pairs`` that were scored, ``believable``; ``unrelated``, the mean
+        score of ``shuffled`` controls (NaN if there is none), which is the zero of the judge's scale; and ``ratio``, whether
+        scores above that zero can be divided: the judge is believable and true pairs score above it on average.
     """
     task_of_pair, task_of_control = np.asarray(tasks, dtype=object), np.asarray(made["task"].to_pylist(), dtype=object)
 
@@ -89,38 +92,38 @@ def validate(true: np.ndarray, scores: np.ndarray, made: pa.Table, tasks: Sequen
         theirs = kind if task is None else kind & (task_of_control == task)
         return auc(true[mine & ~np.isnan(true)], scores[theirs & ~np.isnan(scores)])
 
-    return _summary(area, made, int((~np.isnan(true)).sum()))
+    found = _summary(area, made, ~np.isnan(scores), int((~np.isnan(true)).sum()))
+    unrelated = mean(scores[_kinds(made) == "shuffled"])
+    return {**found, "unrelated": unrelated, "ratio": found["believable"] and mean(true) > unrelated}
 
 
 def validate_pairwise(preferred: np.ndarray, made: pa.Table) -> dict[str, Any]:
-    """The same of a pairwise judge: its mean preference for the true prompt over each control, (rows of ``made``,)."""
+    """The same of a pairwise judge, from its preference for the true prompt over each control, (rows of ``made``,), NaN where
+    it gave none: the share of controls that it likes less, ties counting half. It has no zero, and so no ratio."""
     task_of_control = np.asarray(made["task"].to_pylist(), dtype=object)
+    wins = (1 + np.sign(np.round(preferred - 0.5, 6))) / 2  # 0.5 of either order may be off by a rounding
 
-    def mean(kind: np.ndarray, task: str | None) -> float:
-        mine = kind & ~np.isnan(preferred) & (True if task is None else task_of_control == task)
-        return float(preferred[mine].mean()) if mine.any() else float("nan")
+    def share(kind: np.ndarray, task: str | None) -> float:
+        return mean(wins[kind & (True if task is None else task_of_control == task)])
 
-    judged = made["pair"].to_numpy()[~np.isnan(preferred)]
-    return _summary(mean, made, len(np.unique(judged)))
+    judged = ~np.isnan(preferred)
+    return {**_summary(share, made, judged, len(np.unique(made["pair"].to_numpy()[judged]))), "ratio": False}
 
 
-def _summary(measure: Callable[[np.ndarray, str | None], float], made: pa.Table, pairs: int) -> dict[str, Any]:
-    kinds = np.asarray(made["kind"].to_pylist(), dtype=object)
+def _summary(
+    measure: Callable[[np.ndarray, str | None], float], made: pa.Table, scored: np.ndarray, pairs: int
+) -> dict[str, Any]:
+    kinds = _kinds(made)
     by_kind = {kind: measure(kinds == kind, None) for kind in KINDS}
     by_task = {task: {kind: measure(kinds == kind, task) for kind in KINDS} for task in sorted(set(made["task"].to_pylist()))}
+    enough = min(pairs, int((scored & (kinds == "shuffled")).sum())) >= ENOUGH
     # NaN, where there was nothing to shuffle, is not believed either.
-    return {"auc": by_kind, "tasks": by_task, "pairs": pairs, "believable": by_kind["shuffled"] >= BELIEVED_FROM}
+    believable = enough and by_kind["shuffled"] >= BELIEVED_FROM
+    return {"auc": by_kind, "tasks": by_task, "pairs": pairs, "believable": believable}
 
 
-def zero_means_unrelated(true: np.ndarray, scores: np.ndarray, made: pa.Table) -> bool:
-    """Whether a ratio of mean scores says something: prompts for another intent score at most half of what true ones do.
-
-    Cosines of a language model's states, or the scores of a weak judge, lie high whatever they are of; their ratio is near 1
-    for any two policies.
-    """
-    wrong = scores[np.asarray(made["kind"].to_pylist(), dtype=object) == "shuffled"]
-    right, wrong = true[~np.isnan(true)], wrong[~np.isnan(wrong)]
-    return bool(len(right) and len(wrong) and wrong.mean() <= right.mean() / 2)
+def _kinds(made: pa.Table) -> np.ndarray:
+    return np.asarray(made["kind"].to_pylist(), dtype=object)
 
 
 def draw(tasks: Sequence[str], limit: int, seed: int) -> list[int]:
@@ -144,6 +147,12 @@ def shuffled(intents: Sequence[str], tasks: Sequence[str], seed: int = 0) -> lis
         for here, there in zip(ring, [*ring[1:], ring[0]], strict=True):
             successor[task, here] = there if there != here else ""
     return [successor[task, intent] for intent, task in zip(intents, tasks, strict=True)]
+
+
+def mean(values: np.ndarray) -> float:
+    """Mean of what is known, NaN of nothing."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
 
 
 def auc(positive: np.ndarray, negative: np.ndarray) -> float:
