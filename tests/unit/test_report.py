@@ -175,9 +175,9 @@ def test_what_is_said_of_judges_and_intervals_is_how_they_are_made() -> None:
     for said in (
         "for a judge as a prompt for another intent",
         f"at least {BELIEVED_FROM} on shuffled, from at least {ENOUGH} scored pairs",
-        f"from 1,000 bootstrap resamples (ratios of diversity: from a jackknife of up to {GROUPS} groups of them)",
+        f"1,000 bootstrap resamples of intents; those of ratios of diversity are from a jackknife of up to {GROUPS} groups",
         "of each policy one an intent, for the intents that all models",
-        "all that could say met is the scorer that made the training reward",
+        "or only the scorer that made the training reward could say met",
     ):
         assert said in text
     assert "floor" not in text

@@ -51,8 +51,7 @@ def _title(document: dict[str, Any]) -> list[Block]:
         f"policies: {len(at(document, 'policies') or {})}",
         f"outputs: {number(at(document, 'rows'), ',')}",
         f"seed: {number(at(document, 'seed'), 'd')}",
-        f"brackets hold 95% intervals over intents, from {number(at(document, 'bootstrap'), ',')} bootstrap resamples "
-        f"(ratios of diversity: from a jackknife of up to {GROUPS} groups of them)",
+        "brackets hold 95% intervals over intents",
     ]
     return [Heading(1, f"Evaluation of {document.get('name') or 'the student'}"), Paragraph("; ".join(facts) + ".")]
 
@@ -70,9 +69,9 @@ def _claim(document: dict[str, Any]) -> list[Block]:
     ]
     if lines:
         caption = (
-            "Student over the other, in per cent; by a judge: of what it scores above prompts for other intents. Met: the "
-            f"whole interval is at least {percent(bound)}. Missed: it lies below. Open: it holds the bound; or too little was "
-            f"measured; or all that could say met is {SCORER}, towards which the student was trained."
+            "Student over the other; by a judge, from its score of prompts for other intents up. Met: the whole interval is at "
+            f"least {percent(bound)}. Missed: it lies below. Open: it holds the bound; too little was measured; or only {SCORER} "
+            "could say met, towards which the student was trained."
         )
         found.append(Table(["part of the claim", "verdict", "student / other"], lines, caption, 2))
     return found
@@ -224,6 +223,8 @@ def _limits(document: dict[str, Any]) -> list[Text]:
         "The reward curve describes accepted prompts, with the rejected share beside it; it counts as rising only if it "
         "also rises with rejected ones as 0.",
         "Length tables count every output with the words it has; the words of a rejected one are those of its text, if any.",
+        f"Intervals are from {number(at(document, 'bootstrap'), ',')} bootstrap resamples of intents; those of ratios of "
+        f"diversity are from a jackknife of up to {GROUPS} groups of intents.",
         "Intervals cover the choice of intents, not another training run or another seed of the sampler; a judge's score of "
         "prompts for other intents, from which its ratios count, is taken as known.",
         "Speed, memory and cost hold for this machine and these settings; see the environment below.",
