@@ -3,6 +3,7 @@
 import math
 import zlib
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -293,3 +294,14 @@ def test_over_tasks_the_figures_are_averaged() -> None:
     assert (found["words"], found["n"], found["policies"]["student"]["vendi"]) == (9.5, 15, 3)
     assert found["fewest"] == 5
     assert math.isnan(found["policies"]["student"]["distinct_2"])
+
+
+def test_over_all_tasks_a_policy_has_no_figure_that_it_lacks_on_one() -> None:
+    blank = dict.fromkeys((*diversity.ACROSS, *diversity.WITHIN), float("nan"))
+
+    def task(**distinct: float) -> dict[str, Any]:
+        return {"n": 9, "words": 5, "policies": {name: {**blank, "distinct_2": value} for name, value in distinct.items()}}
+
+    found = diversity.over_tasks([task(student=0.5, echo=0.9), task(student=0.7, echo=float("nan"))])["policies"]
+    assert found["student"]["distinct_2"] == pytest.approx(0.6)
+    assert np.isnan(found["echo"]["distinct_2"])

@@ -70,8 +70,8 @@ def _claim(document: dict[str, Any]) -> list[Block]:
     if lines:
         caption = (
             "Student over the other; by a judge, from its score of prompts for other intents up. Met: the whole interval is at "
-            f"least {percent(bound)}. Missed: it lies below. Open: it holds the bound; too little was measured; or only {SCORER} "
-            "could say met, towards which the student was trained."
+            f"least {percent(bound)}. Missed: it lies below. Open: it holds the bound; too little was measured; or only "
+            f"{SCORER} could say met, towards which the student was trained."
         )
         found.append(Table(["part of the claim", "verdict", "student / other"], lines, caption, 2))
     return found
@@ -155,8 +155,8 @@ def _policies(document: dict[str, Any]) -> list[Block]:
         heads = ["policy", "model", "parameters", "tokens/s", "prompts/s", "latency p50", "p95", "host memory"]
         heads += ["core-seconds / 1,000", "GPU-seconds / 1,000", "cost / 1,000"]
         caption = (
-            "What one replica of each costs on this machine. Latency: one request at a time; rates: many at once. The last three "
-            "are for 1,000 prompts."
+            "What one replica of each costs on this machine. Latency: one request at a time; rates: many at once. The last "
+            "three are for 1,000 prompts."
         )
         found_blocks.append(Table(heads, cost, caption, 2))
     return found_blocks

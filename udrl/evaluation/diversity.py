@@ -163,15 +163,15 @@ def within(groups: Sequence[Sequence[Words]], embed: Embed | None = None) -> dic
 
 
 def over_tasks(of_tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean over tasks: pooled texts would compare one task's vocabulary with another's. ``n`` is the sum, ``fewest`` the ``n``
-    of the task with the fewest."""
+    """Mean over tasks: pooled texts would compare one task's vocabulary with another's. A policy without a figure on some task
+    has none here, since its other tasks may be the more varied ones. ``n`` is the sum, ``fewest`` the ``n`` of the task with
+    the fewest."""
     policies = sorted({policy for task in of_tasks for policy in task["policies"]})
     found: dict[str, Any] = {policy: {} for policy in policies}
     for policy in policies:
-        figures = [task["policies"][policy] for task in of_tasks if policy in task["policies"]]
         for name in (*ACROSS, *WITHIN):
-            known = np.array([f[name] for f in figures if not np.isnan(f[name])])
-            found[policy][name] = average(known)
+            there = [task for task in of_tasks if any(not np.isnan(f[name]) for f in task["policies"].values())]
+            found[policy][name] = average(np.array([task["policies"].get(policy, {}).get(name, np.nan) for task in there]))
     words = np.array([task["words"] for task in of_tasks if task["n"]])
     numbers = [task["n"] for task in of_tasks]
     return {

@@ -258,6 +258,8 @@ def _cost(document: dict[str, Any]) -> tuple[str, dict[str, float]] | None:
 
 def _quality_cost(document: dict[str, Any], label: str, costs: dict[str, float], judges: list[str]) -> Any:
     """Relevance, and the best judge where there is one, against cost; a policy whose cost is not known is left out."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     facts, measured = document["policies"], document["overall"]["policies"]
     policies = in_order(set(measured), facts)
     shown: list[str | None] = [None, *judges]
@@ -277,6 +279,10 @@ def _quality_cost(document: dict[str, Any], label: str, costs: dict[str, float],
             fmt, looks = _looks(policy, policies, facts)
             axis.errorbar([cost], means, yerr=bars, fmt=fmt, label=policy, capsize=3, linewidth=1.3, **looks)
         axis.set_xscale("log")
+        wide = max(costs.values()) > 20 * min(costs.values())  # then labels between the powers of ten would overlap
+        axis.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.margins(x=0.15)
         axis.set_ylabel("mean relevance (rejected = 0)" if judge is None else f"{_short(judge)} (judge)")
         axis.set_xlabel(label)
