@@ -48,6 +48,17 @@ def test_every_request_of_the_student_has_its_own_id_and_its_intent_s_are_neighb
     assert of_probe == {"length": {8, 12, 16, 20, 24}, "reach": {4, 32, 40}}
 
 
+def test_the_student_is_evaluated_at_any_command(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    tasks = load_tasks(["image_search"])
+    policy = teacher_policy(Teacher(model=str(tmp_path)), tasks)
+    learnt, recipe = vocabulary([8, 14, 24]), values(words=9, reward=0)
+    asked = contenders._student_requests(policy, learnt, tasks, [(1, "an owl")], recipe)
+    assert {(r["command_words"], r["command_reward"]) for r in asked if r["probe"] == "default"} == {(9, 0)}
+    plain = contenders._student_requests(policy, learnt, tasks, [(1, "an owl")], values())
+    assert {(r["command_words"], r["command_reward"]) for r in plain if r["probe"] == "default"} == {(12, 1)}
+
+
 def test_sweeps_are_asked_for_some_intents_from_all_over(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     tasks = load_tasks(["image_search"])
