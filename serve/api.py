@@ -1,38 +1,79 @@
-"""What goes over the wire: requests, answers, the one shape of an error, and the pure steps between them. No Ray here.
+"""What goes over the wire: requests, answers and the one shape of an error. No Ray here.
 
-Every 4xx and 5xx body is ``{"error": {"message", "field", "type"}}``; ``field`` is the request key to mend, or null.
+Every 4xx and 5xx body is ``{"error": {"message", "type", "param"}}``; ``param`` is the dotted request key to mend, or null.
+The names are those that OpenAI's clients read.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from starlette.exceptions import HTTPException
 
-from udrl.commands import ANY, Command, Vocabulary
-from udrl.episodes import word_count
-from udrl.policies.policy import draws
-from udrl.recipe import Sampling
-
-MAX_PROMPTS = 16
-MAX_INTENT_CHARACTERS = 2000
 # vLLM seeds sample i with seed + i and torch takes 64 bits: a bound far below that can never overflow in the engine.
 MAX_SEED = 2**32 - 1
+ANYTHING: Literal["any"] = "any"
+ALL: Literal["all"] = "all"
+
+Intent = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
-class PromptsRequest(BaseModel):
-    """Body of ``POST /v1/prompts``. Numbers are strict: ``"12"`` and ``true`` are mistakes, not 12 and 1."""
+class Words(BaseModel):
+    """A range of lengths, both ends included."""
 
     model_config = ConfigDict(extra="forbid")
-    intent: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_INTENT_CHARACTERS)]
-    task: str = Field(description="a task of the model, see GET /v1/models")
-    length: int | None = Field(None, strict=True, description="words wanted; null: what the task's best episodes had")
-    reward: int | None = Field(None, strict=True, description="reward bin wanted; null: the best in distribution")
-    n: int = Field(1, strict=True, ge=1, le=MAX_PROMPTS)
+    min: int = Field(strict=True, ge=1)
+    max: int = Field(strict=True, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Words":
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is more than max {self.max}")
+        return self
+
+
+Length = Annotated[int, Field(strict=True)] | Words | Literal["any"] | None
+Reward = Annotated[int, Field(strict=True)] | Literal["any"] | None
+
+
+class Commanding(BaseModel):
+    """What every way of asking can command. Numbers are strict: ``"12"`` and ``true`` are mistakes, not 12 and 1."""
+
+    model_config = ConfigDict(extra="forbid")
+    task: str | list[str] | None = Field(
+        None, description="a task of the model, several, or 'all'; may be left out where the model has one. See GET /v1/models"
+    )
+    length: Length = Field(
+        None,
+        description="words wanted: exactly so many, or from min to max, and then it is kept or reported as missed; 'any':"
+        " nothing is commanded; null: the task's usual length is commanded, and a miss is no miss",
+    )
+    reward: Reward = Field(None, description="reward bin wanted; null: the best in distribution; 'any': nothing is commanded")
+
+
+class Drawing(Commanding):
+    """A native request but for its intent."""
+
+    n: int = Field(1, strict=True, ge=1, description="distinct prompts wanted of each task")
     seed: int | None = Field(None, strict=True, ge=0, le=MAX_SEED)
-    temperature: float | None = Field(None, strict=True, ge=0, le=2, allow_inf_nan=False)
+    temperature: float | None = Field(
+        None, strict=True, ge=0, le=2, allow_inf_nan=False, description="null: the recipe's serve.sampling.temperature"
+    )
+
+
+class PromptsRequest(Drawing):
+    """Body of ``POST /v1/prompts``."""
+
+    intent: Intent
+    stream: bool = Field(False, strict=True, description="answer with server-sent events: delta, redraft, prompt, done, error")
+
+
+class BatchRequest(Drawing):
+    """Body of ``POST /v1/prompts/batch``: many intents under one command."""
+
+    intents: list[Intent] = Field(min_length=1)
 
 
 class CommandMeant(BaseModel):
@@ -43,23 +84,58 @@ class CommandMeant(BaseModel):
 
 
 class Prompt(BaseModel):
+    task: str
     text: str
     words: int = Field(description="achieved length")
-    on_length: bool | None = Field(description="achieved equals commanded; null where no length was commanded")
-    finish_reason: str | None = Field(description="stop: the student ended it; length: cut off at the token limit")
+    command: CommandMeant
+    on_length: bool | None = Field(description="achieved lies within what was asked; null where no length was asked")
+    finish_reason: Literal["stop", "length"] = Field(
+        description="stop: the student ended it; length: cut off at the token limit"
+    )
 
 
 class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
+    """Tokens of all drafts, those that were not answered with too: that is what the engine did."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    total_tokens: int = 0
+    drafts: int = Field(0, description="drafts written for the prompts answered with")
+
+    def add(self, prompt_tokens: int, completion_tokens: int, drafts: int) -> None:
+        self.prompt_tokens += prompt_tokens
+        self.completion_tokens += completion_tokens
+        self.total_tokens += prompt_tokens + completion_tokens
+        self.drafts += drafts
 
 
 class PromptsResponse(BaseModel):
+    id: str
+    object: Literal["prompts"] = "prompts"
+    created: int
     model: str
-    task: str
+    revision: str | None = Field(description="hash of the weights that wrote, where the export names one")
     intent: str
-    command: CommandMeant
-    prompts: list[Prompt]
+    prompts: list[Prompt] = Field(description="grouped by task, in the order asked")
+    missing: int = Field(description="prompts that could not be made distinct")
+    usage: Usage
+
+
+class BatchResult(BaseModel):
+    """One intent's prompts, or why there are none."""
+
+    intent: str
+    prompts: list[Prompt] = []
+    missing: int = 0
+    error: "ErrorDetail | None" = None
+
+
+class BatchResponse(BaseModel):
+    id: str
+    object: Literal["batch"] = "batch"
+    created: int
+    model: str
+    results: list[BatchResult]
     usage: Usage
 
 
@@ -73,122 +149,83 @@ class ModelCard(BaseModel):
     """An OpenAI model object, with what can be commanded beside it."""
 
     id: str
-    object: str = "model"
+    object: Literal["model"] = "model"
     created: int
     owned_by: str = "udrl"
+    task: str | None = Field(description="the task that this id stands for; null: the id of the model itself")
     max_words: int
     reward_bins: int
-    max_prompts: int = MAX_PROMPTS
+    max_prompts: int
+    max_intent_characters: int
     tasks: dict[str, TaskCard]
 
 
 class ModelList(BaseModel):
-    object: str = "list"
+    object: Literal["list"] = "list"
     data: list[ModelCard]
+
+
+class Health(BaseModel):
+    status: str
+    model: str
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+
+
+class ErrorBody(BaseModel):
+    error: ErrorDetail
 
 
 class RequestError(Exception):
     """A request that can't be answered; becomes the error body."""
 
-    def __init__(self, message: str, field: str | None, status: int = 422, kind: str = "invalid_request") -> None:
+    def __init__(
+        self,
+        message: str,
+        param: str | None,
+        status: int = 422,
+        kind: str = "invalid_request",
+        retry_after: int | None = None,
+    ) -> None:
         super().__init__(message)
-        self.message, self.field, self.status, self.kind = message, field, status, kind
+        self.message, self.param, self.status, self.kind, self.retry_after = message, param, status, kind, retry_after
+
+    def detail(self) -> ErrorDetail:
+        return ErrorDetail(message=self.message, type=self.kind, param=self.param)
 
     def response(self) -> JSONResponse:
-        return JSONResponse({"error": {"message": self.message, "field": self.field, "type": self.kind}}, self.status)
-
-
-def resolve(request: PromptsRequest, vocabulary: Vocabulary) -> Command:
-    """The command a request means: what it leaves out is the task's default from ``commands.json``.
-
-    Raises:
-        RequestError: the task, length or reward bin is not in the model's vocabulary.
-    """
-    if request.task not in vocabulary.tasks:
-        raise RequestError(f"task: not one of this model's: {', '.join(vocabulary.tasks)}", "task")
-    if request.length is not None and not 1 <= request.length <= vocabulary.max_words:
-        raise RequestError(f"length: {request.length} lies outside 1..{vocabulary.max_words} words", "length")
-    if request.reward is not None and not 0 <= request.reward < vocabulary.reward_bins:
-        raise RequestError(f"reward: {request.reward} lies outside bins 0..{vocabulary.reward_bins - 1}", "reward")
-    default = vocabulary.default(request.task)
-    words = default.words if request.length is None else request.length
-    reward = default.reward if request.reward is None else request.reward
-    return Command(task=request.task, words=words, reward=reward)
-
-
-def engine_request(ids: list[int], request: PromptsRequest, sampling: Sampling, *, context: int, end: int) -> dict[str, Any]:
-    """The OpenAI completions body, with vLLM's extra keys, that the engine is sent.
-
-    Args:
-        ids: the encoded intent and command.
-        context: tokens that the engine holds for intent, command and prompt together.
-        end: id of ``<|end|>``.
-
-    Raises:
-        RequestError: the intent leaves no room for a prompt, or several prompts are asked of greedy decoding.
-    """
-    room = context - sampling.max_tokens
-    if len(ids) > room:
-        raise RequestError(f"intent: too long for this model: {len(ids)} tokens with its command, at most {room}", "intent")
-    temperature = sampling.temperature if request.temperature is None else request.temperature
-    if temperature == 0 and request.n > 1:
-        raise RequestError("n: must be 1 at temperature 0, where every prompt would be the same", "n")
-    body: dict[str, Any] = {
-        **draws(sampling),
-        "prompt": ids,
-        "n": request.n,
-        "temperature": temperature,
-        "stop_token_ids": [end],
-    }
-    if request.seed is not None:
-        body["seed"] = request.seed
-    return body
-
-
-def answer(model: str, request: PromptsRequest, command: Command, completion: dict[str, Any]) -> PromptsResponse:
-    """The response from the engine's completion: ``choices`` with text and finish_reason, and ``usage``."""
-    prompts = []
-    for choice in completion["choices"]:
-        text = choice["text"].strip()
-        words = word_count(text)
-        on_length = None if command.words == ANY else words == command.words
-        prompts.append(Prompt(text=text, words=words, on_length=on_length, finish_reason=choice["finish_reason"]))
-    return PromptsResponse(
-        model=model,
-        task=request.task,
-        intent=request.intent,
-        command=CommandMeant(
-            words=None if command.words == ANY else command.words,
-            reward=None if command.reward == ANY else command.reward,
-        ),
-        prompts=prompts,
-        usage=Usage(**completion["usage"]),
-    )
-
-
-def model_card(model: str, created: int, vocabulary: Vocabulary) -> ModelCard:
-    tasks = {
-        name: TaskCard(default_words=t.default_words, default_reward=t.default_reward, usual_words=t.words)
-        for name, t in vocabulary.tasks.items()
-    }
-    return ModelCard(id=model, created=created, max_words=vocabulary.max_words, reward_bins=vocabulary.reward_bins, tasks=tasks)
+        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return JSONResponse({"error": self.detail().model_dump()}, self.status, headers)
 
 
 def validation_error(problems: list[Any]) -> RequestError:
-    """The first of pydantic's problems as a request error that names the field."""
-    problem = problems[0]
-    path = [str(part) for part in problem["loc"] if part != "body"]
+    """The first of pydantic's problems as a request error that names the key."""
+    # A union has a problem for each of its members: the one that got furthest into the request is the one that was meant.
+    same = [problem for problem in problems if problem["loc"][:2] == problems[0]["loc"][:2]]
+    problem = max(same, key=lambda one: len(one["loc"]))
     if problem["type"] == "json_invalid":
         return RequestError(f"the body is not JSON: {problem['ctx']['error']}", None, 400, "invalid_json")
+    # Behind the key pydantic names the member of a union that failed ("constrained-str", "Words"): no key of the request.
+    path = [str(part) for part in problem["loc"] if part not in ("body", "path", "query") and _is_key(part)]
     if not path:
         return RequestError("expected a JSON object, sent with Content-Type: application/json", None)
-    field = ".".join(path)
-    message = problem["msg"]
-    if problem["type"] == "extra_forbidden":
-        message = f"unknown key; allowed: {', '.join(PromptsRequest.model_fields)}"
-    elif problem["type"] == "missing":
-        message = "must be given"
-    return RequestError(f"{field}: {message}", field)
+    param = ".".join(path)
+    message = {"extra_forbidden": "unknown key", "missing": "must be given"}.get(problem["type"], problem["msg"])
+    if path == ["length"] and problem["type"] != "value_error":
+        message = "expected a number of words, {'min': a, 'max': b}, 'any' or null"
+    elif path[0] == "reward":
+        message = "expected a bin, 'any' or null"
+    return RequestError(f"{param}: {message}", param)
+
+
+def _is_key(part: int | str) -> bool:
+    return isinstance(part, int) or (part.isidentifier() and part not in ("str", "int", "float", "bool", "Words"))
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -204,8 +241,12 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _http(_: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code == 400:  # the one that FastAPI raises: the bytes are no JSON of a sane depth and size
+            return RequestError("the body is not JSON that can be read", None, 400, "invalid_json").response()
         kind = "not_found" if error.status_code == 404 else "invalid_request"
-        return RequestError(error.detail, None, error.status_code, kind).response()
+        response = RequestError(error.detail, None, error.status_code, kind).response()
+        response.headers.update(error.headers or {})
+        return response
 
     @app.exception_handler(Exception)
     async def _internal(_: Request, __: Exception) -> JSONResponse:

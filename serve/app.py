@@ -4,8 +4,10 @@ On a cluster the same application is deployed by ``serve deploy serve/config.yam
 deployments: the engine (serve/engine.py), which scales, and the ingress in front of it (serve/ingress.py).
 """
 
+import contextlib
 import errno
 import json
+import os
 import signal
 import socket
 import sys
@@ -15,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from serve.guard import is_loopback
+from serve.keys import KeyRing
 from udrl import cluster, commands, storage
 from udrl.commands import Vocabulary
 from udrl.errors import UserError, exit_code
@@ -62,15 +66,31 @@ def application(recipe: Recipe, student: str) -> "Application":
         UserError: no student is there, or the recipe's serve section does not fit it.
     """
     context, _ = inspect_student(recipe, student)
-    from serve import engine
-    from serve.ingress import Ingress
+    keys = read_keys(recipe)
+    from serve import engine, ingress
 
     try:
         llm = engine.deployment(recipe, student, context)
     except ValueError as error:  # Ray's checks of engine.kwargs and placement.accelerator
         raise UserError(f"serve: {' '.join(str(error).split())[:300]}; mend serve.engine or serve.placement") from error
-    ingress: Any = Ingress  # the decorators' own types hide the Deployment that they make
-    return ingress.bind(llm, recipe.name, student, recipe.serve.sampling.model_dump(), context)
+    return ingress.deployment(recipe, student, llm, keys)
+
+
+def read_keys(recipe: Recipe) -> KeyRing | None:
+    """The keys that the server takes; None where the recipe turns them off.
+
+    Raises:
+        UserError: no key is there, or keys are off on an address that others reach.
+    """
+    serve = recipe.serve
+    if serve.require_keys:
+        return KeyRing.read(serve.keys_file, os.environ)
+    if not is_loopback(serve.host):
+        raise UserError(
+            f"serve.host: {serve.host} is reachable by others and keys are off;"
+            " set serve.require_keys=true, or serve.host=127.0.0.1"
+        )
+    return None
 
 
 def inspect_student(recipe: Recipe, student: str) -> tuple[int, Vocabulary]:
@@ -161,6 +181,8 @@ def main(argv: Sequence[str]) -> None:
         print("serve: stopping", flush=True)
     finally:
         if ray.is_initialized():
+            with contextlib.suppress(Exception):  # it may never have come up
+                ray_serve.delete(NAME)  # lets requests in flight end, which shutdown does not
             ray_serve.shutdown()
             ray.shutdown()
 

@@ -1,57 +1,174 @@
-"""The engine deployment: ray.serve.llm's vLLM server, made to load an exported student.
+"""The engine deployment: ray.serve.llm's vLLM server, made to load an exported student and to write drafts.
 
 Importing this module imports vLLM (seconds, most of a gigabyte): only the builder and the engine's replicas do.
 """
 
 import asyncio
+import contextlib
+import json
+import os
 import tempfile
-from typing import Any
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, cast
 
 from ray.serve import Application
 from ray.serve.llm import LLMConfig, LLMServer, build_llm_deployment
+from ray.serve.llm.openai_api_models import CompletionRequest, ErrorResponse
 
-from udrl import storage
+from serve.drafts import Ask, Draft, Drawn, Piece, Refused
+from udrl import commands, storage
+from udrl.commands import Command, Vocabulary
+from udrl.policies.policy import draws
 from udrl.policies.settings import bundles, engine_kwargs, environment
-from udrl.recipe import Recipe, Serve
+from udrl.recipe import Recipe, Sampling, Serve
+from udrl.student import tokenizer as tokenizers
+from udrl.student.export import TRAINING
 from udrl.student.policy import fit
 
 
 class StudentServer(LLMServer):
-    """Ray's LLM server for a student under any URI that pyarrow opens, with a plain-data method for the ingress.
+    """Ray's LLM server for a student under any URI that pyarrow opens, with methods that take an intent and a command.
 
     Ray's own mirror takes s3, gs, abfss and azure alone, caches by model id (a retrained student of the same name would be
     mixed with the old files) and only logs a failed download (CloudModelDownloader.get_model in
     ray/llm/_internal/common/utils/download_utils.py).
+
+    The tokenizer and the command vocabulary are those of the weights here: while an update replaces engines one by one, none
+    is sent the token ids of another student.
     """
 
-    async def __init__(self, llm_config: LLMConfig, student: str) -> None:  # type: ignore[misc]  # Serve awaits constructors
+    async def __init__(self, llm_config: LLMConfig, student: str, sampling: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits constructors
         # hf_model_id is where Ray itself puts a downloaded model's folder (initialize_node in
         # ray/llm/_internal/serve/utils/node_initialization_utils.py); the engine then loads it as a local path.
         engine_config: Any = llm_config.get_engine_config()
-        engine_config.hf_model_id = await asyncio.to_thread(local_folder, student)
+        folder = await asyncio.to_thread(local_folder, student)
+        engine_config.hf_model_id = folder
+        self.sampling = Sampling(**sampling)
+        self.context = int(llm_config.engine_kwargs["max_model_len"])
+        self.tokenizer, self.vocabulary = tokenizers.load(folder), Vocabulary.load(folder)
+        self.end = tokenizers.control_ids(self.tokenizer, [commands.END])[0]
+        facts = storage.join(folder, TRAINING)
+        self.revision: str | None = storage.read_json(facts).get("weights") if storage.exists(facts) else None
+        self.writing, self.given_up = 0, 0  # requests in this replica; those that ended before their answer
         await super().__init__(llm_config)
+        await self._warm_up()
 
-    async def write(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Complete token ids: the body of an OpenAI completion request in, ``choices`` and ``usage`` out.
+    async def _warm_up(self) -> None:
+        """Write once at the sizes that come: kernels are compiled and caches touched before a client waits for it."""
+        task = next(iter(self.vocabulary.tasks))
+        for n in (1, 8):
+            await self.draw(Ask(intent="warm up", task=task, words=commands.ANY, reward=commands.ANY, n=n))
 
-        Plain data on both sides, so that the ingress need not import vLLM.
+    async def draw(self, ask: Ask) -> Drawn | Refused:
+        """Write drafts; all of them at once.
 
         Raises:
-            RuntimeError: the engine refused the request. The ingress has validated it, so that is a fault of ours.
+            RuntimeError: the engine failed or refused what was validated here.
         """
-        from ray.serve.llm.openai_api_models import CompletionRequest, ErrorResponse
-
-        request = CompletionRequest(model=self._llm_config.model_id, **body)
-        # A request that does not stream yields once.
-        answers = [answer async for answer in await self.completions(request)]
-        completion: Any = answers[0]
-        if isinstance(completion, ErrorResponse):
-            raise RuntimeError(f"the engine refused a request: {completion.error.message}")
+        body = self._body(ask)
+        if "refused" in body:
+            return cast(Refused, body)
+        with self._counted():
+            # A request that does not stream yields once.
+            answers = [answer async for answer in await self.completions(self._request(body))]
+            completion: Any = answers[0]
+            if isinstance(completion, ErrorResponse):  # vLLM makes one of a cancelled request, too
+                raise RuntimeError(f"the engine failed: {completion.error.message}")
+        made = {choice.index: _draft(choice.text, choice.finish_reason) for choice in completion.choices}
         usage = completion.usage
-        return {
-            "choices": [{"text": choice.text, "finish_reason": choice.finish_reason} for choice in completion.choices],
-            "usage": {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens or 0},
-        }
+        return self._drawn(made, usage.prompt_tokens, usage.completion_tokens or 0)
+
+    async def stream(self, ask: Ask) -> AsyncIterator[list[Piece] | Drawn | Refused]:
+        """As :meth:`draw`, with the pieces of the drafts before it, gathered over 50 ms."""
+        body = self._body(ask)
+        if "refused" in body:
+            yield cast(Refused, body)
+            return
+        with self._counted():
+            texts: dict[int, str] = {}
+            reasons: dict[int, str] = {}
+            usage: dict[str, int] = {}
+            request = self._request({**body, "stream": True, "stream_options": {"include_usage": True}})
+            async for lines in await self.completions(request):
+                pieces: list[Piece] = []
+                for line in lines if isinstance(lines, list) else [lines]:
+                    if isinstance(line, ErrorResponse):
+                        raise RuntimeError(f"the engine failed: {line.error.message}")
+                    for chunk in _chunks(line):
+                        usage = chunk.get("usage") or usage
+                        for choice in chunk.get("choices", ()):
+                            index = choice["index"]
+                            # The first word is written with its leading space.
+                            text = choice["text"] if texts.get(index) else choice["text"].lstrip()
+                            texts[index] = texts.get(index, "") + text
+                            if choice.get("finish_reason"):
+                                reasons[index] = choice["finish_reason"]
+                            if text:
+                                pieces.append(Piece(index=index, text=text))
+                if pieces:
+                    yield pieces
+            made = {index: _draft(text, reasons.get(index)) for index, text in texts.items()}
+            yield self._drawn(made, usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0))
+
+    def state(self) -> dict[str, Any]:
+        """For tests and for people: what this replica serves and how many requests it is at."""
+        return {"revision": self.revision, "writing": self.writing, "given_up": self.given_up, "pid": os.getpid()}
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        self.writing += 1
+        try:
+            yield
+        except BaseException:
+            self.given_up += 1
+            raise
+        finally:
+            self.writing -= 1
+
+    def _body(self, ask: Ask) -> dict[str, Any]:
+        """The OpenAI completions body, with vLLM's extra keys, that the engine is sent."""
+        command = Command(task=ask["task"], words=ask["words"], reward=ask["reward"])
+        try:
+            ids = tokenizers.encode_request(self.tokenizer, self.vocabulary, ask["intent"], command)
+        except ValueError as error:  # the ingress has another student's vocabulary: an update is under way
+            return {**Refused(refused=str(error), param=None, retry=True)}
+        drawn = draws(self.sampling) | {name: ask[name] for name in ("temperature", "top_p", "seed") if name in ask}
+        drawn["max_tokens"] = min(ask.get("max_tokens", self.sampling.max_tokens), self.sampling.max_tokens)
+        room = self.context - self.sampling.max_tokens
+        if len(ids) > room:
+            said = f"too long for this model: {len(ids)} tokens with its command, at most {room}"
+            return {**Refused(refused=said, param="intent", retry=False)}
+        # The id is our own: Ray would give all of one HTTP request's drafts that request's id.
+        return {**drawn, "prompt": ids, "n": ask["n"], "stop_token_ids": [self.end], "request_id": uuid.uuid4().hex}
+
+    def _request(self, body: dict[str, Any]) -> Any:
+        return CompletionRequest(model=self._llm_config.model_id, **body)
+
+    def _drawn(self, made: dict[int, Draft], prompt_tokens: int, completion_tokens: int) -> Drawn:
+        drafts = [made[index] for index in sorted(made)]
+        return Drawn(drafts=drafts, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, revision=self.revision)
+
+
+def _draft(text: str, reason: str | None) -> Draft:
+    return Draft(text=text.strip(), finish_reason="stop" if reason == "stop" else "length")
+
+
+def _chunks(lines: str) -> list[dict[str, Any]]:
+    """The objects of ``data:`` lines.
+
+    Raises:
+        RuntimeError: one of them is an error, which vLLM sends in the midst of a stream.
+    """
+    found = []
+    for line in lines.splitlines():
+        data = line.removeprefix("data: ")
+        if data != line and data != "[DONE]":
+            chunk = json.loads(data)
+            if "error" in chunk:
+                raise RuntimeError(f"the engine failed: {chunk['error']}")
+            found.append(chunk)
+    return found
 
 
 def local_folder(student: str) -> str:
@@ -75,14 +192,27 @@ def deployment(recipe: Recipe, student: str, context: int) -> Application:
             # Ray adds the replica actor's CPUs (1 unless said) to the first bundle: on two cores that would take both.
             "ray_actor_options": {"num_cpus": 0},
             "max_ongoing_requests": max(wanted.target_ongoing_requests, wanted.engine.max_num_seqs),
+            "max_queued_requests": wanted.queue,
             "autoscaling_config": {
                 "min_replicas": wanted.min_replicas,
                 "max_replicas": wanted.max_replicas,
                 "target_ongoing_requests": wanted.target_ongoing_requests,
+                "upscale_delay_s": wanted.upscale_delay_s,
+                "downscale_delay_s": wanted.downscale_delay_s,
+                "downscale_to_zero_delay_s": wanted.to_zero_delay_s,
+                "metrics_interval_s": 1,
+                "look_back_period_s": 5,
             },
+            # A new engine stands warm before an old one is stopped, and that one ends what it has begun.
+            "max_surge_percent": 100,
+            "graceful_shutdown_wait_loop_s": 0.5,
+            "graceful_shutdown_timeout_s": wanted.request_timeout_s + 5,
+            "health_check_period_s": 2,
+            "health_check_timeout_s": 30,
         },
     )
-    return build_llm_deployment(config, deployment_cls=StudentServer, bind_kwargs={"student": student})
+    kwargs = {"student": student, "sampling": wanted.sampling.model_dump()}
+    return build_llm_deployment(config, deployment_cls=StudentServer, bind_kwargs=kwargs)
 
 
 def _bundles(wanted: Serve) -> list[dict[str, float]]:

@@ -1,90 +1,149 @@
-"""The ingress deployment: HTTP in front of the engine. It validates, encodes, asks the engine and says what was achieved.
+"""The ingress deployment: HTTP in front of the engines. It validates, asks an engine and says what was achieved.
 
-It imports no vLLM: a replica starts in seconds and holds a tokenizer, no model.
+It imports no vLLM: a replica starts in seconds and holds no model.
 """
 
-import tempfile
+import asyncio
+import contextlib
+import logging
 import time
-from pathlib import Path
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.responses import HTMLResponse
 from ray import serve as ray_serve
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from serve import api
+from serve import web
+from serve.api import RequestError
+from serve.drafts import Ask, Drawn, Piece
+from serve.keys import KeyRing
+from serve.metrics import RayMeters
+from serve.service import Service
 from udrl import commands, storage
 from udrl.commands import Vocabulary
-from udrl.recipe import Sampling
-from udrl.student import tokenizer as student_tokenizer
+from udrl.recipe import Recipe, Serve
 
-PLAYGROUND = Path(__file__).parent / "playground" / "index.html"
-# The page carries all it needs; nothing it could be made to contain may load or send anything elsewhere.
-PLAYGROUND_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
-}
-
-# FastAPI's own /docs page loads its scripts from a public host.
-app = FastAPI(title="udrl", docs_url=None, redoc_url=None)
-api.install_error_handlers(app)
+log = logging.getLogger("ray.serve")
 
 
-def local_tokenizer(student: str) -> str:
-    """A local folder with the student's tokenizer and command vocabulary, without its weights."""
-    # Stands above the class that uses it: Serve pickles a deployment by value where it is decorated, with the module's
-    # names as they are by then.
-    if storage.is_local(student):
-        return storage.open_filesystem(student)[1]
-    folder = tempfile.mkdtemp(prefix="udrl-tokenizer-")
-    for name in storage.list_files(student):
-        if name.endswith(".json"):
-            Path(folder, name).write_bytes(storage.read_bytes(storage.join(student, name)))
-    return folder
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Say what a failed call of an engine means to the client. All of it is worth another try but a refusal."""
+    try:
+        yield
+    except BackPressureError:
+        raise RequestError("too many requests are waiting; try again", None, 503, "overloaded", 1) from None
+    except (DeploymentUnavailableError, ReplicaUnavailableError, RayActorError) as error:
+        log.warning("an engine was lost: %s", error)
+        raise RequestError("the engine that wrote this was lost; try again", None, 503, "engine_lost", 1) from None
+    except (RayTaskError, RayError) as error:
+        # The engine's process may have died inside its replica, which Serve then replaces.
+        log.error("an engine failed: %s", error)
+        raise RequestError("the engine failed; try again", None, 503, "engine_lost", 1) from None
 
 
-# No whole CPU: the engine's placement group may hold every one. Serve's default of 5 ongoing requests would starve it.
-@ray_serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000)
-@ray_serve.ingress(app)
+def _accepted(answer: Any) -> Any:
+    """Raises:
+    RequestError: the engine refused what it was asked.
+    """
+    if isinstance(answer, dict) and "refused" in answer:
+        if answer["retry"]:
+            raise RequestError(f"the model is being replaced ({answer['refused']}); try again", None, 503, "updating", 2)
+        raise RequestError(f"{answer['param']}: {answer['refused']}", answer["param"])
+    return answer
+
+
+class HandleEngine:
+    """The engines behind a Serve handle. Giving up a call cancels what the engine writes for it."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self.handle = handle
+        self.streams = handle.options(stream=True)
+
+    async def draw(self, ask: Ask) -> Drawn:
+        response = self.handle.draw.remote(ask)
+        try:
+            with told():
+                return _accepted(await response)
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+
+    async def stream(self, ask: Ask) -> AsyncGenerator[list[Piece] | Drawn, None]:
+        response = self.streams.stream.remote(ask)
+        ended = False
+        try:
+            with told():
+                async for item in response:
+                    yield _accepted(item)
+            ended = True
+        finally:
+            if not ended:
+                response.cancel()
+
+
+class Readiness:
+    """Whether an engine runs, as Serve's controller has it; asked once a second at most."""
+
+    def __init__(self, application: str, deployment: str) -> None:
+        self.application, self.deployment = application, deployment
+        self.asked, self.known = -1.0, False
+
+    async def __call__(self) -> bool:
+        if time.monotonic() - self.asked > 1:
+            self.known = await asyncio.to_thread(self._ask)
+            self.asked = time.monotonic()
+        return self.known
+
+    def _ask(self) -> bool:
+        application = ray_serve.status().applications.get(self.application)
+        engine = application.deployments.get(self.deployment) if application else None
+        # A replica is RUNNING once its constructor is through, which ends with the warm-up. Scaled to zero, the next request
+        # starts one.
+        return engine is not None and (
+            engine.replica_states.get("RUNNING", 0) > 0 or (not engine.replica_states and str(engine.status.value) == "HEALTHY")
+        )
+
+
+@ray_serve.ingress()
 class Ingress:
     """Answers for one student.
 
     Args:
         engine: handle of :class:`serve.engine.StudentServer`.
         student: path or URI of the exported student.
-        sampling: a recipe's sampling section, as plain values.
-        context: tokens that the engine holds for intent, command and prompt together.
+        settings: the recipe's serve section, as plain values.
+        keys: names and hashes of the keys; None: keys are off.
     """
 
-    def __init__(self, engine: DeploymentHandle, model: str, student: str, sampling: dict[str, Any], context: int) -> None:
-        folder = local_tokenizer(student)
-        self.engine = engine
-        self.model = model
-        self.sampling = Sampling(**sampling)
-        self.context = context
-        self.vocabulary = Vocabulary.load(folder)
-        self.tokenizer = student_tokenizer.load(folder)
-        self.end = student_tokenizer.control_ids(self.tokenizer, [commands.END])[0]
-        self.card = api.model_card(model, int(time.time()), self.vocabulary)
+    def __init__(
+        self, engine: DeploymentHandle, model: str, student: str, settings: dict[str, Any], keys: dict[str, str] | None
+    ) -> None:
+        vocabulary = Vocabulary.model_validate(storage.read_json(storage.join(student, commands.FILE)))
+        self.service = Service(HandleEngine(engine), model, vocabulary, Serve(**settings), RayMeters())
+        self.keys = None if keys is None else KeyRing(keys)
+        self.ready = Readiness(ray_serve.get_replica_context().app_name, engine.deployment_name)
 
-    @app.post("/v1/prompts")
-    async def prompts(self, request: api.PromptsRequest) -> api.PromptsResponse:
-        command = api.resolve(request, self.vocabulary)
-        # Token ids, not text, go to the engine: its tokenizer would turn "<|reward:4|>" in an intent into a command.
-        ids = student_tokenizer.encode_request(self.tokenizer, self.vocabulary, request.intent, command)
-        body = api.engine_request(ids, request, self.sampling, context=self.context, end=self.end)
-        return api.answer(self.model, request, command, await self.engine.write.remote(body))
+    async def __serve_build_asgi_app__(self) -> FastAPI:
+        return web.create(self.service, self.keys, self.ready)
 
-    @app.get("/v1/models")
-    async def models(self) -> api.ModelList:
-        return api.ModelList(data=[self.card])
 
-    @app.get("/healthz")
-    async def healthz(self) -> dict[str, str]:
-        """The ingress is up. The engine's health is Serve's to watch: it restarts a replica that fails its check."""
-        return {"status": "ok", "model": self.model}
-
-    @app.get("/", response_class=HTMLResponse)
-    async def playground(self) -> HTMLResponse:
-        return HTMLResponse(PLAYGROUND.read_text(encoding="utf-8"), headers=PLAYGROUND_HEADERS)
+def deployment(recipe: Recipe, student: str, engine: Any, keys: KeyRing | None) -> Any:
+    """The ingress in front of ``engine``, as a Serve application."""
+    wanted = recipe.serve
+    made: Any = ray_serve.deployment(
+        name="Ingress",
+        num_replicas=wanted.ingress_replicas,
+        # No whole CPU: the engine's placement group may hold every one.
+        ray_actor_options={"num_cpus": 0},
+        # What is too much is said by us, in our error shape: Serve's own limit lies beyond it.
+        max_ongoing_requests=10_000,
+        max_surge_percent=100,
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=wanted.request_timeout_s + 5,
+        health_check_period_s=2,
+    )(Ingress)
+    return made.bind(engine, recipe.name, student, wanted.model_dump(), None if keys is None else keys.entries)

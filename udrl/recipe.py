@@ -304,12 +304,41 @@ class Evaluate(Section):
         return self
 
 
+class ServeLimits(Section):
+    """What one request, and one key, may ask of the server."""
+
+    body_bytes: int = Field(65_536, ge=1024)
+    intent_characters: int = Field(2000, ge=1)
+    prompts: int = Field(16, ge=1, le=64, description="n: prompts a request wants of each task")
+    batch: int = Field(64, ge=1, description="intents of one batch request, prompts of one OpenAI request")
+    concurrent: int = Field(64, ge=1, description="requests that one key may have running at a time")
+    per_minute: int = Field(6000, ge=1, description="requests that one key may send a minute")
+
+
+class Redraft(Section):
+    """How hard the server tries to keep a length that was asked for."""
+
+    rounds: int = Field(2, ge=0, le=16, description="times that missed prompts are written again")
+    samples: int = Field(4, ge=1, le=16, description="drafts a round for each missed prompt")
+
+
 class Serve(Section):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
-    min_replicas: int = Field(1, ge=0)
+    require_keys: bool = Field(True, description="false: no key is asked for, and then only loopback is answered")
+    keys_file: str | None = Field(None, description="file of `python -m serve.keys new NAME`; default: $UDRL_API_KEYS")
+    cors_origins: list[str] = Field(default_factory=list, description="origins whose pages may call the server")
+    ingress_replicas: int = Field(1, ge=1, description="each enforces its share of a key's limits")
+    min_replicas: int = Field(1, ge=0, description="engines; 0 lets the last one go after to_zero_delay_s without a request")
     max_replicas: int = Field(2, ge=1)
-    target_ongoing_requests: int = Field(32, ge=1)
+    target_ongoing_requests: int = Field(32, ge=1, description="requests an engine is to have; more, and another is started")
+    upscale_delay_s: float = Field(5, ge=0)
+    downscale_delay_s: float = Field(300, ge=0)
+    to_zero_delay_s: float = Field(900, ge=0)
+    queue: int = Field(64, ge=0, description="requests that may wait for an engine; further ones are answered with 503")
+    request_timeout_s: float = Field(30, gt=0)
+    redraft: Redraft = Redraft()
+    limits: ServeLimits = ServeLimits()
     sampling: Sampling = Sampling(temperature=0.7)
     engine: Engine = Engine(max_model_len=256, max_num_seqs=64)
     placement: Placement = Placement()

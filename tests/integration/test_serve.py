@@ -3,180 +3,212 @@
 One deployment for the module: starting the engine is most of the time.
 """
 
+import json
 import socket
-from collections.abc import Iterator
-from pathlib import Path
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
-import numpy as np
+import openai
 import pytest
+from students import MAX_WORDS, TASKS, export_tiny_student, free_port
 
 from serve import app
-from udrl import commands
-from udrl.student import tokenizer as student_tokenizer
 
-TASKS = ["text_to_image", "image_search"]
-MAX_WORDS = 12
-
-
-def export_tiny_student(folder: Path) -> None:
-    """An untrained GPT-2 exported as a real student is: weights, tokenizer, commands.json."""
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    rng = np.random.default_rng(0)
-    columns = {
-        "task": np.repeat(TASKS, 40),
-        "intent_id": np.arange(80) // 4,
-        "n_words": rng.integers(3, MAX_WORDS, 80),
-        "reward": rng.random(80),
-        "relevance": rng.random(80),
-    }
-    vocabulary, _ = commands.learn(TASKS, columns, max_words=MAX_WORDS, reward_bins=5, rank_within="task")
-    words = ["watercolour", "dinosaur", "birthday", "card", "poster", "lighthouse", "soft", "morning", "light", "garden"]
-    texts = [" " + " ".join(rng.choice(words, 6)) for _ in range(200)]
-    tokenizer = student_tokenizer.train(texts, vocabulary, vocab_size=400)
-    end, pad = student_tokenizer.control_ids(tokenizer, [commands.END, commands.PAD])
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=128,
-        n_embd=128,
-        n_layer=2,
-        n_head=2,
-        bos_token_id=end,
-        eos_token_id=end,
-        pad_token_id=pad,
-    )
-    GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    vocabulary.save(str(folder))
+SETTINGS = {
+    "require_keys": False,
+    "redraft": {"rounds": 1},  # untrained, it hardly ever ends a prompt
+    "sampling": {"max_tokens": 96},
+    "engine": {"max_num_seqs": 8},  # a queue that a test can fill
+    "target_ongoing_requests": 8,
+    "queue": 8,
+    "max_replicas": 1,
+    "limits": {"concurrent": 1000, "per_minute": 1_000_000},
+}
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+class Served:
+    """The application under test, and its engine's handle."""
+
+    def __init__(self, url: str, revision: str) -> None:
+        from ray import serve as ray_serve
+
+        self.url, self.revision = url, revision
+        self.http = httpx.Client(base_url=url, timeout=60)
+        self.engine = ray_serve.get_deployment_handle("StudentServer:tiny", app.NAME)
+
+    def state(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.engine.state.remote().result(timeout_s=30)
+        return found
+
+    def until(self, what: str, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """The engine's state once it is as wanted."""
+        deadline = time.monotonic() + 60
+        while not wanted(state := self.state()):
+            assert time.monotonic() < deadline, f"{what}: {state}"
+        return state
+
+    def post(self, **changes: Any) -> httpx.Response:
+        return self.http.post("/v1/prompts", json={"intent": "a dinosaur birthday card", "task": TASKS[0], **changes})
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     import ray
     from ray import serve as ray_serve
 
     run = tmp_path_factory.mktemp("run")
-    export_tiny_student(run / "student")
+    revision = export_tiny_student(run / "student")
     recipe = run / "recipe.yaml"
-    recipe.write_text(f"name: tiny\nstorage: {run}\ntasks: {TASKS}\nintents: {{limit: 9}}\n")
+    text = {"name": "tiny", "storage": str(run), "tasks": TASKS, "intents": {"limit": 9}, "serve": SETTINGS}
+    recipe.write_text(json.dumps(text))
     port = free_port()
     ray.init(address="local", num_cpus=2, include_dashboard=False)
     try:
         ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
         # The recipe's engine holds 256 tokens, the student 128: the student is the one to follow.
-        ray_serve.run(app.build({"recipe": str(recipe), "overrides": ["serve.sampling.max_tokens=32"]}), name=app.NAME)
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-            yield client
+        ray_serve.run(app.build({"recipe": str(recipe)}), name=app.NAME)
+        yield Served(f"http://127.0.0.1:{port}", revision)
     finally:
         ray_serve.shutdown()
         ray.shutdown()
 
 
-def _post(client: httpx.Client, **changes: Any) -> httpx.Response:
-    return client.post("/v1/prompts", json={"intent": "a dinosaur birthday card", "task": TASKS[0], **changes})
-
-
-def test_n_prompts_come_back_with_what_each_achieved(client: httpx.Client) -> None:
-    response = _post(client, length=8, n=3)
+def test_n_prompts_come_back_with_what_each_achieved(served: Served) -> None:
+    response = served.post(length=8, n=3)
     assert response.status_code == 200, response.text
     body = response.json()
-    assert (body["model"], body["task"], body["intent"]) == ("tiny", TASKS[0], "a dinosaur birthday card")
-    assert body["command"] == {"words": 8, "reward": 4}
+    assert (body["model"], body["revision"], body["intent"]) == ("tiny", served.revision, "a dinosaur birthday card")
     assert len(body["prompts"]) == 3
     for prompt in body["prompts"]:
+        assert prompt["command"] == {"words": 8, "reward": 4}
         assert prompt["words"] == len(prompt["text"].split())
         assert prompt["on_length"] == (prompt["words"] == 8)
         assert prompt["finish_reason"] in ("stop", "length")
         assert "<|" not in prompt["text"]
+    assert len({prompt["text"] for prompt in body["prompts"]}) == 3
     assert body["usage"]["prompt_tokens"] > 3
-    assert 3 <= body["usage"]["completion_tokens"] <= 3 * 32
+    assert 3 <= body["usage"]["completion_tokens"] <= body["usage"]["drafts"] * 96
 
 
-def test_a_command_left_out_is_the_models_default(client: httpx.Client) -> None:
-    card = client.get("/v1/models").json()["data"][0]["tasks"][TASKS[1]]
-    command = _post(client, task=TASKS[1]).json()["command"]
-    assert command == {"words": card["default_words"], "reward": card["default_reward"]}
-
-
-def test_one_seed_writes_one_prompt(client: httpx.Client) -> None:
-    first, second = (_post(client, seed=11, n=1).json()["prompts"] for _ in range(2))
+def test_one_seed_writes_one_prompt(served: Served) -> None:
+    first, second = (served.post(seed=11, n=6).json()["prompts"] for _ in range(2))
     assert first == second
-    assert first != _post(client, seed=12, n=1).json()["prompts"]
+    assert first != served.post(seed=12, n=6).json()["prompts"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "field"),
-    [
-        ({"task": "sculpture"}, "task"),
-        ({"length": MAX_WORDS + 1}, "length"),
-        ({"length": 0}, "length"),
-        ({"reward": 5}, "reward"),
-        ({"n": 17}, "n"),
-        ({"n": 2, "temperature": 0}, "n"),
-        ({"intent": ""}, "intent"),
-        ({"intent": "lighthouse 7 " * 150}, "intent"),  # within the characters, not within the model's tokens
-        ({"words": 8}, "words"),
-    ],
-)
-def test_a_bad_request_is_422_and_names_the_field(client: httpx.Client, changes: dict[str, Any], field: str) -> None:
-    response = _post(client, **changes)
-    assert response.status_code == 422
-    assert response.json()["error"]["field"] == field
+def test_a_stream_is_what_its_prompts_say(served: Served) -> None:
+    deltas: dict[int, str] = {}
+    last: dict[str, Any] = {}
+    redrafted = set()
+    with served.http.stream("POST", "/v1/prompts", json={"intent": "a card", "task": "all", "n": 2, "stream": True}) as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        for line in stream.iter_lines():
+            if line.startswith("event: "):
+                event = line.removeprefix("event: ")
+            elif line.startswith("data: "):
+                data = json.loads(line.removeprefix("data: "))
+                if event == "delta":
+                    deltas[data["index"]] = deltas.get(data["index"], "") + data["text"]
+                elif event == "redraft":
+                    redrafted.add(data["index"])
+                elif event == "prompt" and data["index"] not in redrafted:
+                    assert data["text"] == deltas[data["index"]].strip()
+                last = {"event": event, **data}
+    assert set(deltas) == {0, 1, 2, 3}
+    assert last["event"] == "done"
+    assert last["revision"] == served.revision
+    assert last["usage"]["completion_tokens"] > 4
 
 
-def test_bad_json_is_400(client: httpx.Client) -> None:
-    response = client.post("/v1/prompts", content=b"{", headers={"Content-Type": "application/json"})
-    assert response.status_code == 400
-    assert response.json()["error"]["type"] == "invalid_json"
+def test_openais_client_is_served_unchanged(served: Served) -> None:
+    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+    answer = client.completions.create(model=f"tiny:{TASKS[1]}", prompt="a garden", n=2, max_tokens=4)
+    assert len(answer.choices) == 2
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens <= 8
+    stream = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "a garden"}], stream=True, extra_body={"task": TASKS[0]}
+    )
+    chunks = [chunk.choices[0] for chunk in stream]
+    assert "".join(chunk.delta.content or "" for chunk in chunks)
+    assert chunks[-1].finish_reason in ("stop", "length")
 
 
-def test_control_tokens_in_an_intent_are_only_text(client: httpx.Client) -> None:
-    plain = _post(client, intent="card").json()["usage"]["prompt_tokens"]
-    response = _post(client, intent="card <|reward:4|><|end|>")
-    assert response.status_code == 200
+def test_control_tokens_in_an_intent_are_only_text(served: Served) -> None:
+    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+
+    def tokens(intent: str) -> int:
+        usage = client.completions.create(model=f"tiny:{TASKS[0]}", prompt=intent, max_tokens=1).usage
+        assert usage is not None
+        return usage.prompt_tokens
+
     # As control tokens they would be two; as text they are spelled out.
-    assert response.json()["usage"]["prompt_tokens"] > plain + 10
-    assert response.json()["prompts"][0]["text"]
+    assert tokens("card <|reward:4|><|end|>") > tokens("card") + 10
 
 
-def test_the_engine_never_sees_more_than_it_holds(client: httpx.Client) -> None:
-    room = 128 - 32
-    longest = next(n for n in range(room, 0, -1) if _post(client, intent="é" * n).status_code == 200)
-    assert _post(client, intent="é" * (longest + 1)).status_code == 422
+def test_the_engine_never_sees_more_than_it_holds(served: Served) -> None:
+    room = 128 - 96
+    longest = next(n for n in range(room, 0, -1) if served.post(intent="é" * n).status_code == 200)
+    refused = served.post(intent="é" * (longest + 1))
+    assert (refused.status_code, refused.json()["error"]["param"]) == (422, "intent")
 
 
-def test_models_says_what_can_be_commanded(client: httpx.Client) -> None:
-    models = client.get("/v1/models").json()
-    (card,) = models["data"]
-    assert (models["object"], card["object"], card["id"]) == ("list", "model", "tiny")
-    assert (card["max_words"], card["reward_bins"], list(card["tasks"])) == (MAX_WORDS, 5, TASKS)
+def test_it_is_ready_and_says_who_it_is(served: Served) -> None:
+    assert served.http.get("/healthz").json() == {"status": "ok", "model": "tiny"}
+    assert served.http.get("/readyz").json() == {"status": "ready", "model": "tiny"}
+    assert served.http.get("/v1/models").json()["data"][0]["max_words"] == MAX_WORDS
+    assert "<!doctype html>" in served.http.get("/").text
+    assert served.http.get("/nowhere").json()["error"]["type"] == "not_found"
 
 
-def test_health_playground_and_unknown_paths(client: httpx.Client) -> None:
-    assert client.get("/healthz").json() == {"status": "ok", "model": "tiny"}
-    page = client.get("/")
-    assert page.status_code == 200
-    assert page.headers["content-type"].startswith("text/html")
-    assert "default-src 'none'" in page.headers["content-security-policy"]
-    assert "<title>Prompt playground</title>" in page.text
-    assert client.get("/nowhere").json()["error"]["type"] == "not_found"
+def test_only_loopback_is_answered_without_keys(served: Served) -> None:
+    rebound = served.http.get("/v1/models", headers={"Host": "evil.example"})
+    assert (rebound.status_code, rebound.json()["error"]["type"]) == (403, "forbidden")
 
 
-def test_requests_at_once_are_all_answered(client: httpx.Client) -> None:
-    from concurrent.futures import ThreadPoolExecutor
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_ends_its_generation(served: Served, stream: bool) -> None:
+    before = served.state()["given_up"]
+    # 16 prompts of up to 96 tokens on 8 places at a time: long enough to be met in the midst.
+    asked = {"intent": "a card", "task": "all", "n": 16, "temperature": 2.0, "stream": stream}
+    body = json.dumps(asked).encode()
+    head = (
+        f"POST /v1/prompts HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", httpx.URL(served.url).port or 0)) as wire:
+        wire.sendall(head.encode() + body)
+        if stream:
+            wire.recv(4096)
+        else:
+            served.until("it writes", lambda state: state["writing"] > 0)
+    served.until("given up", lambda state: state["given_up"] > before and state["writing"] == 0)
 
-    with ThreadPoolExecutor(24) as threads:
-        answers = list(threads.map(lambda i: _post(client, n=1 + i % 3, length=1 + i % MAX_WORDS), range(48)))
-    assert [a.status_code for a in answers] == [200] * 48
-    assert [len(a.json()["prompts"]) for a in answers] == [1 + i % 3 for i in range(48)]
-    assert [a.json()["command"]["words"] for a in answers] == [1 + i % MAX_WORDS for i in range(48)]
+
+def test_what_is_too_much_is_told_to_come_back_and_the_rest_is_answered(served: Served) -> None:
+    with ThreadPoolExecutor(60) as threads:
+        answers = list(threads.map(lambda i: served.post(n=4, length=1 + i % MAX_WORDS), range(120)))
+    statuses = Counter(answer.status_code for answer in answers)
+    assert set(statuses) == {200, 503}, statuses
+    for answer in answers:
+        if answer.status_code == 503:
+            assert answer.json()["error"]["type"] == "overloaded"
+            assert int(answer.headers["retry-after"]) >= 1
+    assert served.post().status_code == 200
+
+
+def test_what_was_served_is_counted(served: Served) -> None:
+    served.post(task=TASKS[1])
+    wanted = [
+        "ray_udrl_serve_requests_total",
+        "ray_udrl_serve_prompts_total",
+        "ray_udrl_serve_tokens_total",
+        f'task="{TASKS[1]}"',
+    ]
+    deadline = time.monotonic() + 60  # Ray's processes report every 10 s
+    while missing := [name for name in wanted if name not in (page := served.http.get("/metrics").text)]:
+        assert time.monotonic() < deadline, f"{missing} not in\n{page}"
+        time.sleep(0.5)

@@ -1,0 +1,94 @@
+"""The serve command line and its builder, as far as they go without Ray."""
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from served import vocabulary as made_vocabulary
+
+from serve import app
+from udrl.commands import Vocabulary
+from udrl.errors import UserError, exit_code
+from udrl.recipe import Recipe
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def vocabulary() -> Vocabulary:
+    return made_vocabulary()
+
+
+def _recipe(folder: Path, **changes: Any) -> Recipe:
+    return Recipe(name="r", storage=str(folder), tasks=["text_to_image"], intents={"limit": 9}, **changes)  # type: ignore[arg-type]
+
+
+def _export(folder: Path, vocabulary: Vocabulary, positions: int) -> str:
+    folder.mkdir()
+    vocabulary.save(str(folder))
+    (folder / "config.json").write_text(json.dumps({"n_positions": positions}))
+    return str(folder)
+
+
+def test_the_engine_holds_no_more_than_the_student_has_positions(tmp_path: Path, vocabulary: Vocabulary) -> None:
+    student = _export(tmp_path / "student", vocabulary, 128)
+    assert app.inspect_student(_recipe(tmp_path), student) == (128, vocabulary)
+    with pytest.raises(UserError, match=r"serve.sampling.max_tokens: 128 leaves no room"):
+        app.inspect_student(_recipe(tmp_path, serve={"sampling": {"max_tokens": 128}}), student)
+
+
+def test_a_broken_export_is_one_clear_line(tmp_path: Path, vocabulary: Vocabulary) -> None:
+    student = _export(tmp_path / "student", vocabulary, 128)
+    Path(student, "commands.json").write_text("{")
+    with pytest.raises(UserError, match="unreadable") as caught:
+        app.inspect_student(_recipe(tmp_path), student)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def _recipe_file(tmp_path: Path) -> str:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"name: r\nstorage: {tmp_path}/run\ntasks: [text_to_image]\nintents: {{limit: 9}}\n")
+    return str(path)
+
+
+def test_serving_before_training_exits_2_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(app.main, [_recipe_file(tmp_path)]) == 2
+    line = capsys.readouterr().err.strip()
+    assert line.startswith(f"error: student {tmp_path}/run/student: no exported model here")
+    assert "\n" not in line
+
+
+def test_a_busy_port_exits_2_with_one_line(tmp_path: Path, vocabulary: Vocabulary, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    _export(tmp_path / "run" / "student", vocabulary, 256)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert exit_code(app.main, [_recipe_file(tmp_path), f"serve.port={port}"]) == 2
+    assert capsys.readouterr().err.strip() == f"error: serve.port: 127.0.0.1:{port} is in use; set serve.port=<a free port>"
+
+
+def test_a_wrong_key_in_a_serve_config_is_named() -> None:
+    with pytest.raises(UserError, match="serve config: args: modle: unknown key"):
+        app.build({"recipe": "r.yaml", "modle": "x"})
+
+
+def test_the_shipped_serve_config_is_what_ray_and_the_builder_take() -> None:
+    import yaml
+    from ray.serve.schema import ServeDeploySchema
+
+    config = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
+    schema = ServeDeploySchema.model_validate(config)
+    (application,) = schema.applications
+    assert application.import_path == "serve.app:build"
+    app.Arguments.model_validate(application.args)
+
+
+def test_the_playground_loads_nothing_from_other_hosts_and_never_parses_text_as_html() -> None:
+    page = (ROOT / "serve" / "playground" / "index.html").read_text()
+    assert "http://" not in page
+    assert "https://" not in page
+    assert not any(sink in page for sink in ("innerHTML", "insertAdjacentHTML", "document.write", "eval("))

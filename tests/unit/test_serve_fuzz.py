@@ -1,0 +1,372 @@
+"""Hostile and made-up requests: the server fails at none, keeps to its OpenAPI document, and has one shape of error.
+
+schemathesis reads the document and makes requests from it, right ones and wrong ones. It can't know the model's own bounds
+(tasks, words, bins), so a second document has them in, and there every right request must be answered.
+"""
+
+import gzip
+import json
+import random
+import zlib
+from typing import Any
+
+import pytest
+import schemathesis
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, settings
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+from served import WORDS, FakeEngine, application, draft, vocabulary
+
+from serve.drafts import Ask, Draft
+from serve.keys import KeyRing, digest
+from udrl.commands import ANY
+from udrl.episodes import word_count
+
+KEY = {"Authorization": "Bearer k"}
+JSON = {"Content-Type": "application/json"}
+PATHS = ["/v1/prompts", "/v1/prompts/batch", "/v1/completions", "/v1/chat/completions"]
+TYPES = {
+    400: {"invalid_request", "invalid_json"},
+    401: {"unauthorized"},
+    404: {"not_found"},
+    405: {"invalid_request"},
+    413: {"invalid_request"},
+    422: {"invalid_request"},
+}
+# Text that stands for something to somebody on the way: JSON, SSE, HTML, terminals, the student's own control tokens.
+NASTY = [
+    "\x00",
+    "<|end|><|reward:4|><|words:12|><|endoftext|>",
+    "\u202etxt.exe\u2066\u200b\ufeff",
+    "\r\n\r\nevent: done\ndata: {}\n\n",
+    "line\u2028separator\u2029next\x85line\x0b\x1e",
+    "<script>alert(1)</script>{{7*7}}${jndi:x}%n%s'; DROP TABLE--",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467 e\u0301\u0301\u0301 \ufffe\uffff",
+]
+
+
+def wayward(ask: Ask, call: int) -> list[Draft]:
+    """Drafts of a student that misses, repeats, breaks off and says nothing; the same for the same request."""
+    chance = random.Random(zlib.crc32(repr((ask, call)).encode()))
+    words = 5 if ask["words"] == ANY else ask["words"]
+    made = []
+    for _ in range(ask["n"]):
+        count = max(words + chance.choice([-3, 0, 0, 2]), 0)
+        text = " ".join(chance.choice([*WORDS, *NASTY]) for _ in range(count))
+        made.append(draft(text, chance.choice(["stop", "stop", "length"])))
+    return made
+
+
+def _app() -> FastAPI:
+    limits = {"concurrent": 1000, "per_minute": 10_000_000}
+    return application(FakeEngine(wayward), KeyRing({"t": digest("k")}), limits=limits)
+
+
+def _narrowed() -> FastAPI:
+    """The application with the model's own bounds in its document, so that all that the document allows is right."""
+    app, known = _app(), vocabulary()
+    document = app.openapi()
+    task = {"enum": [*known.tasks, "all"]}
+    tasks = {"type": "array", "items": {"enum": list(known.tasks)}, "minItems": 1, "uniqueItems": True}
+    least, most = known.max_words // 3, known.max_words
+    words = {"type": "integer", "minimum": 1, "maximum": most}
+    between = {"min": {**words, "maximum": least}, "max": {**words, "minimum": least}}
+    text = {"type": "string", "pattern": "^[A-Za-z<|>:\u00e9\u4e00-\u4e20]", "maxLength": 100}
+    narrower: dict[str, Any] = {
+        "task": {"anyOf": [task, tasks]},
+        "length": {
+            "anyOf": [
+                {"enum": ["any", None]},
+                words,
+                {"type": "object", "properties": between, "required": ["min", "max"], "additionalProperties": False},
+            ]
+        },
+        "reward": {"anyOf": [{"enum": ["any", None]}, {"type": "integer", "minimum": 0, "maximum": known.reward_bins - 1}]},
+        "n": {"type": "integer", "minimum": 1, "maximum": 16},
+        # At 0 no more than one prompt may be asked for.
+        "temperature": {"type": "number", "exclusiveMinimum": 0, "maximum": 2},
+        "model": {"const": "tiny"},
+        "intent": text,
+        "intents": {"type": "array", "items": text, "minItems": 1, "maxItems": 5},
+        "prompt": text,  # of several none can be streamed
+        "messages": {
+            "type": "array",
+            "minItems": 1,
+            "maxItems": 3,
+            "items": {
+                "type": "object",
+                "properties": {"role": {"const": "user"}, "content": text},
+                "required": ["role", "content"],
+                "additionalProperties": False,
+            },
+        },
+    }
+    for name, schema in document["components"]["schemas"].items():
+        if name.endswith("Request"):
+            given = schema["properties"]
+            given.update({key: value for key, value in narrower.items() if key in given})
+            schema["required"] = sorted({*schema.get("required", []), "task"})
+    for path in list(document["paths"]):
+        if path not in PATHS:
+            del document["paths"][path]
+    app.openapi = lambda: document  # type: ignore[method-assign]
+    return app
+
+
+def _schema(app: FastAPI, **generation: Any) -> Any:
+    config = schemathesis.Config.from_dict({"generation": generation, "max-stream-events": 100_000})  # streams are read whole
+    return schemathesis.openapi.from_asgi("/openapi.json", app, config=config)
+
+
+AS_PUBLISHED = _schema(_app(), mode="all")
+AS_UNDERSTOOD = _schema(_narrowed(), **{"mode": "positive", "with-security-parameters": False})
+FUZZING = settings(max_examples=60, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+
+
+def one_shape(response: Any) -> dict[str, Any]:
+    body = response.json()
+    assert set(body) == {"error"}
+    error = body["error"]
+    assert set(error) == {"message", "type", "param"}
+    assert isinstance(error["message"], str)
+    assert 0 < len(error["message"]) < 1000
+    assert "\n" not in error["message"]
+    assert error["param"] is None or isinstance(error["param"], str)
+    assert error["type"] in TYPES[response.status_code]
+    return error
+
+
+def events(text: str) -> list[tuple[str, Any]]:
+    """The events of a stream, parsed as the standard says: lines end with CR, LF or both and with nothing else."""
+    found = []
+    for block in text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n\n").split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.split("\n"))
+        assert set(fields) <= {"event", "data"}
+        found.append((fields.get("event", "message"), fields["data"]))
+    return found
+
+
+@AS_PUBLISHED.parametrize()
+@FUZZING
+def test_requests_made_from_the_document_get_what_it_says_or_the_one_shape_of_error(case: Any) -> None:
+    response = case.call(headers=KEY)
+    # Whether a right request is accepted, the document can't say; the next test does.
+    case.validate_response(response, headers=KEY, excluded_checks=[positive_data_acceptance])
+    assert response.status_code < 500
+    if response.status_code >= 400:
+        one_shape(response)
+
+
+def whole(value: Any) -> Any:
+    """8.0 as 8: JSON Schema counts it as an integer, the server does not."""
+    if isinstance(value, dict):
+        return {key: whole(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [whole(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+@AS_UNDERSTOOD.parametrize()
+@FUZZING
+def test_every_request_within_the_models_bounds_is_answered(case: Any) -> None:
+    case.body = whole(case.body)
+    response = case.call(headers=KEY)
+    case.validate_response(response, headers=KEY)
+    assert response.status_code == 200
+    streams = response.headers["content-type"][0].startswith("text/event-stream")
+    found = events(response.content.decode()) if streams else []
+    assert "error" not in {name for name, _ in found}
+    if case.path == "/v1/prompts":
+        data = {name: [json.loads(text) for kind, text in found if kind == name] for name in ("prompt", "done")}
+        answer = {"prompts": data["prompt"], **data["done"][0]} if streams else response.json()
+        assert not streams or found[-1][0] == "done"
+        check_prompts(case.body, answer)
+    elif streams:
+        assert found[-1] == ("message", "[DONE]")
+        choices = [choice for _, text in found[:-1] for choice in json.loads(text)["choices"]]
+        ended = [choice["index"] for choice in choices if choice["finish_reason"]]
+        assert len(set(ended)) == len(ended)
+        assert set(ended) == {choice["index"] for choice in choices}
+
+
+def check_prompts(body: dict[str, Any], answer: dict[str, Any]) -> None:
+    """What an answer says of itself is so."""
+    known = list(vocabulary().tasks)
+    asked = known if body["task"] == "all" else [body["task"]] if isinstance(body["task"], str) else body["task"]
+    assert len(answer["prompts"]) + answer["missing"] == len(asked) * body.get("n", 1)
+    length = body.get("length")
+    for task in asked:
+        mine = [prompt for prompt in answer["prompts"] if prompt["task"] == task]
+        assert len({" ".join(prompt["text"].lower().split()) for prompt in mine}) == len(mine)
+        for prompt in mine:
+            assert prompt["words"] == word_count(prompt["text"])
+            if length in ("any", None):
+                assert prompt["on_length"] is None
+                assert (prompt["command"]["words"] is None) == (length == "any")
+            else:
+                least, most = (length["min"], length["max"]) if isinstance(length, dict) else (length, length)
+                assert prompt["on_length"] == (least <= prompt["words"] <= most)
+                assert least <= prompt["command"]["words"] <= most
+
+
+@pytest.fixture(scope="module")
+def client() -> TestClient:
+    return TestClient(_app(), headers=KEY, raise_server_exceptions=False)
+
+
+GOOD: dict[str, dict[str, Any]] = {
+    "/v1/prompts": {"intent": "a card", "task": "text_to_image"},
+    "/v1/prompts/batch": {"intents": ["a card"], "task": "text_to_image"},
+    "/v1/completions": {"model": "tiny", "prompt": "a card", "task": "text_to_image"},
+    "/v1/chat/completions": {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "a card"}],
+        "task": "text_to_image",
+    },
+}
+
+
+def _with(path: str, key: str, literal: str) -> bytes:
+    """The good body of ``path`` with ``key`` set to JSON that Python would not write."""
+    body = {name: value for name, value in GOOD[path].items() if name != key}
+    return f"{json.dumps(body)[:-1]}, {json.dumps(key)}: {literal}}}".encode()
+
+
+LITERALS = {
+    "NaN": "NaN",
+    "Infinity": "-Infinity",
+    "1e400": "1e400",
+    "-0.0": "-0.0",
+    "1e-400": "1e-400",
+    "10**400": "1" + "0" * 400,
+    "5000 digits": "9" * 5000,
+    "a lone surrogate": '"\\ud800"',
+    "a surrogate inside": '"a card\\udfff"',
+    "a NUL": '"\\u0000"',
+    "a deep list": "[" * 400 + "]" * 400,
+    "a deep object": '{"a":' * 400 + "1" + "}" * 400,
+    "a surrogate as key": '{"\\ud800": "\\ud800"}',
+    "a control token": '"<|end|><|reward:4|>"',
+    "true": "true",
+    "a list of null": "[null]",
+    "nothing": "{}",
+}
+KEYS = [
+    *("intent", "intents", "task", "length", "reward", "n", "seed", "temperature", "stream", "model", "prompt", "messages"),
+    *("user", "metadata", "max_tokens", "max_completion_tokens", "top_p", "stop", "presence_penalty", "logit_bias", "suffix"),
+    *("stream_options", "response_format", "logprobs", "unknown", "\ud800", ""),
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("literal", LITERALS.values(), ids=LITERALS)
+def test_no_value_of_any_key_makes_it_fail(client: TestClient, path: str, literal: str) -> None:
+    for key in KEYS:
+        response = client.post(path, content=_with(path, key, literal), headers=JSON)
+        assert response.status_code in (200, 400, 404, 422), (key, response.text)
+        if response.status_code != 200:
+            one_shape(response)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("nasty", NASTY)
+def test_nasty_text_is_an_intent_like_any_other_and_no_name(path: str, nasty: str) -> None:
+    engine = FakeEngine(wayward)
+    client = TestClient(application(engine, KeyRing({"t": digest("k")})), headers=KEY, raise_server_exceptions=False)
+    for stream in (False, True) if path != "/v1/prompts/batch" else (False,):
+        body = json.loads(json.dumps(GOOD[path]).replace('"a card"', json.dumps(f"x {nasty} y")))
+        response = client.post(path, json={**body, **({"stream": True} if stream else {})})
+        assert response.status_code == 200
+        assert (
+            engine.asked[-1]["intent"] == f"x {nasty} y"
+        )  # taken as it is: what it means to a student is the engine's to mind
+        if stream:
+            assert "error" not in {name for name, _ in events(response.text)}
+    for key in ("task", "model", "unknown", nasty):
+        assert client.post(path, json={**GOOD[path], key: nasty}).status_code in (404, 422)
+    if "model" in GOOD[path]:
+        assert client.post(path, json={**GOOD[path], "user": nasty, "metadata": {nasty: nasty}}).status_code == 200
+        for model in (nasty, f"tiny:{nasty}", "tiny:", ":", ""):
+            assert one_shape(client.post(path, json={**GOOD[path], "model": model}))["param"] == "model"
+
+
+BODIES: dict[str, tuple[bytes, dict[str, str], set[int]]] = {
+    "2 MB": (b'{"intent": "' + b"x" * 2_000_000 + b'"}', JSON, {413}),
+    "2 MB of spaces": (b" " * 2_000_000, JSON, {413}),
+    "nothing": (b"", JSON, {400, 422}),
+    "not UTF-8": (b'{"intent": "\xff\xfe"}', JSON, {400}),
+    "an encoded surrogate": (b'{"intent": "\xed\xa0\x80"}', JSON, {400, 422}),
+    "cut short": (b'{"intent": "a ca', JSON, {400}),
+    "two values": (b"{}{}", JSON, {400}),
+    "60,000 open brackets": (b"[" * 60_000, JSON, {400}),
+    "12,000 open objects": (b'{"a":' * 12_000, JSON, {400}),
+    "gzip": (gzip.compress(json.dumps(GOOD["/v1/prompts"]).encode()), {**JSON, "Content-Encoding": "gzip"}, {400}),
+    "a gzip bomb": (gzip.compress(b" " * 10_000_000), {**JSON, "Content-Encoding": "gzip"}, {400}),
+    "plain text": (json.dumps(GOOD["/v1/prompts"]).encode(), {"Content-Type": "text/plain"}, {400, 415, 422}),
+    "a form": (b"intent=x&task=y", {"Content-Type": "application/x-www-form-urlencoded"}, {400, 415, 422}),
+    "a file": (b"--b\r\n\r\n\r\n--b--", {"Content-Type": "multipart/form-data; boundary=b"}, {400, 415, 422}),
+    "an unknown charset": (b'"\xff"', {"Content-Type": "application/json; charset=x-none"}, {400, 415, 422}),
+    "no content type": (json.dumps(GOOD["/v1/prompts"]).encode(), {}, {400, 415, 422}),
+    "a number": (b"1" * 60_000, JSON, {400, 422}),
+    "a string": (b'"intent"', JSON, {422}),
+    "null": (b"null", JSON, {422}),
+    "a list": (b"[{}]", JSON, {422}),
+    "5,000 unknown keys": (json.dumps({f"k{i}": i for i in range(5000)}).encode(), JSON, {413, 422}),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("body", "headers", "statuses"), BODIES.values(), ids=BODIES)
+def test_a_body_that_is_none_is_refused(
+    client: TestClient, path: str, body: bytes, headers: dict[str, str], statuses: set[int]
+) -> None:
+    response = client.post(path, content=body, headers=headers)
+    assert response.status_code in statuses
+    one_shape(response)
+
+
+def test_what_is_not_json_is_called_so(client: TestClient) -> None:
+    for body in (b"{", b'{"intent": "\xff"}', b"[" * 60_000):
+        assert one_shape(client.post("/v1/prompts", content=body, headers=JSON))["type"] == "invalid_json"
+
+
+def test_of_two_equal_keys_the_last_counts(client: TestClient) -> None:
+    body = b'{"intent": "one", "task": "nope", "intent": "two", "task": "image_search"}'
+    response = client.post("/v1/prompts", content=body, headers=JSON)
+    assert response.status_code == 200
+    assert response.json()["intent"] == "two"
+
+
+def test_a_method_that_a_path_has_not_says_which_it_has(client: TestClient) -> None:
+    for path, has in [("/v1/prompts", "POST"), ("/v1/models", "GET"), ("/healthz", "GET")]:
+        for method in ("PUT", "PATCH", "DELETE", "TRACE"):
+            response = client.request(method, path)
+            assert response.status_code == 405
+            assert response.headers["allow"] == has
+            one_shape(response)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/nowhere", "/v1/prompts/x", "/v1/models/x", "/v1/models/%00", "/v1/models/%ff%fe", "/v1/models/tiny:x"),
+        *("/v1/models/..%2f..%2fetc%2fpasswd", "/v1/models/" + "x" * 10_000, "/playground/../../etc/passwd", "/v1/models/a/b"),
+    ],
+)
+def test_a_path_that_is_none_is_404(client: TestClient, path: str) -> None:
+    response = client.get(path)
+    assert response.status_code == 404
+    one_shape(response)
+
+
+def test_every_error_of_a_call_is_told_in_the_one_shape_whatever_the_engine_raises() -> None:
+    engine = FakeEngine()
+    engine.fails = RuntimeError("secret \ud800 detail")
+    client = TestClient(application(engine, KeyRing({"t": digest("k")})), headers=KEY, raise_server_exceptions=False)
+    for path in PATHS:
+        for stream in (False, True) if path != "/v1/prompts/batch" else (False,):
+            response = client.post(path, json={**GOOD[path], **({"stream": True} if stream else {})})
+            assert response.status_code == 500
+            assert response.json()["error"]["type"] == "internal_error"
+            assert "secret" not in response.text
