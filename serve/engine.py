@@ -12,6 +12,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, cast
 
+from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine  # public nowhere; LLMServer takes a subclass
 from ray.serve import Application
 from ray.serve.llm import LLMConfig, LLMServer, build_llm_deployment
 from ray.serve.llm.openai_api_models import CompletionRequest, ErrorResponse
@@ -25,6 +26,21 @@ from udrl.recipe import Recipe, Sampling, Serve
 from udrl.student import tokenizer as tokenizers
 from udrl.student.export import TRAINING
 from udrl.student.policy import fit
+
+
+class StudentEngine(VLLMEngine):
+    """Ray's vLLM engine, which on a CPU runs the model in the engine's own process.
+
+    Ray asks for a worker process there (get_initialization_kwargs in ray/llm/_internal/serve/engines/vllm/vllm_models.py). The
+    two then wait for one another by spinning, on the cores that the model and the server need (docs/results/serving-cpu.md).
+    """
+
+    def _prepare_engine_config(self, callback_ctx: Any) -> Any:
+        arguments, frontend, config = super()._prepare_engine_config(callback_ctx)
+        parallel = config.parallel_config
+        if parallel.distributed_executor_backend == "mp" and parallel.world_size == 1:
+            parallel.distributed_executor_backend = "uni"
+        return arguments, frontend, config
 
 
 class StudentServer(LLMServer):
@@ -51,7 +67,7 @@ class StudentServer(LLMServer):
         facts = storage.join(folder, TRAINING)
         self.revision: str | None = storage.read_json(facts).get("weights") if storage.exists(facts) else None
         self.writing, self.given_up = 0, 0  # requests in this replica; those that ended before their answer
-        await super().__init__(llm_config)
+        await super().__init__(llm_config, engine_cls=StudentEngine)
         await self._warm_up()
 
     async def _warm_up(self) -> None:
