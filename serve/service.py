@@ -96,6 +96,17 @@ class Service:
         wanted = [self._wanted(task, request, n, whole, distinct) for task in self._tasks(request)]
         return Work(intent, wanted, {**sampling, "intent": intent, "temperature": temperature})
 
+    def bound(self, works: list[Work]) -> list[Work]:
+        """The works of one request, if they do not want too much together.
+
+        Raises:
+            RequestError: they do.
+        """
+        wanted, most = sum(work.size for work in works), self.settings.limits.total
+        if wanted > most:
+            raise RequestError(f"n: {wanted} prompts over all intents and tasks, at most {most} a request", "n")
+        return works
+
     def _tasks(self, request: api.Commanding) -> list[str]:
         known = list(self.vocabulary.tasks)
         if request.task is None:

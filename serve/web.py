@@ -116,7 +116,7 @@ def _native(app: FastAPI, service: Service) -> None:
     )
     async def prompts(request: api.PromptsRequest) -> Response:
         """Write prompts for an intent: for one task, several or all."""
-        work = understand(request.intent, request)
+        (work,) = service.bound([understand(request.intent, request)])
         if request.stream:
             return await _streamed(service.events(work, live=True), lambda events: _native_stream(service, work, events))
         return JSONResponse((await service.prompts(work)).model_dump())
@@ -126,7 +126,7 @@ def _native(app: FastAPI, service: Service) -> None:
         """Write prompts for many intents under one command. An intent that fails carries its own error."""
         if len(request.intents) > service.settings.limits.batch:
             raise RequestError(f"intents: {len(request.intents)} of them, at most {service.settings.limits.batch}", "intents")
-        works = [understand(intent, request, f"intents.{place}") for place, intent in enumerate(request.intents)]
+        works = service.bound([understand(intent, request, f"intents.{place}") for place, intent in enumerate(request.intents)])
         usage, results = api.Usage(), []
         for work, answer in zip(works, await service.batch(works), strict=True):
             usage.add(work.cost.prompt_tokens, work.cost.completion_tokens, work.cost.drafts)
@@ -151,9 +151,12 @@ def _openai(app: FastAPI, service: Service) -> None:
         sampling: Ask = request.sampling()
         # A client that sets the token limit itself has asked for what is cut; OpenAI's n makes no promise of distinct texts.
         whole = "max_tokens" not in sampling
-        return [
-            service.understand(i, request, request.n or 1, sampling, whole=whole, distinct=False, param=param) for i in intents
-        ]
+        return service.bound(
+            [
+                service.understand(i, request, request.n or 1, sampling, whole=whole, distinct=False, param=param)
+                for i in intents
+            ]
+        )
 
     def head(work: Work, model: str) -> dict[str, Any]:
         return {"id": work.id, "created": work.created, "model": model, "system_fingerprint": work.cost.revision}

@@ -311,6 +311,7 @@ class ServeLimits(Section):
     intent_characters: int = Field(2000, ge=1)
     prompts: int = Field(16, ge=1, le=64, description="n: prompts a request wants of each task")
     batch: int = Field(64, ge=1, description="intents of one batch request, prompts of one OpenAI request")
+    total: int = Field(256, ge=1, description="intents x tasks x n of one request")
     concurrent: int = Field(64, ge=1, description="requests that one key may have running at a time")
     per_minute: int = Field(6000, ge=1, description="requests that one key may send a minute")
 

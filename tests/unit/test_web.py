@@ -294,6 +294,15 @@ def test_a_bad_batch_names_the_intent(intents: list[str], param: str) -> None:
     assert error(response)["param"] == param
 
 
+def test_one_request_may_not_want_more_than_all_limits_together_allow() -> None:
+    body = {"intents": ["a"] * 9, "task": "all", "n": 15}
+    response = client().post("/v1/prompts/batch", json=body)
+    assert response.status_code == 422
+    assert error(response) == {"message": "n: 270 prompts over all intents and tasks, at most 256 a request",
+                               "type": "invalid_request", "param": "n"}  # fmt: skip
+    assert client(limits={"total": 270}).post("/v1/prompts/batch", json=body).status_code == 200
+
+
 def test_models_say_what_can_be_commanded() -> None:
     cards = client().get("/v1/models").json()["data"]
     assert [(card["id"], card["task"], list(card["tasks"])) for card in cards] == [
