@@ -3,8 +3,9 @@
 ``python -m benchmarks.serving [speed] [variants] [--student FOLDER] [--repeats N] [--quick] [key=value ...]``
 
 - ``speed``: clients that ask one request after another, 1, 8 and 64 at a time: p50, p95, p99, tokens/s, memory of an engine's
-  processes, cold start; of our application over HTTP, of vLLM's AsyncLLM alone (no HTTP, no Ray), and of a FastAPI server with
-  transformers, one request at a time (what people write first) and with requests gathered into batches (fairer).
+  processes, cold start; of our application over HTTP, of the same behind HAProxy, of vLLM's AsyncLLM alone (no HTTP, no Ray),
+  and of a FastAPI server with transformers, one request at a time (what people write first) and with requests gathered into
+  batches (fairer).
 - ``variants``: AsyncLLM alone under other settings of the engine, to choose those of a recipe.
 
 The student: 104M parameters (12 layers x 768, 24k pieces) with random weights, which never end a prompt, so that every request
@@ -41,16 +42,23 @@ VARIANTS: dict[str, tuple[list[str], dict[str, str]]] = {
     "eager, no prefix caching": (["serve.engine.eager=true", "serve.engine.kwargs={enable_prefix_caching: false}"], {}),
     "eager, no async scheduling": (["serve.engine.eager=true", "serve.engine.kwargs={async_scheduling: false}"], {}),
     "eager, 1 thread": (["serve.engine.eager=true", "serve.placement.threads=1"], {}),
+    "torch.compile, int8 weights": (
+        ["serve.engine.eager=false", "serve.engine.kwargs={quantization: int8_per_channel_weight_only}"],
+        {},
+    ),
     "int8 weights": (["serve.engine.eager=true", "serve.engine.kwargs={quantization: int8_per_channel_weight_only}"], {}),
     "fp32": (["serve.engine.eager=true", "serve.engine.dtype=float32"], {}),
 }
 
 
-def phases(quick: bool) -> list[Phase]:
+def phases(quick: bool, part: str = "speed") -> list[Phase]:
     if quick:
         return [Phase(f"{c}", c, 2 * c, 8, 60) for c in (1, 4)] + [Phase("short", 1, 10, 1, 60)]
+    if part == "variants":
+        return [Phase("1", 1, 12, 40, 60), Phase("8", 8, 48, 40, 60), Phase("64", 64, 192, 40, 60)]
     sizes = [Phase("1", 1, 24, 40, 120), Phase("8", 8, 96, 40, 120), Phase("64", 64, 448, 40, 180)]
-    return [*sizes, Phase("short", 1, 200, 1, 60)]
+    # One request at a time, 64 clients would wait a minute each to be told the rate that 8 are told.
+    return sizes[:2] if part == "transformers" else [*sizes, Phase("short", 1, 200, 1, 60)]
 
 
 def made_student(folder: str, depth: int, width: int, pieces: int) -> str:
@@ -82,7 +90,7 @@ def made_student(folder: str, depth: int, width: int, pieces: int) -> str:
     return folder
 
 
-def write_work(folder: str, student: str, overrides: Sequence[str], quick: bool) -> str:
+def write_work(folder: str, student: str, overrides: Sequence[str], quick: bool, part: str = "speed") -> str:
     """What an arm is to do, as a file."""
     recipe = Path(folder, "recipe.yaml")
     recipe.write_text(f"name: bench\nstorage: {folder}\ntasks: {TASKS}\nintents: {{limit: 9}}\n", encoding="utf-8")
@@ -90,9 +98,9 @@ def write_work(folder: str, student: str, overrides: Sequence[str], quick: bool)
         "student": student,
         "recipe": str(recipe),
         "overrides": [*LIFTED, "serve.sampling.max_tokens=40", "serve.max_replicas=1", *overrides],
-        "phases": [phase.__dict__ for phase in phases(quick)],
+        "phases": [phase.__dict__ for phase in phases(quick, part)],
     }
-    path = Path(folder, "work.json")
+    path = Path(folder, f"work-{part}.json")
     path.write_text(json.dumps(work), encoding="utf-8")
     return str(path)
 
@@ -117,21 +125,23 @@ def show(name: str, found: dict[str, Any]) -> None:
         )
 
 
-def speed_part(work: str, repeats: int, quick: bool) -> dict[str, Any]:
-    arms = {
-        "serve": ["benchmarks.serving_arms", "serve"],
-        "bare engine": ["benchmarks.serving_arms", "bare"],
-        "transformers": ["benchmarks.serving_arms", "transformers"],
-        "transformers, batched": ["benchmarks.serving_arms", "batched"],
+def speed_part(folder: str, student: str, overrides: Sequence[str], repeats: int, quick: bool) -> dict[str, Any]:
+    work, rivals = (write_work(folder, student, overrides, quick, part) for part in ("speed", "transformers"))
+    # name -> arm, its work, its environment, and whether it is far from the ratios that matter, so that once is enough.
+    arms: dict[str, tuple[str, str, dict[str, str], bool]] = {
+        "serve": ("serve", work, {}, False),
+        "bare engine": ("bare", work, {}, False),
+        "serve, HAProxy": ("serve", work, {"RAY_SERVE_ENABLE_HA_PROXY": "1"}, True),
+        "transformers": ("transformers", rivals, {}, True),
+        "transformers, batched": ("batched", rivals, {}, True),
     }
     print(HEAD, flush=True)
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
     for number in range(repeats):
-        for name, arm in arms.items():
-            if name.startswith("transformers") and number:
-                continue  # far from the ratios that matter: once is enough
-            turns[name].append(turn(arm, work))
-            show(name, turns[name][-1])
+        for name, (arm, todo, env, once) in arms.items():
+            if not (once and number):
+                turns[name].append(turn(["benchmarks.serving_arms", arm], todo, env))
+                show(name, turns[name][-1])
     return {"arms": turns, **ratios(turns, quick)}
 
 
@@ -145,15 +155,18 @@ def ratios(turns: dict[str, list[dict[str, Any]]], quick: bool) -> dict[str, Any
     rate = "tokens_per_second"
     found = {
         "added_p50_ms": of("serve", "short", "p50_ms") - of("bare engine", "short", "p50_ms"),
+        "added_p50_ms_haproxy": of("serve, HAProxy", "short", "p50_ms") - of("bare engine", "short", "p50_ms"),
         "added_p50_ms_of_whole_requests": of("serve", "1", "p50_ms") - of("bare engine", "1", "p50_ms"),
         "ratio_to_bare_engine": of("serve", most, rate) / of("bare engine", most, rate),
+        "ratio_to_bare_engine_haproxy": of("serve, HAProxy", most, rate) / of("bare engine", most, rate),
         "ratio_to_transformers_server": of("serve", eight, rate) / of("transformers", eight, rate),
         "ratio_to_batched_transformers_server": of("serve", eight, rate) / of("transformers, batched", eight, rate),
     }
     print(
-        f"\nadded to p50, one client: {found['added_p50_ms']:.1f} ms (one token),"
-        f" {found['added_p50_ms_of_whole_requests']:.1f} ms (whole requests)\n"
-        f"tokens/s at {most}, to the bare engine: {found['ratio_to_bare_engine']:.3f}\n"
+        f"\nadded to p50, one client: {found['added_p50_ms']:.1f} ms (one token; {found['added_p50_ms_haproxy']:.1f} behind"
+        f" HAProxy), {found['added_p50_ms_of_whole_requests']:.1f} ms (whole requests)\n"
+        f"tokens/s at {most}, to the bare engine: {found['ratio_to_bare_engine']:.3f}"
+        f" ({found['ratio_to_bare_engine_haproxy']:.3f} behind HAProxy)\n"
         f"tokens/s at {eight}, to transformers: {found['ratio_to_transformers_server']:.2f};"
         f" batched: {found['ratio_to_batched_transformers_server']:.2f}"
     )
@@ -164,7 +177,7 @@ def variants_part(folder: str, student: str, overrides: Sequence[str], quick: bo
     print(HEAD, flush=True)
     found: dict[str, Any] = {}
     for name, (changes, env) in VARIANTS.items():
-        work = write_work(folder, student, [*overrides, *changes], quick)
+        work = write_work(folder, student, [*overrides, *changes], quick, "variants")
         try:
             found[name] = turn(["benchmarks.serving_arms", "bare"], work, env)
         except SystemExit as error:  # an engine that can't be had so is a finding
@@ -196,8 +209,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         student = arguments.student and os.path.abspath(arguments.student)
         student = student or made_student(os.path.join(folder, "student"), *size)
         if "speed" in parts:
-            work = write_work(folder, student, overrides, arguments.quick)
-            found["speed"] = speed_part(work, 1 if arguments.quick else arguments.repeats, arguments.quick)
+            repeats = 1 if arguments.quick else arguments.repeats
+            found["speed"] = speed_part(folder, student, overrides, repeats, arguments.quick)
             found |= {name: value for name, value in found["speed"].items() if name != "arms"}
         if "variants" in parts:
             found["variants"] = variants_part(folder, student, overrides, arguments.quick)

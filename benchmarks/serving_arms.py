@@ -29,30 +29,32 @@ def main(arm: str, path: str) -> None:
 
 
 def serve(work: dict[str, Any], path: str) -> dict[str, Any]:
-    """Our application, as ``serve deploy`` makes it."""
+    """Our application, on a Ray started as ``serve.app`` does."""
+    from udrl import cluster
+
+    cluster.own_token()
+    cluster.quicken_serve()
     import ray
     from ray import serve as ray_serve
 
     from serve import app
-    from udrl import cluster
 
-    cluster.own_token()
     port = free_port()
-    ray.init(address="local", include_dashboard=False, log_to_driver=False)
+    cluster.connect()
     try:
         ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
         args = {"recipe": work["recipe"], "overrides": work["overrides"], "model": work["student"]}
         ray_serve.run(app.build(args), name=app.NAME)
-        return over_http(port, path, lambda: _serve_memory(ray_serve))
+        return over_http(port, path, _serve_memory)
     finally:
         ray_serve.shutdown()
         ray.shutdown()
 
 
-def _serve_memory(ray_serve: Any) -> dict[str, float]:
+def _serve_memory() -> dict[str, float]:
     from serve import app
 
-    state = ray_serve.get_deployment_handle("StudentServer:bench", app.NAME).state.remote().result(timeout_s=60)
+    state = app.engine_handle("bench").state.remote().result(timeout_s=60)
     mine = set(tree(state["pid"]))
     rest = [pid for name in ("raylet", "gcs_server") for pid in named(name)]
     others = {pid for root in rest for pid in tree(root)} - mine

@@ -55,12 +55,13 @@ async def measure(phase: Phase, ask: Callable[[str, int], Awaitable[int]], first
                 return
             begun = time.perf_counter()
             try:
-                tokens += await ask(intent(number), phase.max_tokens)
+                written = await ask(intent(number), phase.max_tokens)
             except Exception as error:
                 failed += 1
                 if failed == 1:
                     print(f"{phase.name}: {error!r}", file=sys.stderr)
                 continue
+            tokens += written  # not "tokens += await": what others add while this waits would be lost
             latencies.append((time.perf_counter() - begun) * 1000)
 
     begun = time.perf_counter()
@@ -71,6 +72,7 @@ async def measure(phase: Phase, ask: Callable[[str, int], Awaitable[int]], first
     return {
         "requests": len(latencies),
         "failed": failed,
+        "tokens": tokens,
         "p50_ms": round(quantile(latencies, 0.5), 2),
         "p95_ms": round(quantile(latencies, 0.95), 2),
         "p99_ms": round(quantile(latencies, 0.99), 2),

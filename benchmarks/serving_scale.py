@@ -149,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from udrl import cluster
 
     cluster.own_token()
+    cluster.quicken_serve()
     import ray
     from ray import serve as ray_serve
 
@@ -167,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with open(write_work(folder, student, [*settings, "serve.max_replicas=2", *arguments.overrides], False)) as file:
             work = json.load(file)
         port = free_port()
-        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+        cluster.connect(num_cpus=4)  # logical: two engines of one thread each stand beside one another
         ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
         ray_serve.run(app.build({"recipe": work["recipe"], "overrides": work["overrides"], "model": student}), name=app.NAME)
 

@@ -26,6 +26,7 @@ from udrl.recipe import Recipe, from_command_line, load, problem_line
 
 if TYPE_CHECKING:
     from ray.serve import Application
+    from ray.serve.handle import DeploymentHandle
 
 NAME = "udrl"
 
@@ -120,6 +121,16 @@ def inspect_student(recipe: Recipe, student: str) -> tuple[int, Vocabulary]:
     return context, vocabulary
 
 
+def engine_handle(model: str) -> "DeploymentHandle":
+    """A handle of the engines of a running application, for a script: one that needs no event loop around it."""
+    from ray import serve as ray_serve
+
+    handle = ray_serve.get_deployment_handle(f"StudentServer:{model}", NAME)
+    if not handle.is_initialized:  # Serve gives out the one that it gave before
+        handle._init(_run_router_in_separate_loop=True)  # else cluster.OF_A_SERVER has it share its caller's loop
+    return handle
+
+
 def require_free_port(host: str, port: int) -> None:
     """Raises:
     UserError: the address is taken, or not one of this machine's.
@@ -151,7 +162,8 @@ def main(argv: Sequence[str]) -> None:
     host, port = recipe.serve.host, recipe.serve.port
     require_free_port(host, port)
 
-    cluster.own_token()  # before Ray is imported
+    cluster.own_token()  # this and the next before Ray is imported
+    cluster.quicken_serve()
     import ray
     from ray import serve as ray_serve
 

@@ -5,17 +5,20 @@ Importing this module imports vLLM (seconds, most of a gigabyte): only the build
 
 import asyncio
 import contextlib
-import json
 import os
 import tempfile
+import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import Any, cast
 
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine  # public nowhere; LLMServer takes a subclass
 from ray.serve import Application
 from ray.serve.llm import LLMConfig, LLMServer, build_llm_deployment
-from ray.serve.llm.openai_api_models import CompletionRequest, ErrorResponse
+from vllm import RequestOutput, SamplingParams
+from vllm.inputs import TokensPrompt
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
 
 from serve.drafts import Ask, Draft, Drawn, Piece, Refused
 from udrl import commands, storage
@@ -26,6 +29,8 @@ from udrl.recipe import Recipe, Sampling, Serve
 from udrl.student import tokenizer as tokenizers
 from udrl.student.export import TRAINING
 from udrl.student.policy import fit
+
+GATHER_S = 0.05  # pieces of a stream go out no more often than this, after the first
 
 
 class StudentEngine(VLLMEngine):
@@ -41,6 +46,11 @@ class StudentEngine(VLLMEngine):
         if parallel.distributed_executor_backend == "mp" and parallel.world_size == 1:
             parallel.distributed_executor_backend = "uni"
         return arguments, frontend, config
+
+    @property
+    def client(self) -> AsyncLLM:
+        """The engine itself. Its OpenAI front, made for one prompt's text in and out, costs some milliseconds a request."""
+        return cast(AsyncLLM, self._engine_client)
 
 
 class StudentServer(LLMServer):
@@ -80,52 +90,44 @@ class StudentServer(LLMServer):
         """Write drafts; all of them at once.
 
         Raises:
-            RuntimeError: the engine failed or refused what was validated here.
+            vllm.v1.engine.exceptions.EngineDeadError: the engine is gone; Serve replaces this replica.
         """
-        body = self._body(ask)
-        if "refused" in body:
-            return cast(Refused, body)
+        ids = self._ids(ask)
+        if isinstance(ids, dict):
+            return ids
         with self._counted():
-            # A request that does not stream yields once.
-            answers = [answer async for answer in await self.completions(self._request(body))]
-            completion: Any = answers[0]
-            if isinstance(completion, ErrorResponse):  # vLLM makes one of a cancelled request, too
-                raise RuntimeError(f"the engine failed: {completion.error.message}")
-        made = {choice.index: _draft(choice.text, choice.finish_reason) for choice in completion.choices}
-        usage = completion.usage
-        return self._drawn(made, usage.prompt_tokens, usage.completion_tokens or 0)
+            answers = [answer async for answer in self._generate(ids, ask, RequestOutputKind.FINAL_ONLY)]  # one, with all
+        outputs = answers[-1].outputs
+        made = {output.index: _draft(output.text, output.finish_reason) for output in outputs}
+        return self._drawn(made, len(ids), sum(len(output.token_ids) for output in outputs))
 
     async def stream(self, ask: Ask) -> AsyncIterator[list[Piece] | Drawn | Refused]:
         """As :meth:`draw`, with the pieces of the drafts before it, gathered over 50 ms."""
-        body = self._body(ask)
-        if "refused" in body:
-            yield cast(Refused, body)
+        ids = self._ids(ask)
+        if isinstance(ids, dict):
+            yield ids
             return
         with self._counted():
             texts: dict[int, str] = {}
-            reasons: dict[int, str] = {}
-            usage: dict[str, int] = {}
-            request = self._request({**body, "stream": True, "stream_options": {"include_usage": True}})
-            async for lines in await self.completions(request):
-                pieces: list[Piece] = []
-                for line in lines if isinstance(lines, list) else [lines]:
-                    if isinstance(line, ErrorResponse):
-                        raise RuntimeError(f"the engine failed: {line.error.message}")
-                    for chunk in _chunks(line):
-                        usage = chunk.get("usage") or usage
-                        for choice in chunk.get("choices", ()):
-                            index = choice["index"]
-                            # The first word is written with its leading space.
-                            text = choice["text"] if texts.get(index) else choice["text"].lstrip()
-                            texts[index] = texts.get(index, "") + text
-                            if choice.get("finish_reason"):
-                                reasons[index] = choice["finish_reason"]
-                            if text:
-                                pieces.append(Piece(index=index, text=text))
-                if pieces:
-                    yield pieces
-            made = {index: _draft(text, reasons.get(index)) for index, text in texts.items()}
-            yield self._drawn(made, usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0))
+            reasons: dict[int, str | None] = {}
+            grown: dict[int, str] = {}
+            written, sent = 0, 0.0
+            # Giving up this iteration must end the other at once, not when it is collected.
+            async with contextlib.aclosing(self._generate(ids, ask, RequestOutputKind.DELTA)) as answers:
+                async for answer in answers:
+                    for output in answer.outputs:
+                        written += len(output.token_ids)
+                        # The first word is written with its leading space.
+                        text = output.text if texts.get(output.index) else output.text.lstrip()
+                        texts[output.index] = texts.get(output.index, "") + text
+                        grown[output.index] = grown.get(output.index, "") + text
+                        reasons[output.index] = output.finish_reason or reasons.get(output.index)
+                    if time.monotonic() - sent > GATHER_S and (pieces := _pieces(grown)):
+                        yield pieces
+                        grown, sent = {}, time.monotonic()
+            if pieces := _pieces(grown):
+                yield pieces
+            yield self._drawn({index: _draft(text, reasons[index]) for index, text in texts.items()}, len(ids), written)
 
     def state(self) -> dict[str, Any]:
         """For tests and for people: what this replica serves and how many requests it is at."""
@@ -142,24 +144,25 @@ class StudentServer(LLMServer):
         finally:
             self.writing -= 1
 
-    def _body(self, ask: Ask) -> dict[str, Any]:
-        """The OpenAI completions body, with vLLM's extra keys, that the engine is sent."""
+    def _ids(self, ask: Ask) -> list[int] | Refused:
+        """Intent and command as token ids, or why they can't be."""
         command = Command(task=ask["task"], words=ask["words"], reward=ask["reward"])
         try:
-            ids = tokenizers.encode_request(self.tokenizer, self.vocabulary, ask["intent"], command)
+            ids: list[int] = tokenizers.encode_request(self.tokenizer, self.vocabulary, ask["intent"], command)
         except ValueError as error:  # the ingress has another student's vocabulary: an update is under way
-            return {**Refused(refused=str(error), param=None, retry=True)}
-        drawn = draws(self.sampling) | {name: ask[name] for name in ("temperature", "top_p", "seed") if name in ask}
-        drawn["max_tokens"] = min(ask.get("max_tokens", self.sampling.max_tokens), self.sampling.max_tokens)
+            return Refused(refused=str(error), param=None, retry=True)
         room = self.context - self.sampling.max_tokens
         if len(ids) > room:
             said = f"too long for this model: {len(ids)} tokens with its command, at most {room}"
-            return {**Refused(refused=said, param="intent", retry=False)}
-        # The id is our own: Ray would give all of one HTTP request's drafts that request's id.
-        return {**drawn, "prompt": ids, "n": ask["n"], "stop_token_ids": [self.end], "request_id": uuid.uuid4().hex}
+            return Refused(refused=said, param="intent", retry=False)
+        return ids
 
-    def _request(self, body: dict[str, Any]) -> Any:
-        return CompletionRequest(model=self._llm_config.model_id, **body)
+    def _generate(self, ids: list[int], ask: Ask, kind: RequestOutputKind) -> AsyncGenerator[RequestOutput, None]:
+        """Giving the iteration up aborts the request."""
+        drawn = draws(self.sampling) | {name: ask[name] for name in ("temperature", "top_p", "seed") if name in ask}
+        drawn["max_tokens"] = min(ask.get("max_tokens", self.sampling.max_tokens), self.sampling.max_tokens)
+        params = SamplingParams(**drawn, n=ask["n"], stop_token_ids=[self.end], output_kind=kind)
+        return cast(StudentEngine, self.engine).client.generate(TokensPrompt(prompt_token_ids=ids), params, uuid.uuid4().hex)
 
     def _drawn(self, made: dict[int, Draft], prompt_tokens: int, completion_tokens: int) -> Drawn:
         drafts = [made[index] for index in sorted(made)]
@@ -170,21 +173,8 @@ def _draft(text: str, reason: str | None) -> Draft:
     return Draft(text=text.strip(), finish_reason="stop" if reason == "stop" else "length")
 
 
-def _chunks(lines: str) -> list[dict[str, Any]]:
-    """The objects of ``data:`` lines.
-
-    Raises:
-        RuntimeError: one of them is an error, which vLLM sends in the midst of a stream.
-    """
-    found = []
-    for line in lines.splitlines():
-        data = line.removeprefix("data: ")
-        if data != line and data != "[DONE]":
-            chunk = json.loads(data)
-            if "error" in chunk:
-                raise RuntimeError(f"the engine failed: {chunk['error']}")
-            found.append(chunk)
-    return found
+def _pieces(grown: dict[int, str]) -> list[Piece]:
+    return [Piece(index=index, text=text) for index, text in grown.items() if text]
 
 
 def local_folder(student: str) -> str:

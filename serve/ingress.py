@@ -19,11 +19,13 @@ from ray.serve.handle import DeploymentHandle
 from serve import web
 from serve.api import RequestError
 from serve.drafts import Ask, Drawn, Piece
+from serve.guard import is_loopback
 from serve.keys import KeyRing
 from serve.metrics import RayMeters
 from serve.service import Service
 from udrl import commands, storage
 from udrl.commands import Vocabulary
+from udrl.errors import UserError
 from udrl.recipe import Recipe, Serve
 
 log = logging.getLogger("ray.serve")
@@ -108,6 +110,22 @@ class Readiness:
         )
 
 
+def require_loopback() -> None:
+    """Refuse to run without keys where Serve itself listens to others, whatever the recipe says of its host.
+
+    The guard looks at each caller's address. Behind HAProxy (RAY_SERVE_ENABLE_HA_PROXY), on the same node, that is always this
+    machine's.
+
+    Raises:
+        UserError: Serve's HTTP host is not loopback.
+    """
+    from ray.serve.context import _get_global_client  # public nowhere: the address that Serve was started with
+
+    host = _get_global_client().http_config.host
+    if not is_loopback(host or ""):
+        raise UserError(f"http_options.host: {host} is reachable by others and keys are off; set serve.require_keys=true")
+
+
 @ray_serve.ingress()
 class Ingress:
     """Answers for one student.
@@ -125,6 +143,8 @@ class Ingress:
         vocabulary = Vocabulary.model_validate(storage.read_json(storage.join(student, commands.FILE)))
         self.service = Service(HandleEngine(engine), model, vocabulary, Serve(**settings), RayMeters())
         self.keys = None if keys is None else KeyRing(keys)
+        if self.keys is None:
+            require_loopback()
         self.ready = Readiness(ray_serve.get_replica_context().app_name, engine.deployment_name)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:

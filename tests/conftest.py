@@ -2,6 +2,11 @@
 
 import os
 
+from udrl import cluster
+
 # A thread that outlives its cluster and calls Ray again would join whatever cluster it finds, be it one that a kill test
 # started; when that one dies, Ray ends this whole process with it, without a word.
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
+
+# As serve.app has it.
+os.environ.update(cluster.OF_A_SERVER)

@@ -1,17 +1,28 @@
 """A student small enough for any test, and where to serve it."""
 
+import contextlib
 import json
+import logging
+import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from udrl import commands
+from udrl import commands, storage
 from udrl.student import tokenizer as student_tokenizer
 from udrl.student.export import TRAINING
 
 TASKS = ["text_to_image", "image_search"]
 MAX_WORDS = 12
+# What the loopback object store lets in: anything, but something.
+STORE = {
+    "AWS_ACCESS_KEY_ID": "none",
+    "AWS_SECRET_ACCESS_KEY": "none",
+    "AWS_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
 
 
 def export_tiny_student(folder: Path, seed: int = 0) -> str:
@@ -49,6 +60,32 @@ def export_tiny_student(folder: Path, seed: int = 0) -> str:
     revision = f"weights-{seed}"
     (folder / TRAINING).write_text(json.dumps({"weights": revision}))
     return revision
+
+
+@contextlib.contextmanager
+def in_an_object_store(folder: Path) -> Iterator[str]:
+    """The student in ``folder``, put into an S3 server on loopback; its URI. Processes started meanwhile have a way in."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    kept = {name: os.environ.get(name) for name in STORE}
+    os.environ.update(STORE)
+    try:
+        query = f"?scheme=http&endpoint_override={host}:{port}&allow_bucket_creation=true"
+        storage.open_filesystem(f"s3://models{query}")[0].create_dir("models")
+        for file in folder.iterdir():
+            storage.write_bytes(f"s3://models/tiny/student/{file.name}{query}", file.read_bytes())
+        yield f"s3://models/tiny/student{query}"
+    finally:
+        for name, value in kept.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        server.stop()
 
 
 def free_port() -> int:

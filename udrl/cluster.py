@@ -17,6 +17,26 @@ OF_A_NODE = {
     "RAY_worker_niceness": "0",
 }
 
+# What a node that serves is started with (docs/results/serving-cpu.md has what each is worth). Ray Serve reads them when it is
+# imported, in every process of its own: set them where Ray is started, as cluster.yaml does.
+OF_A_SERVER = {
+    # Serve's set for many small requests: one event loop a replica, gRPC between replicas, logs written in blocks.
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # Read before that set is made, so it must be said on its own (ray/serve/_private/constants.py).
+    "RAY_SERVE_PROXY_USE_GRPC": "1",
+    # The set has replicas listen on ports of their own. Without HAProxy in front nobody asks there.
+    "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
+    # Ten looks a second, the default, take a twentieth of a core from an engine that has two.
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+}
+
+
+def quicken_serve() -> None:
+    """Set :data:`OF_A_SERVER`, but for what is set already, for a Ray that this process is going to start. Before Ray is
+    imported."""
+    for name, value in OF_A_SERVER.items():
+        os.environ.setdefault(name, value)
+
 
 def connect(**options: Any) -> None:
     """Join the cluster of ``RAY_ADDRESS`` (what ``ray job submit`` sets), else start one for this process alone.

@@ -323,6 +323,14 @@ class Redraft(Section):
     samples: int = Field(4, ge=1, le=16, description="drafts a round for each missed prompt")
 
 
+class ServeEngine(Engine):
+    """An engine that answers for as long as it lives: it is worth compiling (docs/results/serving-cpu.md)."""
+
+    max_model_len: int = Field(256, ge=64)
+    max_num_seqs: int = Field(64, ge=1)
+    eager: bool = Field(False, description="true: ready sooner (on two cores by 14 s, 30 the first time), slower after")
+
+
 class Serve(Section):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
@@ -341,7 +349,7 @@ class Serve(Section):
     redraft: Redraft = Redraft()
     limits: ServeLimits = ServeLimits()
     sampling: Sampling = Sampling(temperature=0.7)
-    engine: Engine = Engine(max_model_len=256, max_num_seqs=64)
+    engine: ServeEngine = ServeEngine()
     placement: Placement = Placement()
 
 

@@ -1,4 +1,4 @@
-"""The whole serving line: a tiny GPT-2 with real control tokens, real Ray Serve, real vLLM on CPU, real HTTP.
+"""The whole serving line: a tiny GPT-2 out of an object store, real Ray Serve, real vLLM on CPU, real HTTP.
 
 One deployment for the module: starting the engine is most of the time.
 """
@@ -14,19 +14,20 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from students import MAX_WORDS, TASKS, export_tiny_student, free_port
+from students import MAX_WORDS, TASKS, export_tiny_student, free_port, in_an_object_store
 
 from serve import app
+from udrl import cluster
 
 SETTINGS = {
     "require_keys": False,
     "redraft": {"rounds": 1},  # untrained, it hardly ever ends a prompt
     "sampling": {"max_tokens": 96},
-    "engine": {"max_num_seqs": 8},  # a queue that a test can fill
+    "engine": {"max_num_seqs": 8, "eager": True},  # a queue that a test can fill
     "target_ongoing_requests": 8,
     "queue": 8,
     "max_replicas": 1,
-    "limits": {"concurrent": 1000, "per_minute": 1_000_000},
+    "limits": {"concurrent": 1000, "per_minute": 1_000_000, "prompts": 64},
 }
 
 
@@ -34,11 +35,9 @@ class Served:
     """The application under test, and its engine's handle."""
 
     def __init__(self, url: str, revision: str) -> None:
-        from ray import serve as ray_serve
-
         self.url, self.revision = url, revision
         self.http = httpx.Client(base_url=url, timeout=60)
-        self.engine = ray_serve.get_deployment_handle("StudentServer:tiny", app.NAME)
+        self.engine = app.engine_handle("tiny")
 
     def state(self) -> dict[str, Any]:
         found: dict[str, Any] = self.engine.state.remote().result(timeout_s=30)
@@ -66,15 +65,16 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     text = {"name": "tiny", "storage": str(run), "tasks": TASKS, "intents": {"limit": 9}, "serve": SETTINGS}
     recipe.write_text(json.dumps(text))
     port = free_port()
-    ray.init(address="local", num_cpus=2, include_dashboard=False)
-    try:
-        ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
-        # The recipe's engine holds 256 tokens, the student 128: the student is the one to follow.
-        ray_serve.run(app.build({"recipe": str(recipe)}), name=app.NAME)
-        yield Served(f"http://127.0.0.1:{port}", revision)
-    finally:
-        ray_serve.shutdown()
-        ray.shutdown()
+    with in_an_object_store(run / "student") as uri:
+        cluster.connect(num_cpus=2)
+        try:
+            ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
+            # The recipe's engine holds 256 tokens, the student 128: the student is the one to follow.
+            ray_serve.run(app.build({"recipe": str(recipe), "model": uri}), name=app.NAME)
+            yield Served(f"http://127.0.0.1:{port}", revision)
+        finally:
+            ray_serve.shutdown()
+            ray.shutdown()
 
 
 def test_n_prompts_come_back_with_what_each_achieved(served: Served) -> None:
@@ -173,8 +173,8 @@ def test_only_loopback_is_answered_without_keys(served: Served) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_ends_its_generation(served: Served, stream: bool) -> None:
     before = served.state()["given_up"]
-    # 16 prompts of up to 96 tokens on 8 places at a time: long enough to be met in the midst.
-    asked = {"intent": "a card", "task": "all", "n": 16, "temperature": 2.0, "stream": stream}
+    # 128 prompts of up to 96 tokens on 8 places at a time: seconds, long enough to be met in the midst.
+    asked = {"intent": "a card", "task": "all", "n": 64, "temperature": 2.0, "stream": stream}
     body = json.dumps(asked).encode()
     head = (
         f"POST /v1/prompts HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"

@@ -18,12 +18,13 @@ import pytest
 from students import TASKS, export_tiny_student, free_port
 
 from serve import app
+from udrl import cluster
 
 SETTINGS = {
     "require_keys": False,
     "redraft": {"rounds": 1},
     "sampling": {"max_tokens": 64},
-    "engine": {"max_num_seqs": 8},
+    "engine": {"max_num_seqs": 8, "eager": True},
     "placement": {"cpus": 1, "threads": 1},
     "limits": {"concurrent": 1000, "per_minute": 1_000_000},
 }
@@ -89,11 +90,7 @@ class Served:
         return engine.replica_states.get("RUNNING", 0)
 
     def engine_state(self) -> dict[str, Any]:
-        from ray import serve as ray_serve
-
-        found: dict[str, Any] = (
-            ray_serve.get_deployment_handle("StudentServer:tiny", app.NAME).state.remote().result(timeout_s=60)
-        )
+        found: dict[str, Any] = app.engine_handle("tiny").state.remote().result(timeout_s=60)
         return found
 
 
@@ -103,7 +100,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     from ray import serve as ray_serve
 
     made = Served(tmp_path_factory.mktemp("run"))
-    ray.init(address="local", num_cpus=4, include_dashboard=False)  # logical: two engines stand beside one another
+    cluster.connect(num_cpus=4)  # logical: two engines stand beside one another
     try:
         ray_serve.start(http_options={"host": "127.0.0.1", "port": made.port})
         made.deploy(0, "serve.max_replicas=1")

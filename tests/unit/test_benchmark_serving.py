@@ -38,6 +38,7 @@ def test_a_phase_asks_so_many_requests_by_so_many_clients() -> None:
 
     found = asyncio.run(measure(Phase("x", 4, 20, 5, 60), ask, 100))
     assert (found["requests"], found["failed"], most) == (19, 1, 4)
+    assert found["tokens"] == 19 * 5  # of all clients, though they wait for one another
     assert len(set(asked)) == 20
     assert asked[0] == intent(100)
 
@@ -66,9 +67,10 @@ def test_ratios_are_of_medians() -> None:
         return {"phases": {name: {"p50_ms": p50, "tokens_per_second": rate} for name in ("1", "8", "64", "short")}}
 
     turns = {"serve": [turn(10, 90), turn(12, 94), turn(11, 92)], "bare engine": [turn(8, 100)]}
-    turns |= {"transformers": [turn(9, 23)], "transformers, batched": [turn(9, 46)]}
+    turns |= {"serve, HAProxy": [turn(9, 95)], "transformers": [turn(9, 23)], "transformers, batched": [turn(9, 46)]}
     found = serving.ratios(turns, quick=False)
     assert found["added_p50_ms"] == 3
     assert found["ratio_to_bare_engine"] == 0.92
+    assert (found["added_p50_ms_haproxy"], found["ratio_to_bare_engine_haproxy"]) == (1, 0.95)
     assert found["ratio_to_transformers_server"] == 4
     assert found["ratio_to_batched_transformers_server"] == 2
