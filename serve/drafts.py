@@ -164,7 +164,7 @@ class Places:
         """Fill place ``index`` with ``draft``; or keep it as a spare one and say what it misses."""
         text = _folded(draft)
         miss: Miss | None = None
-        if not text:
+        if not text and (self.wanted.whole or draft["finish_reason"] == "stop"):
             miss = "empty"
         elif draft["finish_reason"] == "length" and self.wanted.whole:
             miss = "cut"

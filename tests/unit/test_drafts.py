@@ -63,6 +63,14 @@ def test_after_the_last_round_the_nearest_draft_is_reported_unshortened() -> Non
     assert len(engine.asked) == 3
 
 
+def test_what_a_client_s_own_token_limit_leaves_empty_is_not_written_again() -> None:
+    engine = rounds([draft("", "length")])
+    events, cost = run(engine, Wanted(COMMAND, 1, whole=False, distinct=False))
+    assert (texts(events), cost.drafts) == ({0: ""}, 1)
+    _, cost = run(rounds([draft("")], [draft("a b c")]), Wanted(COMMAND, 1, whole=False, distinct=False))
+    assert cost.drafts == 2  # the student itself ended it with nothing
+
+
 def test_a_range_takes_both_its_ends() -> None:
     wanted = Wanted(COMMAND, 3, 2, 4)
     events, cost = run(rounds([draft("a b"), draft("a b c"), draft("a b c d")]), wanted)
