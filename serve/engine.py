@@ -19,6 +19,7 @@ from vllm import RequestOutput, SamplingParams
 from vllm.inputs import TokensPrompt
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from serve.drafts import Ask, Draft, Drawn, Piece, Refused
 from udrl import commands, storage
@@ -90,7 +91,7 @@ class StudentServer(LLMServer):
         """Write drafts; all of them at once.
 
         Raises:
-            vllm.v1.engine.exceptions.EngineDeadError: the engine is gone; Serve replaces this replica.
+            RuntimeError: the engine failed at this request. If it is gone, so is this process, and Serve makes another.
         """
         ids = self._ids(ask)
         if isinstance(ids, dict):
@@ -138,7 +139,15 @@ class StudentServer(LLMServer):
         self.writing += 1
         try:
             yield
-        except BaseException:
+        except EngineDeadError:
+            # Three failed health checks would pass before Serve replaces this replica, and it would be sent requests meanwhile.
+            # That an actor is dead, Serve sees at once.
+            os._exit(1)
+        except Exception as error:
+            self.given_up += 1
+            # A plain one: what is sent to the ingress must not make it import vLLM.
+            raise RuntimeError(f"the engine failed: {type(error).__name__}: {error}") from None
+        except BaseException:  # cancelled
             self.given_up += 1
             raise
         finally:

@@ -12,7 +12,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from ray import serve as ray_serve
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -36,14 +36,16 @@ def told() -> Iterator[None]:
     """Say what a failed call of an engine means to the client. All of it is worth another try but a refusal."""
     try:
         yield
+    except RequestError:
+        raise
     except BackPressureError:
         raise RequestError("too many requests are waiting; try again", None, 503, "overloaded", 1) from None
     except (DeploymentUnavailableError, ReplicaUnavailableError, RayActorError) as error:
         log.warning("an engine was lost: %s", error)
         raise RequestError("the engine that wrote this was lost; try again", None, 503, "engine_lost", 1) from None
-    except (RayTaskError, RayError) as error:
-        # The engine's process may have died inside its replica, which Serve then replaces.
-        log.error("an engine failed: %s", error)
+    except Exception:
+        # What the engine raised, or gRPC on the way: with it, Serve hands on both as they are.
+        log.exception("an engine failed")
         raise RequestError("the engine failed; try again", None, 503, "engine_lost", 1) from None
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from students import TASKS, export_tiny_student, free_port
 
@@ -125,7 +126,8 @@ def test_a_new_model_takes_over_under_load_and_no_request_fails(served: Served) 
     print(f"rolling update under load: {dict(statuses)}, of {Counter(revisions)}")
 
 
-def test_of_a_killed_engine_only_what_it_was_writing_fails_and_says_try_again(served: Served) -> None:
+@pytest.mark.parametrize("killed", ["replica", "the model's process within"])
+def test_of_a_killed_engine_only_what_it_was_writing_fails_and_says_try_again(served: Served, killed: str) -> None:
     served.deploy(1, "serve.min_replicas=2")
     until("two engines", lambda: served.running() == 2)
     clients = 6
@@ -133,6 +135,8 @@ def test_of_a_killed_engine_only_what_it_was_writing_fails_and_says_try_again(se
         load.more(30)
         before = len(load.answers)
         victim = served.engine_state()["pid"]
+        if killed != "replica":
+            (victim,) = (child.pid for child in psutil.Process(victim).children() if "EngineCore" in " ".join(child.cmdline()))
         os.kill(victim, signal.SIGKILL)
         load.more(60)
         lost = [(body, retry) for status, body, retry in load.answers[before:] if status != 200]
@@ -144,7 +148,7 @@ def test_of_a_killed_engine_only_what_it_was_writing_fails_and_says_try_again(se
     assert all(retry is not None for _, _, retry in failed)
     assert len(failed) <= clients, f"{len(failed)} lost; no client can have had more than one at that engine"
     assert len(failed) == len(lost)
-    print(f"engine killed under load: {Counter(status for status, _, _ in load.answers)}")
+    print(f"{killed} killed under load: {Counter(status for status, _, _ in load.answers)}")
 
 
 def test_taking_the_application_down_lets_requests_in_flight_end(served: Served) -> None:
