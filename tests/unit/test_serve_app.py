@@ -3,12 +3,14 @@
 import json
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from served import vocabulary as made_vocabulary
 
 from serve import app
+from serve.api import RequestError
 from udrl.commands import Vocabulary
 from udrl.errors import UserError, exit_code
 from udrl.recipe import Recipe
@@ -92,3 +94,37 @@ def test_the_playground_loads_nothing_from_other_hosts_and_never_parses_text_as_
     assert "http://" not in page
     assert "https://" not in page
     assert not any(sink in page for sink in ("innerHTML", "insertAdjacentHTML", "document.write", "eval("))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("in /srv/models"), OSError("a socket was reset"), KeyError("in Ray")])
+def test_whatever_a_call_of_an_engine_raises_is_worth_another_try(error: Exception) -> None:
+    from serve.ingress import told
+
+    with pytest.raises(RequestError) as caught, told():
+        raise error
+    assert (caught.value.status, caught.value.kind, caught.value.retry_after) == (503, "engine_lost", 1)
+    assert str(error) not in caught.value.message  # it may hold paths
+
+
+def test_what_an_engine_refuses_stays_a_refusal() -> None:
+    from serve.ingress import told
+
+    with pytest.raises(RequestError, match="too long") as caught, told():
+        raise RequestError("intent: too long", "intent")
+    assert caught.value.status == 422
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "10.1.2.3", None])
+def test_without_keys_nothing_runs_where_serve_listens_to_others(host: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.serve import context
+
+    from serve.ingress import require_loopback
+
+    def client(listens: str | None) -> SimpleNamespace:
+        return SimpleNamespace(http_config=SimpleNamespace(host=listens))
+
+    monkeypatch.setattr(context, "_get_global_client", lambda: client("127.0.0.1"))
+    require_loopback()
+    monkeypatch.setattr(context, "_get_global_client", lambda: client(host))
+    with pytest.raises(UserError, match=r"http_options\.host"):
+        require_loopback()
