@@ -5,7 +5,7 @@
 - ``speed``: clients that ask one request after another, 1, 8 and 64 at a time: p50, p95, p99, tokens/s, memory of an engine's
   processes, cold start; of our application over HTTP, of the same behind HAProxy, of vLLM's AsyncLLM alone (no HTTP, no Ray),
   and of a FastAPI server with transformers, one request at a time (what people write first) and with requests gathered into
-  batches (fairer).
+  batches (fairer); these at 1 and 8 clients.
 - ``variants``: AsyncLLM alone under other settings of the engine, to choose those of a recipe.
 
 The student: 104M parameters (12 layers x 768, 24k pieces) with random weights, which never end a prompt, so that every request
@@ -57,7 +57,7 @@ def phases(quick: bool, part: str = "speed") -> list[Phase]:
     if part == "variants":
         return [Phase("1", 1, 12, 40, 60), Phase("8", 8, 48, 40, 60), Phase("64", 64, 192, 40, 60)]
     sizes = [Phase("1", 1, 24, 40, 120), Phase("8", 8, 96, 40, 120), Phase("64", 64, 448, 40, 180)]
-    # One request at a time, 64 clients would wait a minute each to be told the rate that 8 are told.
+    # One request at a time, each of 64 clients would wait for a minute.
     return sizes[:2] if part == "transformers" else [*sizes, Phase("short", 1, 200, 1, 60)]
 
 

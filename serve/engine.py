@@ -5,6 +5,7 @@ Importing this module imports vLLM (seconds, most of a gigabyte): only the build
 
 import asyncio
 import contextlib
+import logging
 import os
 import tempfile
 import time
@@ -31,6 +32,8 @@ from udrl.student import tokenizer as tokenizers
 from udrl.student.export import TRAINING
 from udrl.student.policy import fit
 
+log = logging.getLogger("ray.serve")
+
 GATHER_S = 0.05  # pieces of a stream go out no more often than this, after the first
 
 
@@ -50,7 +53,7 @@ class StudentEngine(VLLMEngine):
 
     @property
     def client(self) -> AsyncLLM:
-        """The engine itself. Its OpenAI front, made for one prompt's text in and out, costs some milliseconds a request."""
+        """The engine itself. Its OpenAI front would make JSON of what is read again in this process, a chunk a token."""
         return cast(AsyncLLM, self._engine_client)
 
 
@@ -98,8 +101,8 @@ class StudentServer(LLMServer):
             return ids
         with self._counted():
             answers = [answer async for answer in self._generate(ids, ask, RequestOutputKind.FINAL_ONLY)]  # one, with all
-        outputs = answers[-1].outputs
-        made = {output.index: _draft(output.text, output.finish_reason) for output in outputs}
+            outputs = answers[-1].outputs
+            made = {output.index: _draft(output.text, output.finish_reason) for output in outputs}
         return self._drawn(made, len(ids), sum(len(output.token_ids) for output in outputs))
 
     async def stream(self, ask: Ask) -> AsyncIterator[list[Piece] | Drawn | Refused]:
@@ -140,13 +143,15 @@ class StudentServer(LLMServer):
         try:
             yield
         except EngineDeadError:
+            log.error("the engine is dead; ending this replica")  # an error: it brings out what Serve's log still holds back
             # Three failed health checks would pass before Serve replaces this replica, and it would be sent requests meanwhile.
             # That an actor is dead, Serve sees at once.
             os._exit(1)
         except Exception as error:
             self.given_up += 1
+            log.exception("the engine failed")
             # A plain one: what is sent to the ingress must not make it import vLLM.
-            raise RuntimeError(f"the engine failed: {type(error).__name__}: {error}") from None
+            raise RuntimeError(f"the engine failed: {type(error).__name__}") from None
         except BaseException:  # cancelled
             self.given_up += 1
             raise
@@ -179,6 +184,11 @@ class StudentServer(LLMServer):
 
 
 def _draft(text: str, reason: str | None) -> Draft:
+    """Raises:
+    RuntimeError: vLLM ended the text for a reason of its own (``error``, ``abort``): it is no answer.
+    """
+    if reason not in ("stop", "length"):
+        raise RuntimeError(f"the engine ended a draft: {reason}")
     return Draft(text=text.strip(), finish_reason="stop" if reason == "stop" else "length")
 
 

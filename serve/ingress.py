@@ -36,8 +36,6 @@ def told() -> Iterator[None]:
     """Say what a failed call of an engine means to the client. All of it is worth another try but a refusal."""
     try:
         yield
-    except RequestError:
-        raise
     except BackPressureError:
         raise RequestError("too many requests are waiting; try again", None, 503, "overloaded", 1) from None
     except (DeploymentUnavailableError, ReplicaUnavailableError, RayActorError) as error:
@@ -71,7 +69,8 @@ class HandleEngine:
         response = self.handle.draw.remote(ask)
         try:
             with told():
-                return _accepted(await response)
+                answer = await response
+            return _accepted(answer)
         except asyncio.CancelledError:
             response.cancel()
             raise
@@ -80,9 +79,12 @@ class HandleEngine:
         response = self.streams.stream.remote(ask)
         ended = False
         try:
-            with told():
-                async for item in response:
-                    yield _accepted(item)
+            while True:
+                with told():
+                    item = await anext(response, None)
+                if item is None:
+                    break
+                yield _accepted(item)
             ended = True
         finally:
             if not ended:

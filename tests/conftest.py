@@ -9,4 +9,4 @@ from udrl import cluster
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 
 # As serve.app has it.
-os.environ.update(cluster.OF_A_SERVER)
+cluster.quicken_serve()

@@ -17,7 +17,7 @@ OF_A_NODE = {
     "RAY_worker_niceness": "0",
 }
 
-# What a node that serves is started with (docs/results/serving-cpu.md has what each is worth). Ray Serve reads them when it is
+# What a node that serves is started with (docs/results/serving-cpu.md has what they are worth). Ray Serve reads them when it is
 # imported, in every process of its own: set them where Ray is started, as cluster.yaml does.
 OF_A_SERVER = {
     # Serve's set for many small requests: one event loop a replica, gRPC between replicas, logs written in blocks.
@@ -26,14 +26,14 @@ OF_A_SERVER = {
     "RAY_SERVE_PROXY_USE_GRPC": "1",
     # The set has replicas listen on ports of their own. Without HAProxy in front nobody asks there.
     "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
-    # Ten looks a second, the default, take a twentieth of a core from an engine that has two.
+    # Ten looks a second, the default, took 4% of a core from an engine that had two.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
 }
 
 
 def quicken_serve() -> None:
-    """Set :data:`OF_A_SERVER`, but for what is set already, for a Ray that this process is going to start. Before Ray is
-    imported."""
+    """Set :data:`OF_A_SERVER`, but for what is set already. To be called before Ray is imported. Where a cluster is joined, this
+    is for its own process alone."""
     for name, value in OF_A_SERVER.items():
         os.environ.setdefault(name, value)
 

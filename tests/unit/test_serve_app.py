@@ -106,14 +106,6 @@ def test_whatever_a_call_of_an_engine_raises_is_worth_another_try(error: Excepti
     assert str(error) not in caught.value.message  # it may hold paths
 
 
-def test_what_an_engine_refuses_stays_a_refusal() -> None:
-    from serve.ingress import told
-
-    with pytest.raises(RequestError, match="too long") as caught, told():
-        raise RequestError("intent: too long", "intent")
-    assert caught.value.status == 422
-
-
 @pytest.mark.parametrize("host", ["0.0.0.0", "10.1.2.3", None])
 def test_without_keys_nothing_runs_where_serve_listens_to_others(host: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.serve import context

@@ -65,7 +65,7 @@ class Policy:
 
 
 def draws(sampling: Sampling) -> dict[str, Any]:
-    """vLLM's names for how draws are made; the server's completion requests take the same.
+    """vLLM's names for how draws are made; the server takes the same.
 
     What does nothing is left out: vLLM sorts the vocabulary every step for top_p and top_k, and counts all tokens for
     penalties.
