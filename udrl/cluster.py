@@ -32,8 +32,8 @@ OF_A_SERVER = {
 
 
 def quicken_serve() -> None:
-    """Set :data:`OF_A_SERVER`, but for what is set already. To be called before Ray is imported. Where a cluster is joined, this
-    is for its own process alone."""
+    """Set :data:`OF_A_SERVER`, but for what is set already; to be called before Ray is imported. Where a cluster is joined, that
+    is for this process alone."""
     for name, value in OF_A_SERVER.items():
         os.environ.setdefault(name, value)
 
