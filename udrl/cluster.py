@@ -32,8 +32,10 @@ OF_A_SERVER = {
 
 
 def quicken_serve() -> None:
-    """Set :data:`OF_A_SERVER`, but for what is set already; to be called before Ray is imported. Where a cluster is joined, that
-    is for this process alone."""
+    """Set :data:`OF_A_SERVER`, but for what is set already; to be called before Ray is imported.
+
+    Where a cluster is joined, that is for this process alone.
+    """
     for name, value in OF_A_SERVER.items():
         os.environ.setdefault(name, value)
 
