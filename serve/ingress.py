@@ -33,7 +33,7 @@ log = logging.getLogger("ray.serve")
 
 @contextlib.contextmanager
 def told() -> Iterator[None]:
-    """Say what a failed call of an engine means to the client. All of it is worth another try but a refusal."""
+    """Say what a failed call of an engine means to the client: all of it is worth another try."""
     try:
         yield
     except BackPressureError:
