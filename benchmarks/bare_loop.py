@@ -33,9 +33,11 @@ def train(recipe: Recipe, data: str, precision: str) -> dict[str, Any]:
     """Train as the recipe says; return seconds, seconds of input and loss of each step, and peak memory in MiB."""
     import torch
 
-    from udrl.student import dataset, model, tokenizer
-    from udrl.student.loop import TOLD_EVERY  # as seldom as the stage, since reading a loss waits for the device
-    from udrl.student.plan import Plan, batch_rows
+    from udrl import tokenizer
+    from udrl.train import dataset
+    from udrl.train import gpt2 as model
+    from udrl.train.schedule import Plan, batch_rows
+    from udrl.train.worker import TOLD_EVERY  # as seldom as the stage, since reading a loss waits for the device
 
     device = "cuda" if recipe.train.gpus_per_worker else "cpu"
     if device == "cpu" and recipe.train.threads:
@@ -100,7 +102,7 @@ def optimizer_of(weights: list[Any], recipe: Recipe) -> Any:
     """The train stage's optimizer: fused AdamW, weight decay on matrices alone."""
     import torch
 
-    from udrl.student.model import Shape
+    from udrl.train.gpt2 import Shape
 
     groups = [
         {"params": [p for p in weights if p.ndim >= 2], "weight_decay": recipe.train.weight_decay},

@@ -80,9 +80,9 @@ def child(*command: str, env: dict[str, str] | None = None) -> str:
 
 
 def engine_part(recipe: Recipe, n: int, turns: int, folder: str) -> dict[str, Any]:
-    from udrl.generation.cost import steady
-    from udrl.generation.prepare import prepare
-    from udrl.policies.settings import engine_kwargs, environment
+    from udrl.generate.cost import steady
+    from udrl.generate.prepare import prepare
+    from udrl.policies.engine_args import engine_kwargs, environment
 
     per_intent = len(recipe.tasks) * recipe.teacher.samples
     values = {

@@ -9,11 +9,11 @@ import time
 from typing import Any
 
 from udrl import cluster, recipe
-from udrl.generation.cost import steady_rate
-from udrl.generation.generate import Inspect
-from udrl.generation.prepare import prepare
-from udrl.policies.engine import complete
+from udrl.generate.cost import steady_rate
+from udrl.generate.prepare import prepare
+from udrl.generate.stage import Inspect
 from udrl.policies.ledger import list_parts
+from udrl.policies.stage import complete
 
 
 def main(path: str, how: str = "vllm") -> None:

@@ -36,8 +36,10 @@ def train(recipe: Recipe, data: str, grouped: bool) -> dict[str, Any]:
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
     from transformers.utils import logging
 
-    from udrl.student import dataset, model, tokenizer
-    from udrl.student.plan import Plan
+    from udrl import tokenizer
+    from udrl.train import dataset
+    from udrl.train import gpt2 as model
+    from udrl.train.schedule import Plan
 
     logging.set_verbosity_error()
     on_cpu = not recipe.train.gpus_per_worker

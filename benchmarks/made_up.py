@@ -4,7 +4,8 @@ import numpy as np
 import pyarrow as pa
 
 from udrl import storage
-from udrl.episodes import COMPONENTS, EPISODES, stable_id
+from udrl.episodes import COMPONENTS, EPISODES
+from udrl.hashing import stable_id
 
 SYLLABLES = [c + v for c in "bdfghjklmnprstvwz" for v in ("a", "e", "i", "o", "u")]
 

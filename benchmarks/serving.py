@@ -69,7 +69,7 @@ def made_student(folder: str, depth: int, width: int, pieces: int) -> str:
 
     from benchmarks.made_up import SYLLABLES
     from udrl import commands
-    from udrl.student import tokenizer as tokenizers
+    from udrl import tokenizer as tokenizers
 
     rng = np.random.default_rng(0)
     columns = {"task": np.repeat(TASKS, 40), "intent_id": np.arange(80) // 4, "n_words": rng.integers(3, 40, 80)}

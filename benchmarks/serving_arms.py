@@ -32,8 +32,8 @@ def serve(work: dict[str, Any], path: str) -> dict[str, Any]:
     """Our application, on a Ray started as ``serve.app`` does."""
     from udrl import cluster
 
-    cluster.own_token()
-    cluster.quicken_serve()
+    cluster.ensure_auth_token()
+    cluster.set_serve_env()
     import ray
     from ray import serve as ray_serve
 
@@ -64,9 +64,9 @@ def _serve_memory() -> dict[str, float]:
 def bare(work: dict[str, Any], _: str) -> dict[str, Any]:
     """vLLM's AsyncLLM with the arguments that the server gives it: no HTTP, no Ray, no tokenizing."""
     from udrl import recipe as recipes
+    from udrl.policies.engine_args import engine_kwargs, environment
     from udrl.policies.policy import draws
-    from udrl.policies.settings import engine_kwargs, environment
-    from udrl.student.policy import fit
+    from udrl.policies.student import fit
 
     wanted = recipes.load(work["recipe"], work["overrides"]).serve
     os.environ.update(environment(wanted.placement))
@@ -77,12 +77,12 @@ def bare(work: dict[str, Any], _: str) -> dict[str, Any]:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from udrl import commands
-    from udrl.commands import Vocabulary
-    from udrl.student import tokenizer as tokenizers
+    from udrl import tokenizer as tokenizers
+    from udrl.commands import CommandVocabulary
 
     student = work["student"]
     positions = json.loads(Path(student, "config.json").read_text())["n_positions"]
-    tokenizer, vocabulary = tokenizers.load(student), Vocabulary.load(student)
+    tokenizer, vocabulary = tokenizers.load(student), CommandVocabulary.load(student)
     command = vocabulary.default(next(iter(vocabulary.tasks)))
     end = tokenizers.control_ids(tokenizer, [commands.END])
 

@@ -148,8 +148,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from udrl import cluster
 
-    cluster.own_token()
-    cluster.quicken_serve()
+    cluster.ensure_auth_token()
+    cluster.set_serve_env()
     import ray
     from ray import serve as ray_serve
 

@@ -28,7 +28,7 @@ from benchmarks.generation import HERE, child, machine
 from benchmarks.training_arms import Bench, Data
 from udrl import cluster, storage
 from udrl.recipe import Recipe
-from udrl.student.model import Shape
+from udrl.train.gpt2 import Shape
 
 PARTS = ("speed", "scaling", "memory", "gpu")
 EPISODES = f"{HERE}/runs/benchmark-training"
@@ -112,7 +112,7 @@ def speed_part(bench: Bench, recipe: Recipe, data: Data) -> dict[str, Any]:
 
 
 def scaling_part(bench: Bench, recipe: Recipe, data: Data) -> dict[str, Any]:
-    cores = cluster.cpus()
+    cores = cluster.cpu_count()
     half, batch = max(1, cores // 2), Shape.of(recipe.student, recipe.train).batch_tokens
     one, all_, two = f"1 worker x {half}", f"1 worker x {cores}", f"2 workers x {half}"
     rates = bench.in_turns(
@@ -134,7 +134,7 @@ def scaling_part(bench: Bench, recipe: Recipe, data: Data) -> dict[str, Any]:
 
 
 def memory_part(bench: Bench, recipe: Recipe, data: Data) -> dict[str, Any]:
-    half, gpus = max(1, cluster.cpus() // 2), int(gpu_count() >= 2)
+    half, gpus = max(1, cluster.cpu_count() // 2), int(gpu_count() >= 2)
     arms = {
         f"zero {z}": partial(bench.stage, recipe, data, workers=2, threads=half, zero_stage=z, gpus_per_worker=gpus)
         for z in range(4)

@@ -12,7 +12,7 @@ from benchmarks.generation import HERE, child
 from udrl import cluster
 from udrl import recipe as recipes
 from udrl.recipe import Recipe
-from udrl.student.model import Shape
+from udrl.train.gpt2 import Shape
 
 # What a turn of an arm showed: see Bench.measured.
 Turn = dict[str, Any]
@@ -43,7 +43,7 @@ class Bench:
     def recipe(self, run: str, *overrides: str) -> Recipe:
         """The recipe of a training that is measured: nothing else happens between its first step and its last."""
         values = [f"storage={self.folder}/run", f"episodes_from={run}", "resume=if_possible", "train.checkpoint_every=1000000"]
-        values += ["train.sample_intents=0", f"train.threads={cluster.cpus()}"]
+        values += ["train.sample_intents=0", f"train.threads={cluster.cpu_count()}"]
         return recipes.load(f"{HERE}/recipes/quickstart.yaml", [*values, *overrides, *self.overrides])
 
     def prepare(self, recipe: Recipe) -> tuple[Recipe, Data]:

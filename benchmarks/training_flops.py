@@ -7,7 +7,7 @@ lengths, and the rate of a bf16 matrix product on this device in a process that 
 import argparse
 import json
 
-from udrl.student import flops
+from udrl.train import flops
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from benchmarks.generation import HERE, machine
-from udrl.student import checkpoint
+from udrl.train import checkpoint
 
 STEP = re.compile(r"train: ([\d,]+)/[\d,]+ steps")
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from udrl import cluster, recipe, storage
-from udrl.student import train
+from udrl.train import fit as train
 
 WANTED = (
     "steps",
@@ -39,7 +39,7 @@ def main() -> None:
     for name in ("student", "checkpoints"):
         storage.remove(storage.join(config.storage, name))
     # One core more than the workers take, for Ray Data's tasks; cores are numbers to Ray and bind no process.
-    cluster.connect(num_cpus=max(cluster.cpus(), int(config.train.workers * config.train.cpus_per_worker) + 1))
+    cluster.connect(num_cpus=max(cluster.cpu_count(), int(config.train.workers * config.train.cpus_per_worker) + 1))
     facts = train.run(config)
     found = {name: facts.get(name) for name in WANTED}
     if arguments.describe:
@@ -49,7 +49,8 @@ def main() -> None:
 
 def describe(run: str) -> dict[str, Any]:
     """Where the newest packed rows of a local run lie, how many, their real tokens, and how many of them carry loss."""
-    from udrl.student import dataset, tokenizer
+    from udrl import tokenizer
+    from udrl.train import dataset
 
     made = [os.path.dirname(path) for path in glob.glob(f"{run}/student_data/*/tokenizer")]
     data = max(made, key=os.path.getmtime)

@@ -15,13 +15,13 @@ def create(student: str, most: int) -> Any:
     from transformers import GPT2LMHeadModel
 
     from udrl import commands
-    from udrl.commands import Vocabulary
-    from udrl.student import tokenizer as tokenizers
+    from udrl import tokenizer as tokenizers
+    from udrl.commands import CommandVocabulary
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network: Any = GPT2LMHeadModel.from_pretrained(student, dtype=torch.bfloat16)
     network.to(device).eval()
-    tokenizer, vocabulary = tokenizers.load(student), Vocabulary.load(student)
+    tokenizer, vocabulary = tokenizers.load(student), CommandVocabulary.load(student)
     command = vocabulary.default(next(iter(vocabulary.tasks)))
     end, pad = tokenizers.control_ids(tokenizer, [commands.END, commands.PAD])
     queue: asyncio.Queue[tuple[dict[str, Any], asyncio.Future[dict[str, Any]]]] = asyncio.Queue()

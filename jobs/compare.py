@@ -25,7 +25,9 @@ def main(argv: Sequence[str]) -> None:
     given = parser.parse_intermixed_args(argv)
 
     from udrl import storage
-    from udrl.evaluation import beside, compare, thresholds
+    from udrl.evaluate.compare import comparison as compare
+    from udrl.evaluate.compare import side_by_side as beside
+    from udrl.evaluate.compare import thresholds
 
     rules = thresholds.load(given.thresholds) if given.thresholds else []
     document = compare.compare(compare.load([given.base, *given.others]), given.policy)

@@ -9,7 +9,7 @@ from udrl.recipe import from_command_line
 
 def main(argv: Sequence[str]) -> None:
     recipe = from_command_line(argv, "Evaluate the student against its teacher on held-out intents.")
-    from udrl.evaluation import evaluate
+    from udrl.evaluate import stage as evaluate
 
     print(evaluate.describe(evaluate.run(recipe)))
 

@@ -11,7 +11,8 @@ def main(argv: Sequence[str]) -> None:
     recipe = from_command_line(argv, "Stream intents through the teacher into scored episodes.", plans=True)
     if recipe.episodes_from:
         raise UserError(f"episodes_from: nothing to generate; the episodes are those of {recipe.episodes_from}")
-    from udrl.generation import dry_run, generate
+    from udrl.generate import dry_run
+    from udrl.generate import stage as generate
 
     print("\n".join(dry_run.run(recipe)) if recipe.dry_run else generate.describe(generate.run(recipe)))
 

@@ -11,9 +11,9 @@ from udrl.recipe import from_command_line
 def main(argv: Sequence[str]) -> None:
     recipe = from_command_line(argv, "Run generate, train and evaluate of one recipe.")
     from udrl import progress
-    from udrl.evaluation import evaluate
-    from udrl.generation import generate
-    from udrl.rounds import run as rounds
+    from udrl.evaluate import stage as evaluate
+    from udrl.generate import stage as generate
+    from udrl.train import stage as rounds
 
     times = []
     for name, stage in (("generate", generate), ("train", rounds), ("evaluate", evaluate)):

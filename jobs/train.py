@@ -11,7 +11,7 @@ def main(argv: Sequence[str]) -> None:
     recipe = from_command_line(
         argv, "Train the student by upside-down reinforcement learning, in rounds if the recipe has any."
     )
-    from udrl.rounds import run as rounds
+    from udrl.train import stage as rounds
 
     print(rounds.describe(rounds.run(recipe)))
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from serve.guard import is_loopback
 from serve.keys import KeyRing
 from udrl import cluster, commands, storage
-from udrl.commands import Vocabulary
+from udrl.commands import CommandVocabulary
 from udrl.errors import UserError, exit_code
 from udrl.recipe import Recipe, from_command_line, load, problem_line
 
@@ -94,7 +94,7 @@ def read_keys(recipe: Recipe) -> KeyRing | None:
     return None
 
 
-def inspect_student(recipe: Recipe, student: str) -> tuple[int, Vocabulary]:
+def inspect_student(recipe: Recipe, student: str) -> tuple[int, CommandVocabulary]:
     """Check before anything is started; return the tokens that the engine will hold, and the command vocabulary.
 
     Raises:
@@ -107,7 +107,7 @@ def inspect_student(recipe: Recipe, student: str) -> tuple[int, Vocabulary]:
             " train one with `python -m jobs.train RECIPE`, or set storage=<the run that has one>"
         )
     try:
-        vocabulary = Vocabulary.model_validate(storage.read_json(storage.join(student, commands.FILE)))
+        vocabulary = CommandVocabulary.model_validate(storage.read_json(storage.join(student, commands.FILE)))
         positions = int(storage.read_json(storage.join(student, "config.json"))["n_positions"])
     except (ValueError, KeyError) as error:
         raise UserError(f"student {student}: unreadable ({str(error).splitlines()[0]}); export it again") from error
@@ -127,7 +127,7 @@ def engine_handle(model: str) -> "DeploymentHandle":
 
     handle = ray_serve.get_deployment_handle(f"StudentServer:{model}", NAME)
     if not handle.is_initialized:  # Serve gives out the one that it gave before
-        handle._init(_run_router_in_separate_loop=True)  # else cluster.OF_A_SERVER has it share its caller's loop
+        handle._init(_run_router_in_separate_loop=True)  # else cluster.SERVE_ENV has it share its caller's loop
     return handle
 
 
@@ -146,7 +146,7 @@ def require_free_port(host: str, port: int) -> None:
         raise UserError(f"serve.host: {host}:{port} can't be listened on ({error.strerror or error})") from error
 
 
-def curl_line(url: str, vocabulary: Vocabulary) -> str:
+def curl_line(url: str, vocabulary: CommandVocabulary) -> str:
     """A request to paste into a shell."""
     task, learnt = next(iter(vocabulary.tasks.items()))
     intent = "birthday invitation for a five-year-old who loves dinosaurs"
@@ -162,8 +162,8 @@ def main(argv: Sequence[str]) -> None:
     host, port = recipe.serve.host, recipe.serve.port
     require_free_port(host, port)
 
-    cluster.own_token()  # this and the next before Ray is imported
-    cluster.quicken_serve()
+    cluster.ensure_auth_token()  # this and the next before Ray is imported
+    cluster.set_serve_env()
     import ray
     from ray import serve as ray_serve
 
@@ -175,7 +175,7 @@ def main(argv: Sequence[str]) -> None:
         # since a shell script starts background jobs with it ignored.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _interrupt)
-        cluster.require("serve.placement", recipe.serve.placement.cpus, recipe.serve.placement.gpus)
+        cluster.require_resources("serve.placement", recipe.serve.placement.cpus, recipe.serve.placement.gpus)
         ray_serve.start(http_options={"host": host, "port": port})
         try:
             ray_serve.run(application(recipe, student), name=NAME)

@@ -14,7 +14,7 @@ from typing import Literal, Protocol, TypedDict
 
 from serve.api import MAX_SEED, RequestError
 from udrl.commands import Command
-from udrl.episodes import word_count
+from udrl.text import count_words
 
 Miss = Literal["length", "cut", "duplicate", "empty"]
 
@@ -38,7 +38,7 @@ class Draft(TypedDict):
     finish_reason: Literal["stop", "length"]
 
 
-class Drawn(TypedDict):
+class SampleResult(TypedDict):
     """An engine's answer: drafts and what they cost."""
 
     drafts: list[Draft]
@@ -65,15 +65,15 @@ class Piece(TypedDict):
 class Engine(Protocol):
     """Who writes drafts. Both raise :class:`serve.api.RequestError` for what the client is to know."""
 
-    async def draw(self, ask: Ask) -> Drawn: ...
+    async def draw(self, ask: Ask) -> SampleResult: ...
 
-    def stream(self, ask: Ask) -> AsyncGenerator[list[Piece] | Drawn, None]:
+    def stream(self, ask: Ask) -> AsyncGenerator[list[Piece] | SampleResult, None]:
         """Pieces of all drafts as they grow; the last item is what :meth:`draw` would have returned."""
         ...
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PromptSpec:
     """The prompts of one task: what the student is commanded, and what counts as kept.
 
     ``least`` and ``most`` are None where no length is asked. ``whole``: a draft cut off at the token limit is a miss; not so
@@ -93,7 +93,7 @@ class Wanted:
             return 0
         return max(self.least - words, words - self.most, 0)
 
-    def first_come(self) -> "Wanted":
+    def first_come(self) -> "PromptSpec":
         """The same, but any draft will do: for a stream that can take nothing back."""
         return replace(self, whole=False, distinct=False)
 
@@ -116,7 +116,7 @@ class Cost:
     drafts: int = 0
     revision: str | None = None
 
-    def add(self, drawn: Drawn) -> None:
+    def add(self, drawn: SampleResult) -> None:
         self.prompt_tokens += drawn["prompt_tokens"]
         self.completion_tokens += drawn["completion_tokens"]
         self.drafts += len(drawn["drafts"])
@@ -155,7 +155,7 @@ Event = Grown | Redrafted | Settled
 class Places:
     """The places of one task's prompts and the drafts that did not fit one."""
 
-    wanted: Wanted
+    wanted: PromptSpec
     filled: dict[int, Draft] = field(default_factory=dict)
     spare: list[Draft] = field(default_factory=list)
     _seen: set[str] = field(default_factory=set)
@@ -168,7 +168,7 @@ class Places:
             miss = "empty"
         elif draft["finish_reason"] == "length" and self.wanted.whole:
             miss = "cut"
-        elif self.wanted.miss(word_count(draft["text"])):
+        elif self.wanted.miss(count_words(draft["text"])):
             miss = "length"
         elif self.wanted.distinct and text in self._seen:
             miss = "duplicate"
@@ -187,7 +187,7 @@ class Places:
 
         def nearness(draft: Draft) -> tuple[bool, bool, int]:
             cut = draft["finish_reason"] == "length" and self.wanted.whole
-            return not draft["text"], cut, self.wanted.miss(word_count(draft["text"]))
+            return not draft["text"], cut, self.wanted.miss(count_words(draft["text"]))
 
         spare = sorted(self.spare, key=nearness)
         for index in self.open():
@@ -204,7 +204,7 @@ def _folded(draft: Draft) -> str:
 
 
 async def write(
-    engine: Engine, ask: Ask, wanted: Wanted, effort: Effort, cost: Cost, *, live: bool
+    engine: Engine, ask: Ask, wanted: PromptSpec, effort: Effort, cost: Cost, *, live: bool
 ) -> AsyncGenerator[Event, None]:
     """Write the prompts of one task; ends when every place is settled or none can be.
 
@@ -220,7 +220,7 @@ async def write(
     ask = {**ask, "task": command.task, "words": command.words, "reward": command.reward, "n": wanted.n}
     places = Places(wanted)
     if live:
-        first: Drawn | None = None
+        first: SampleResult | None = None
         async with contextlib.aclosing(engine.stream(ask)) as stream:  # giving this up must reach the engine at once
             async for item in stream:
                 if isinstance(item, dict):
@@ -238,7 +238,7 @@ async def write(
     for index, draft in enumerate(first["drafts"]):
         if miss := places.offer(draft, index):
             if rounds:
-                yield Redrafted(index, word_count(draft["text"]), miss)
+                yield Redrafted(index, count_words(draft["text"]), miss)
         else:
             yield Settled(index, draft)
     for turn in range(1, rounds + 1):

@@ -22,15 +22,15 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from serve.drafts import Ask, Draft, Drawn, Piece, Refused
+from serve.drafts import Ask, Draft, Piece, Refused, SampleResult
 from udrl import commands, storage
-from udrl.commands import Command, Vocabulary
+from udrl import tokenizer as tokenizers
+from udrl.commands import Command, CommandVocabulary
+from udrl.policies.engine_args import bundles, engine_kwargs, environment
 from udrl.policies.policy import draws
-from udrl.policies.settings import bundles, engine_kwargs, environment
+from udrl.policies.student import fit
 from udrl.recipe import Recipe, Sampling, Serve
-from udrl.student import tokenizer as tokenizers
-from udrl.student.export import TRAINING
-from udrl.student.policy import fit
+from udrl.train.export import TRAINING
 
 log = logging.getLogger("ray.serve")
 
@@ -76,7 +76,7 @@ class StudentServer(LLMServer):
         engine_config.hf_model_id = folder
         self.sampling = Sampling(**sampling)
         self.context = int(llm_config.engine_kwargs["max_model_len"])
-        self.tokenizer, self.vocabulary = tokenizers.load(folder), Vocabulary.load(folder)
+        self.tokenizer, self.vocabulary = tokenizers.load(folder), CommandVocabulary.load(folder)
         self.end = tokenizers.control_ids(self.tokenizer, [commands.END])[0]
         facts = storage.join(folder, TRAINING)
         self.revision: str | None = storage.read_json(facts).get("weights") if storage.exists(facts) else None
@@ -90,7 +90,7 @@ class StudentServer(LLMServer):
         for n in (1, 8):
             await self.draw(Ask(intent="warm up", task=task, words=commands.ANY, reward=commands.ANY, n=n))
 
-    async def draw(self, ask: Ask) -> Drawn | Refused:
+    async def draw(self, ask: Ask) -> SampleResult | Refused:
         """Write drafts; all of them at once.
 
         Raises:
@@ -105,7 +105,7 @@ class StudentServer(LLMServer):
             made = {output.index: _draft(output.text, output.finish_reason) for output in outputs}
         return self._drawn(made, len(ids), sum(len(output.token_ids) for output in outputs))
 
-    async def stream(self, ask: Ask) -> AsyncIterator[list[Piece] | Drawn | Refused]:
+    async def stream(self, ask: Ask) -> AsyncIterator[list[Piece] | SampleResult | Refused]:
         """As :meth:`draw`, with the pieces of the drafts before it, gathered over 50 ms."""
         ids = self._ids(ask)
         if isinstance(ids, dict):
@@ -178,9 +178,11 @@ class StudentServer(LLMServer):
         params = SamplingParams(**drawn, n=ask["n"], stop_token_ids=[self.end], output_kind=kind)
         return cast(StudentEngine, self.engine).client.generate(TokensPrompt(prompt_token_ids=ids), params, uuid.uuid4().hex)
 
-    def _drawn(self, made: dict[int, Draft], prompt_tokens: int, completion_tokens: int) -> Drawn:
+    def _drawn(self, made: dict[int, Draft], prompt_tokens: int, completion_tokens: int) -> SampleResult:
         drafts = [made[index] for index in sorted(made)]
-        return Drawn(drafts=drafts, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, revision=self.revision)
+        return SampleResult(
+            drafts=drafts, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, revision=self.revision
+        )
 
 
 def _draft(text: str, reason: str | None) -> Draft:

@@ -18,13 +18,13 @@ from ray.serve.handle import DeploymentHandle
 
 from serve import web
 from serve.api import RequestError
-from serve.drafts import Ask, Drawn, Piece
+from serve.drafts import Ask, Piece, SampleResult
 from serve.guard import is_loopback
 from serve.keys import KeyRing
-from serve.metrics import RayMeters
+from serve.prometheus import RayMeters
 from serve.service import Service
 from udrl import commands, storage
-from udrl.commands import Vocabulary
+from udrl.commands import CommandVocabulary
 from udrl.errors import UserError
 from udrl.recipe import Recipe, Serve
 
@@ -65,7 +65,7 @@ class HandleEngine:
         self.handle = handle
         self.streams = handle.options(stream=True)
 
-    async def draw(self, ask: Ask) -> Drawn:
+    async def draw(self, ask: Ask) -> SampleResult:
         response = self.handle.draw.remote(ask)
         try:
             with told():
@@ -75,7 +75,7 @@ class HandleEngine:
             response.cancel()
             raise
 
-    async def stream(self, ask: Ask) -> AsyncGenerator[list[Piece] | Drawn, None]:
+    async def stream(self, ask: Ask) -> AsyncGenerator[list[Piece] | SampleResult, None]:
         response = self.streams.stream.remote(ask)
         ended = False
         try:
@@ -144,7 +144,7 @@ class Ingress:
     def __init__(
         self, engine: DeploymentHandle, model: str, student: str, settings: dict[str, Any], keys: dict[str, str] | None
     ) -> None:
-        vocabulary = Vocabulary.model_validate(storage.read_json(storage.join(student, commands.FILE)))
+        vocabulary = CommandVocabulary.model_validate(storage.read_json(storage.join(student, commands.FILE)))
         self.service = Service(HandleEngine(engine), model, vocabulary, Serve(**settings), RayMeters())
         self.keys = None if keys is None else KeyRing(keys)
         if self.keys is None:

@@ -9,18 +9,18 @@ from dataclasses import dataclass, field
 
 from serve import api
 from serve.api import ALL, ANYTHING, RequestError, Words
-from serve.drafts import Ask, Cost, Draft, Effort, Engine, Event, Grown, Redrafted, Settled, Wanted, write
-from serve.metrics import Meters
-from udrl.commands import ANY, Command, Vocabulary
-from udrl.episodes import word_count
+from serve.drafts import Ask, Cost, Draft, Effort, Engine, Event, Grown, PromptSpec, Redrafted, Settled, write
+from serve.prometheus import Meters
+from udrl.commands import ANY, Command, CommandVocabulary
 from udrl.recipe import Serve
+from udrl.text import count_words
 
 
 @dataclass(frozen=True)
 class TaskEvent:
     """An event of one task's prompts; ``base`` is the place of the task's first prompt in the whole answer."""
 
-    wanted: Wanted
+    wanted: PromptSpec
     base: int
     event: Event
 
@@ -31,10 +31,10 @@ class TaskEvent:
 
 @dataclass
 class Work:
-    """A request, understood: one :class:`Wanted` a task, and what it has cost so far."""
+    """A request, understood: one :class:`PromptSpec` a task, and what it has cost so far."""
 
     intent: str
-    wanted: list[Wanted]
+    wanted: list[PromptSpec]
     ask: Ask
     id: str = field(default_factory=lambda: f"prm-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
@@ -59,7 +59,7 @@ class Service:
         settings: the recipe's serve section.
     """
 
-    def __init__(self, engine: Engine, model: str, vocabulary: Vocabulary, settings: Serve, meters: Meters) -> None:
+    def __init__(self, engine: Engine, model: str, vocabulary: CommandVocabulary, settings: Serve, meters: Meters) -> None:
         self.engine, self.model, self.vocabulary, self.settings, self.meters = engine, model, vocabulary, settings, meters
         redraft, limits = settings.redraft, settings.limits
         self.effort = Effort(redraft.rounds, redraft.samples, limits.prompts, settings.request_timeout_s / 2)
@@ -124,7 +124,7 @@ class Service:
             raise RequestError(f"task: not one of this model's: {', '.join(known)}", "task")
         return asked
 
-    def _wanted(self, task: str, request: api.Commanding, n: int, whole: bool, distinct: bool) -> Wanted:
+    def _wanted(self, task: str, request: api.Commanding, n: int, whole: bool, distinct: bool) -> PromptSpec:
         vocabulary, length = self.vocabulary, request.length
         default = vocabulary.default(task)
         words, least, most = default.words, None, None
@@ -144,7 +144,7 @@ class Service:
         reward = default.reward if request.reward is None else ANY if request.reward == ANYTHING else request.reward
         if request.reward != ANYTHING and request.reward is not None and not 0 <= request.reward < vocabulary.reward_bins:
             raise RequestError(f"reward: {request.reward} lies outside bins 0..{vocabulary.reward_bins - 1}", "reward")
-        return Wanted(Command(task=task, words=words, reward=reward), n, least, most, whole, distinct)
+        return PromptSpec(Command(task=task, words=words, reward=reward), n, least, most, whole, distinct)
 
     async def events(self, work: Work, *, live: bool) -> AsyncGenerator[TaskEvent, None]:
         """All tasks' events as they come. Ends the generation where the iteration is given up.
@@ -155,7 +155,7 @@ class Service:
         queue: asyncio.Queue[TaskEvent | BaseException | None] = asyncio.Queue()
         deadline = time.monotonic() + self.settings.request_timeout_s
 
-        async def run(wanted: Wanted, base: int) -> None:
+        async def run(wanted: PromptSpec, base: int) -> None:
             try:
                 async with contextlib.aclosing(write(self.engine, work.ask, wanted, self.effort, work.cost, live=live)) as made:
                     async for event in made:
@@ -238,8 +238,8 @@ class Service:
         return self._answered(item.wanted, item.event.draft)
 
     @staticmethod
-    def _answered(wanted: Wanted, draft: Draft) -> api.Prompt:
-        words, command = word_count(draft["text"]), wanted.command
+    def _answered(wanted: PromptSpec, draft: Draft) -> api.Prompt:
+        words, command = count_words(draft["text"]), wanted.command
         return api.Prompt(
             task=command.task,
             text=draft["text"],
@@ -257,7 +257,7 @@ class Service:
             case Redrafted(reason=reason):
                 self.meters.redrafted(task, reason)
             case Settled(draft=draft):
-                missed = item.wanted.miss(word_count(draft["text"])) > 0
+                missed = item.wanted.miss(count_words(draft["text"])) > 0
                 self.meters.prompt(task, missed=missed, cut=draft["finish_reason"] == "length")
             case Grown():
                 pass

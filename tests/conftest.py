@@ -9,4 +9,4 @@ from udrl import cluster
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 
 # As serve.app has it.
-cluster.quicken_serve()
+cluster.set_serve_env()

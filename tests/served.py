@@ -11,11 +11,11 @@ import uvicorn
 from fastapi import FastAPI
 
 from serve import web
-from serve.drafts import Ask, Draft, Drawn, Piece
+from serve.drafts import Ask, Draft, Piece, SampleResult
 from serve.keys import KeyRing
-from serve.metrics import Meters
+from serve.prometheus import Meters
 from serve.service import Service
-from udrl.commands import ANY, TaskCommands, Vocabulary
+from udrl.commands import ANY, CommandVocabulary, TaskCommands
 from udrl.recipe import Serve
 
 WORDS = ["amber", "birch", "cloud", "delta", "ember", "frost", "grove", "heron", "iris", "jade", "kelp", "lotus"]
@@ -33,9 +33,9 @@ def learnt(words: int) -> TaskCommands:
     )
 
 
-def vocabulary() -> Vocabulary:
+def vocabulary() -> CommandVocabulary:
     tasks = {"text_to_image": learnt(12), "image_search": learnt(5)}
-    return Vocabulary(max_words=24, reward_bins=3, rank_within="task", tasks=tasks)
+    return CommandVocabulary(max_words=24, reward_bins=3, rank_within="task", tasks=tasks)
 
 
 def draft(text: str, reason: Any = "stop") -> Draft:
@@ -60,13 +60,13 @@ class FakeEngine:
         self.given_up = 0
         self.fails: Exception | None = None
 
-    def _drawn(self, ask: Ask) -> Drawn:
+    def _drawn(self, ask: Ask) -> SampleResult:
         self.asked.append(ask)
         if self.fails:
             raise self.fails
         drafts = self.say(ask, len(self.asked))
         tokens = sum(len(d["text"].split()) for d in drafts)
-        return Drawn(drafts=drafts, prompt_tokens=10, completion_tokens=tokens, revision="cafe")
+        return SampleResult(drafts=drafts, prompt_tokens=10, completion_tokens=tokens, revision="cafe")
 
     async def _wait(self) -> None:
         if self.gate:
@@ -76,11 +76,11 @@ class FakeEngine:
                 self.given_up += 1
                 raise
 
-    async def draw(self, ask: Ask) -> Drawn:
+    async def draw(self, ask: Ask) -> SampleResult:
         await self._wait()
         return self._drawn(ask)
 
-    async def stream(self, ask: Ask) -> AsyncGenerator[list[Piece] | Drawn, None]:
+    async def stream(self, ask: Ask) -> AsyncGenerator[list[Piece] | SampleResult, None]:
         drawn = self._drawn(ask)
         ended = False
         try:

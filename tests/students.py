@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from udrl import commands, storage
-from udrl.student import tokenizer as student_tokenizer
-from udrl.student.export import TRAINING
+from udrl import tokenizer as student_tokenizer
+from udrl.train.export import TRAINING
 
 TASKS = ["text_to_image", "image_search"]
 MAX_WORDS = 12

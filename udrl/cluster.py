@@ -10,7 +10,7 @@ from typing import Any
 from udrl.errors import UserError
 
 # What a node's Ray is started with. cluster.yaml sets the first; the second is for engines on CPUs.
-OF_A_NODE = {
+NODE_ENV = {
     # An engine that is killed leaves its core process behind, with the model in memory, unless the raylet ends its group.
     "RAY_process_group_cleanup_enabled": "true",
     # Ray gives its workers a low priority (nice 15); on two cores its own daemons then interrupt the engine.
@@ -19,7 +19,7 @@ OF_A_NODE = {
 
 # What a node that serves is started with (docs/results/serving-cpu.md has what they are worth). Ray Serve reads them when it is
 # imported, in every process of its own: set them where Ray is started, as cluster.yaml does.
-OF_A_SERVER = {
+SERVE_ENV = {
     # Serve's set for many small requests: one event loop a replica, gRPC between replicas, logs written in blocks.
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     # Read before that set is made, so it must be said on its own (ray/serve/_private/constants.py).
@@ -31,12 +31,12 @@ OF_A_SERVER = {
 }
 
 
-def quicken_serve() -> None:
-    """Set :data:`OF_A_SERVER`, but for what is set already; to be called before Ray is imported.
+def set_serve_env() -> None:
+    """Set :data:`SERVE_ENV`, but for what is set already; to be called before Ray is imported.
 
     Where a cluster is joined, that is for this process alone.
     """
-    for name, value in OF_A_SERVER.items():
+    for name, value in SERVE_ENV.items():
         os.environ.setdefault(name, value)
 
 
@@ -45,7 +45,7 @@ def connect(**options: Any) -> None:
 
     A bare ``ray.init()`` would attach to whatever cluster an earlier program left on this machine.
     """
-    own_token()
+    ensure_auth_token()
     import ray
 
     if ray.is_initialized():
@@ -55,7 +55,7 @@ def connect(**options: Any) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO" if verbose else "ERROR")
     if not address:
         options.setdefault("include_dashboard", False)
-        for name, value in OF_A_NODE.items():
+        for name, value in NODE_ENV.items():
             os.environ.setdefault(name, value)
     # ray.data.llm calls ray.init() again, and Ray remarks on it.
     logging.getLogger("ray._private.worker").addFilter(lambda record: "ray.init() again" not in record.getMessage())
@@ -65,10 +65,10 @@ def connect(**options: Any) -> None:
         logging_level=logging.INFO if verbose else logging.WARNING,
         **options,
     )
-    quieten_data()
+    silence_ray_data()
 
 
-def require(section: str, cpus: float, gpus: float) -> None:
+def require_resources(section: str, cpus: float, gpus: float) -> None:
     """Refuse what a cluster on this machine can never grant: Ray would wait for it without end.
 
     A cluster that was joined may still grow, so nothing is said there.
@@ -86,7 +86,7 @@ def require(section: str, cpus: float, gpus: float) -> None:
             raise UserError(f"{section}: {wanted:g} {what} wanted, this machine has {there.get(resource, 0):g}")
 
 
-def let_first(name: str) -> None:
+def lower_priority_of_other_processes(name: str) -> None:
     """On a cluster of this process alone, let all of Ray's processes step back behind those whose title has ``name``.
 
     A CPU's training threads wait for each other at every operation: with two of them on two cores, whatever else runs for a
@@ -103,7 +103,7 @@ def let_first(name: str) -> None:
                 process.nice(15)
 
 
-def own_token() -> None:
+def ensure_auth_token() -> None:
     """Token authentication for a cluster on this machine: a token file of this user, made once, readable by nobody else.
 
     Ray reads these variables when it is imported; where that has happened already, its own default stands, which is the
@@ -119,7 +119,7 @@ def own_token() -> None:
     os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN_PATH"] = "token", path
 
 
-def quieten_data() -> None:
+def silence_ray_data() -> None:
     """Our own progress lines stand in for Ray Data's bars and plan dumps."""
     from ray.data import DataContext
 
@@ -134,6 +134,6 @@ def quieten_data() -> None:
         logging.getLogger("ray.llm").addHandler(logging.NullHandler())
 
 
-def cpus() -> int:
+def cpu_count() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0))

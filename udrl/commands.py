@@ -5,7 +5,8 @@ governs. Length is exact words (it is free of noise); reward is a quantile bin (
 The vocabulary, bin edges, what each bin achieved and the default command travel with the model in ``commands.json``.
 
 Bins are learnt from counts: each file's episodes are counted into cells of reward (:func:`tally`), the counts of all files
-are added up (:func:`merge`), and the sum tells edges, means and defaults (:func:`settle`). No episode is kept on the way.
+are added up (:func:`merge`), and :func:`fit_vocabulary` derives edges, means and
+defaults from the sum. No episode is kept on the way.
 """
 
 import json
@@ -53,7 +54,7 @@ class TaskCommands(BaseModel):
     default_reward: int
 
 
-class Vocabulary(BaseModel):
+class CommandVocabulary(BaseModel):
     """The command vocabulary of one student: which control tokens there are and what they mean."""
 
     model_config = ConfigDict(extra="forbid")
@@ -95,7 +96,7 @@ class Vocabulary(BaseModel):
             json.dump(self.model_dump(), out, indent=2)
 
     @classmethod
-    def load(cls, folder: str) -> "Vocabulary":
+    def load(cls, folder: str) -> "CommandVocabulary":
         with open(os.path.join(folder, FILE), encoding="utf-8") as source:
             return cls.model_validate_json(source.read())
 
@@ -181,7 +182,7 @@ def merge(tallies: Sequence[pa.Table]) -> pa.Table:
     return added.rename_columns({f"{name}_sum": name for name in sums}).select([*keys, *sums])
 
 
-def settle(
+def fit_vocabulary(
     counted: pa.Table,
     tasks: Sequence[str],
     *,
@@ -190,7 +191,7 @@ def settle(
     rank_within: str,
     lowercase: bool = False,
     objective: str = "udrl",
-) -> Vocabulary:
+) -> CommandVocabulary:
     """Make the vocabulary from the tally of all episodes.
 
     Raises:
@@ -216,7 +217,7 @@ def settle(
             default_words=min(max(median, 1), max_words) if commanded else ANY,
             default_reward=reward_bins - 1 if commanded else ANY,
         )
-    return Vocabulary(
+    return CommandVocabulary(
         max_words=max_words,
         reward_bins=reward_bins,
         rank_within=rank_within,
@@ -245,7 +246,7 @@ def learn(
     lowercase: bool = False,
     objective: str = "udrl",
     seed: int = 0,
-) -> tuple[Vocabulary, np.ndarray]:
+) -> tuple[CommandVocabulary, np.ndarray]:
     """Make the vocabulary from episodes in memory, and label each with the reward bin that it turned out to fulfil.
 
     Args:
@@ -254,7 +255,7 @@ def learn(
     Returns:
         The vocabulary, and the bin of each episode, int64 of shape (episodes,).
     """
-    vocabulary = settle(
+    vocabulary = fit_vocabulary(
         tally(columns, rank_within, seed),
         tasks,
         max_words=max_words,
@@ -266,7 +267,7 @@ def learn(
     return vocabulary, reward_bins_of(vocabulary, np.asarray(columns["task"]), ranked(columns, rank_within, seed))
 
 
-def reward_bins_of(vocabulary: Vocabulary, tasks: np.ndarray, values: np.ndarray) -> np.ndarray:
+def reward_bins_of(vocabulary: CommandVocabulary, tasks: np.ndarray, values: np.ndarray) -> np.ndarray:
     """The reward bin of each episode, int64 (episodes,), from its task and its value of :func:`ranked`."""
     bins = np.zeros(len(values), dtype=np.int64)
     for name, learnt in vocabulary.tasks.items():

@@ -21,7 +21,6 @@ Layout under the storage URI::
                                    keeps completions and judgements
 """
 
-import hashlib
 from collections.abc import Iterator
 from enum import StrEnum
 
@@ -90,17 +89,6 @@ class Reason(StrEnum):
     FEW_SHOT_LEAK = "few_shot_leak"
     DUPLICATE = "duplicate"
     NEAR_DUPLICATE = "near_duplicate"
-
-
-def stable_id(*parts: object) -> int:
-    """A 63-bit id that is the same on every machine and in every run."""
-    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-def word_count(text: str) -> int:
-    """Length in words: what white space separates. The one definition of length in the project."""
-    return len(text.split())
 
 
 def iter_tables(uri: str, columns: list[str] | None = None) -> Iterator[pa.Table]:

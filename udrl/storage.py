@@ -9,14 +9,18 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from udrl.errors import UserError
+
+Result = TypeVar("Result")
+READ_THREADS = 16  # files read at a time: threads wait for storage, not for the CPU
 
 
 def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -169,6 +173,17 @@ def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
     fs, path = open_filesystem(uri)
     with fs.open_input_file(path) as source:
         return pq.ParquetFile(source).read(columns=columns)
+
+
+def map_files(function: Callable[[str], Result], uris: Sequence[str]) -> list[Result]:
+    """Apply ``function`` to each file in threads, which wait for storage; results keep the order of ``uris``."""
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        return list(pool.map(function, uris))
+
+
+def parquet_files(uri: str) -> list[str]:
+    """Return the URIs of the Parquet files directly under ``uri``, sorted by name."""
+    return [join(uri, name) for name in list_files(uri) if name.endswith(".parquet")]
 
 
 def upload_folder(local: str, uri: str) -> None:

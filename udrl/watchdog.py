@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeVar
 
-from udrl.errors import Stalled
+from udrl.errors import StalledError
 from udrl.progress import duration
 
 Item = TypeVar("Item")
@@ -20,7 +20,7 @@ def watched(
     """Yield ``items``; call ``idle`` every second in which none came.
 
     Raises:
-        Stalled: no item came for ``minutes``. What the cluster was doing is told on stderr.
+        StalledError: no item came for ``minutes``. What the cluster was doing is told on stderr.
     """
     box: queue.Queue[tuple[Any, BaseException | None, bool]] = queue.Queue(maxsize=1)
     closed = threading.Event()
@@ -54,7 +54,7 @@ def watched(
                 quiet = time.monotonic() - last
                 if quiet > 60 * minutes:
                     print("\n".join([f"{what}: what was going on", *cluster_state()]), file=sys.stderr, flush=True)
-                    raise Stalled(
+                    raise StalledError(
                         f"{what}: no progress for {duration(quiet)} (watchdog_minutes={minutes:g}); what is done is kept,"
                         " run the same command again to resume"
                     ) from None

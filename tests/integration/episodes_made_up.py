@@ -4,7 +4,8 @@ import numpy as np
 import pyarrow as pa
 
 from udrl import storage
-from udrl.episodes import COMPONENTS, EPISODES, stable_id
+from udrl.episodes import COMPONENTS, EPISODES
+from udrl.hashing import stable_id
 
 SUBJECTS = "owl fox lynx otter heron newt violin kettle lantern bicycle".split()  # noqa: SIM905
 WORDS = "soft light snow night bold type wide shot gold blue quiet forest paper texture warm".split()  # noqa: SIM905

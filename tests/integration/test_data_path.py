@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from episodes_made_up import fill_with_episodes
 
-from udrl import storage
-from udrl.commands import ANY, Command, Vocabulary
+from udrl import storage, tokenizer
+from udrl.commands import ANY, Command, CommandVocabulary
 from udrl.errors import UserError
 from udrl.recipe import Recipe, validate
-from udrl.student import dataset, tokenizer
-from udrl.student.buffer import Source, kept
-from udrl.student.packing import Batch
+from udrl.train import dataset
+from udrl.train.packing import Batch
+from udrl.train.replay_buffer import Source, kept
 
 TASKS = ["text_to_image", "image_search"]
 INTENTS, EPISODES = 120, 240  # of conftest's three files
@@ -100,7 +100,7 @@ def test_every_episode_is_trained_or_validated_on_and_told(made: tuple[str, Path
 def test_intents_to_look_at_are_validation_s_own(made: tuple[str, Path]) -> None:
     _, out = made
     held = storage.read_json(str(out / "held.json"))
-    words, vocabulary = tokenizer.load(str(out / "tokenizer")), Vocabulary.load(str(out / "tokenizer"))
+    words, vocabulary = tokenizer.load(str(out / "tokenizer")), CommandVocabulary.load(str(out / "tokenizer"))
     assert {entry["task"] for entry in held} == set(TASKS)
     assert len({tuple(entry.values()) for entry in held}) == len(held)
     assert all(0 < sum(entry["task"] == task for entry in held) <= 32 for task in TASKS)
@@ -145,7 +145,7 @@ def test_plain_fine_tuning_has_the_same_texts_and_budget_and_commands_the_task_a
 ) -> None:
     run, out = made
     udrl, plain = dataset.facts(str(out)), prepare(run, tmp_path, train={"objective": objective, "top_share": 0.3})
-    vocabulary = Vocabulary.load(str(tmp_path / "tokenizer"))
+    vocabulary = CommandVocabulary.load(str(tmp_path / "tokenizer"))
     words = tokenizer.load(str(tmp_path / "tokenizer"))
     any_ids = tuple(tokenizer.control_ids(words, vocabulary.tokens(Command(task=TASKS[0])))[1:])
     assert vocabulary.default(TASKS[0]) == Command(task=TASKS[0], words=ANY, reward=ANY)
@@ -177,7 +177,7 @@ def test_a_source_is_thinned_by_its_ids_and_counted_whole(made: tuple[str, Path]
     assert whole["trained"] < facts["trained"] < 2 * whole["trained"]
     of_all = kept(np.arange(EPISODES), 0.4).sum()
     assert of_all - held <= facts["trained"] - whole["trained"] <= of_all
-    counts = [Vocabulary.load(str(folder / "tokenizer")).tasks[TASKS[0]].counts for folder in (out, tmp_path)]
+    counts = [CommandVocabulary.load(str(folder / "tokenizer")).tasks[TASKS[0]].counts for folder in (out, tmp_path)]
     assert sum(counts[1]) == 2 * sum(counts[0])
     assert [source["keep"] for source in facts["sources"]] == [1.0, 0.4]
 
@@ -218,7 +218,7 @@ def test_a_pretrained_tokenizer_keeps_its_pieces(made: tuple[str, Path], tmp_pat
 def test_ranked_within_the_intent_both_passes_agree(made: tuple[str, Path], tmp_path: Path) -> None:
     run, _ = made
     prepare(run, tmp_path, commands={"rank_within": "intent", "reward_bins": 2, "dropout": 0}, train={"validation": 0})
-    vocabulary = Vocabulary.load(str(tmp_path / "tokenizer"))
+    vocabulary = CommandVocabulary.load(str(tmp_path / "tokenizer"))
     words = tokenizer.load(str(tmp_path / "tokenizer"))
     control = {task: tokenizer.control_ids(words, [f"<|task:{task}|>", "<|reward:0|>", "<|reward:1|>"]) for task in TASKS}
     for task, (task_id, *bins) in control.items():

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from udrl import commands, recipe
-from udrl.commands import Command, Vocabulary
-from udrl.policies.settings import engine_kwargs, environment
+from udrl import commands, recipe, tokenizer
+from udrl.commands import Command, CommandVocabulary
+from udrl.policies.engine_args import engine_kwargs, environment
+from udrl.policies.student import fit
 from udrl.recipe import Engine, Placement
-from udrl.student import export, model, tokenizer
-from udrl.student.policy import fit
+from udrl.train import export
+from udrl.train import gpt2 as model
 
 TASKS = ["text_to_image", "image_search"]
 NEW = 16
@@ -70,7 +71,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def requests_of(folder: str) -> list[list[int]]:
-    words, vocabulary = tokenizer.load(folder), Vocabulary.load(folder)
+    words, vocabulary = tokenizer.load(folder), CommandVocabulary.load(folder)
     asked = [
         ("a red fox", "text_to_image", 5),
         ("poster of an owl in deep snow", "image_search", 9),
@@ -113,7 +114,7 @@ def test_transformers_and_vllm_write_the_same(exported: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == mine
     assert len({tuple(tokens) for tokens in mine}) > 1
-    banned = set(tokenizer.banned_ids(tokenizer.load(exported), Vocabulary.load(exported)))
+    banned = set(tokenizer.banned_ids(tokenizer.load(exported), CommandVocabulary.load(exported)))
     assert not banned & {token for tokens in mine for token in tokens}
 
 

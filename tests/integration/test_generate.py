@@ -14,8 +14,9 @@ from benchmarks.dummy_engine import DummyEngine
 from udrl import storage
 from udrl.episodes import EPISODES, REJECTS, iter_tables
 from udrl.errors import UserError
-from udrl.generation import dry_run, generate
-from udrl.policies import engine
+from udrl.generate import dry_run
+from udrl.generate import stage as generate
+from udrl.policies import stage as engine
 from udrl.policies.ledger import list_parts, read_shard
 from udrl.recipe import Recipe
 

@@ -7,9 +7,9 @@ import pyarrow as pa
 import pytest
 
 from udrl import storage
-from udrl.evaluation.judges import ask, embedding, judge_pairwise, judge_pointwise
-from udrl.evaluation.judges.validation import controls, shuffled, validate
-from udrl.evaluation.outputs import OUTPUTS, columns, where
+from udrl.evaluate.judges import ask, embedding, judge_pairwise, judge_pointwise
+from udrl.evaluate.judges.validation import controls, shuffled, validate
+from udrl.evaluate.outputs import OUTPUTS, columns, where
 from udrl.recipe import Judge, Recipe
 from udrl.tasks import load_tasks
 

@@ -12,10 +12,10 @@ from killing import HERE, WAIT, Killable, gone, wait
 
 from udrl import storage
 from udrl.episodes import iter_tables
-from udrl.generation.prepare import prepare
+from udrl.generate.prepare import prepare
 from udrl.policies.backpressure import UNWRITTEN
-from udrl.policies.engine import _tasks_in_flight
 from udrl.policies.ledger import list_parts, read_shard
+from udrl.policies.stage import _tasks_in_flight
 from udrl.recipe import load
 
 SHARD, SEQS, INTENTS, SAMPLES = 8, 8, 20, 4

@@ -13,16 +13,17 @@ import pytest
 from ray import cloudpickle
 
 from benchmarks.dummy_engine import DummyEngine
-from udrl import commands, storage
-from udrl.commands import Vocabulary
-from udrl.episodes import iter_tables, stable_id
+from udrl import commands, storage, tokenizer
+from udrl.commands import CommandVocabulary
+from udrl.episodes import iter_tables
 from udrl.errors import UserError
-from udrl.policies import engine
+from udrl.hashing import stable_id
+from udrl.policies import stage as engine
 from udrl.policies.actor import NOTHING, Row
 from udrl.policies.ledger import list_parts
 from udrl.recipe import Recipe
-from udrl.rounds import run as rounds
-from udrl.student import tokenizer, train
+from udrl.train import fit as train
+from udrl.train import stage as rounds
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 # The engine below travels to Ray's workers, which know no module of the tests.
@@ -91,7 +92,7 @@ def test_a_round_explores_under_commands_and_learns_from_the_buffer(
 
     # Commands: lengths that the best teacher's prompts had, rewards from their mean upwards.
     teacher = pa.concat_tables(list(iter_tables(storage.join(run, "episodes"))))
-    vocabulary = Vocabulary.load(storage.join(first, "student"))
+    vocabulary = CommandVocabulary.load(storage.join(first, "student"))
     for task in vocabulary.tasks:
         mine = teacher.filter(pc.equal(teacher.column("task"), task))
         rewards, words = (mine.column(name).to_numpy() for name in ("reward", "n_words"))
@@ -102,7 +103,7 @@ def test_a_round_explores_under_commands_and_learns_from_the_buffer(
         assert {r["command_reward"] for r in asked} == {vocabulary.reward_bins - 1}
 
     # The next student learnt from both rounds, and is the one that is served.
-    learnt = Vocabulary.load(storage.join(run, "student"))
+    learnt = CommandVocabulary.load(storage.join(run, "student"))
     assert sum(sum(t.counts) for t in learnt.tasks.values()) == 240 + len(good)
     exported = storage.read_json(storage.join(run, "student", "training.json"))
     assert exported["fingerprint"] == facts["fingerprint"] != before["fingerprint"]

@@ -11,11 +11,12 @@ import pyarrow as pa
 import pytest
 
 from udrl import storage
-from udrl.episodes import COMPLETIONS, EPISODES, REJECTS, iter_tables, stable_id
+from udrl.episodes import COMPLETIONS, EPISODES, REJECTS, iter_tables
 from udrl.errors import UserError
+from udrl.hashing import stable_id
 from udrl.policies.ledger import list_parts, part_name
 from udrl.recipe import Deduplicate, Rewards
-from udrl.scoring import sift
+from udrl.scoring import filtering as sift
 from udrl.scoring.score import score
 from udrl.tasks import Example, Format, Task
 

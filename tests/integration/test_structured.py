@@ -9,11 +9,11 @@ import pytest
 
 from udrl import intents, storage
 from udrl.episodes import KEYS
-from udrl.generation.expand import expand_intents
-from udrl.generation.intent_lines import HeldOut
+from udrl.generate.expand import expand_intents
+from udrl.generate.intent_lines import HeldOut
 from udrl.intents.prepare import SCHEMA
-from udrl.policies.engine import complete
 from udrl.policies.ledger import list_parts, read_shard
+from udrl.policies.stage import complete
 from udrl.policies.teacher import intent_requests, teacher_policy
 from udrl.recipe import Recipe
 from udrl.scoring.rubric import judge_relevance
@@ -97,7 +97,7 @@ def test_the_teacher_grows_intents_that_name_no_held_out_subject(recipe: Recipe,
 def test_a_second_expansion_pays_for_nothing_and_gives_the_same(
     recipe: Recipe, folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from udrl.policies import engine
+    from udrl.policies import stage as engine
 
     def no_engine(*_: object) -> None:
         raise AssertionError("an engine was configured")

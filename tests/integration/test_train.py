@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from udrl import storage
-from udrl.commands import Command, Vocabulary
+from udrl import storage, tokenizer
+from udrl.commands import Command, CommandVocabulary
 from udrl.errors import UserError
 from udrl.recipe import Recipe
-from udrl.student import tokenizer, train
+from udrl.train import fit as train
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -38,7 +38,7 @@ def test_an_exported_student_loads_in_plain_transformers_and_is_not_trained_twic
     facts = train.run(recipe(run_with_episodes))
     folder = storage.join(run_with_episodes, "student")
     model = AutoModelForCausalLM.from_pretrained(folder)
-    words, vocabulary = tokenizer.load(folder), Vocabulary.load(folder)
+    words, vocabulary = tokenizer.load(folder), CommandVocabulary.load(folder)
     assert model.config.vocab_size == len(words)
     assert set(vocabulary.tasks) == {"text_to_image", "image_search"}
     ids = tokenizer.encode_request(words, vocabulary, "poster of an owl", Command(task="image_search", words=5, reward=4))

@@ -14,7 +14,7 @@ from episodes_made_up import fill_with_episodes
 from killing import Killable, gone, wait
 
 from udrl import storage
-from udrl.student import checkpoint
+from udrl.train import checkpoint
 
 TASKS = ["text_to_image", "image_search"]
 

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from udrl.episodes import stable_id
-from udrl.evaluation.outputs import OUTPUTS
+from udrl.evaluate.outputs import OUTPUTS
+from udrl.hashing import stable_id
 
 WORDS = [
     *("soft", "vivid", "poster", "cheerful", "dinosaur", "party", "balloons", "retro"),

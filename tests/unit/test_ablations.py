@@ -12,8 +12,11 @@ import pytest
 from udrl import commands, recipe, storage
 from udrl.commands import ANY
 from udrl.errors import UserError
-from udrl.evaluation import contenders, evaluate, metrics, report
-from udrl.evaluation.outputs import OUTPUTS
+from udrl.evaluate import evaluated_policies as contenders
+from udrl.evaluate import stage as evaluate
+from udrl.evaluate.metrics import compute as metrics
+from udrl.evaluate.outputs import OUTPUTS
+from udrl.evaluate.report import write_report as report
 from udrl.policies.teacher import key_columns, teacher_policy
 from udrl.recipe import Recipe, Teacher
 from udrl.tasks import load_tasks
@@ -26,7 +29,7 @@ def values(tmp_path: Path, **more: Any) -> Recipe:
     return Recipe.model_validate({**given, "evaluate": {"intents": 3, "samples": 2}, **more})
 
 
-def vocabulary(objective: str) -> commands.Vocabulary:
+def vocabulary(objective: str) -> commands.CommandVocabulary:
     columns = {
         "task": np.full(40, "image_search"),
         "intent_id": np.arange(40),

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 from evaluation_made_up import row, table
 
-from udrl.evaluation import accuracy
-from udrl.evaluation.outputs import columns
+from udrl.evaluate.metrics import accuracy
+from udrl.evaluate.outputs import columns
 from udrl.tasks import load_task
 
 IMAGE, SEARCH = "text_to_image", "image_search"

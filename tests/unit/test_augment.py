@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from udrl.rewards.components import words
-from udrl.student.augment import rare_words, shared_words, swap
+from udrl.scoring.reward_components import words
+from udrl.train.augment import rare_words, shared_words, swap
 
 INTENTS = [f"poster of a {w}" for w in ["owl", "fox", "lynx", "otter", "heron", "newt"]] * 5 + ["poster of a dog"] * 40
 POOL = rare_words(INTENTS)

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.hf_trainer import IGNORED, unpack
-from udrl.student import packing, rows
-from udrl.student.packing import Examples
+from udrl.train import packed_rows as rows
+from udrl.train import packing
+from udrl.train.packing import Examples
 
 PAD = 1
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from udrl.student.buffer import kept, scrambled
+from udrl.train.replay_buffer import kept, scrambled
 
 IDS = np.arange(50_000, dtype=np.int64)
 

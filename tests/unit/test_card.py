@@ -11,7 +11,8 @@ import yaml
 
 from udrl import models, recipe, storage
 from udrl.episodes import COMPONENTS, EPISODES, REJECTS, Reason
-from udrl.generation import card, histograms
+from udrl.generate import dataset_card as card
+from udrl.generate import histograms
 
 TASKS = ["text_to_image", "image_search"]
 

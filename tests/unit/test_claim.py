@@ -8,7 +8,8 @@ from evaluation_made_up import interval, outputs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from udrl.evaluation import claim, metrics
+from udrl.evaluate.metrics import claim
+from udrl.evaluate.metrics import compute as metrics
 
 RUBRIC = {"ratio": True, "believable": True, "of_teacher": False, "auc": {"shuffled": 0.9}}
 FIT = {"rubric": RUBRIC}

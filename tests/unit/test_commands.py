@@ -8,7 +8,7 @@ from hypothesis.extra.numpy import arrays
 from pydantic import ValidationError
 
 from udrl import commands
-from udrl.commands import ANY, Command, Vocabulary
+from udrl.commands import ANY, Command, CommandVocabulary
 
 VALUES = arrays(np.float64, st.integers(5, 200), elements=st.floats(0, 1, width=32))
 
@@ -24,7 +24,7 @@ def episodes(n: int = 200, seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def learnt(**more: object) -> tuple[Vocabulary, np.ndarray]:
+def learnt(**more: object) -> tuple[CommandVocabulary, np.ndarray]:
     options = {"max_words": 24, "reward_bins": 5, "rank_within": "task"} | more
     return commands.learn(["paint", "find"], episodes(), **options)
 
@@ -82,9 +82,12 @@ def test_counting_file_by_file_learns_what_counting_at_once_does(rank_within: st
     files = [{name: column[i : i + 40] for name, column in whole.items()} for i in range(0, 200, 40)]  # 10 intents each
     parts = [commands.tally(file, rank_within) for file in files]
     options = {"max_words": 24, "reward_bins": 5, "rank_within": rank_within}
-    at_once = commands.settle(commands.tally(whole, rank_within), ["paint", "find"], **options)
-    assert commands.settle(commands.merge(parts), ["paint", "find"], **options) == at_once
-    assert commands.settle(commands.merge([commands.merge(parts[3:]), *parts[:3]]), ["paint", "find"], **options) == at_once
+    at_once = commands.fit_vocabulary(commands.tally(whole, rank_within), ["paint", "find"], **options)
+    assert commands.fit_vocabulary(commands.merge(parts), ["paint", "find"], **options) == at_once
+    assert (
+        commands.fit_vocabulary(commands.merge([commands.merge(parts[3:]), *parts[:3]]), ["paint", "find"], **options)
+        == at_once
+    )
     empty = {name: column[:0] for name, column in whole.items()}
     assert commands.merge([commands.tally(empty, rank_within), *parts]).num_rows == commands.merge(parts).num_rows
 
@@ -182,7 +185,7 @@ def test_below_any_is_no_command() -> None:
 def test_the_vocabulary_survives_its_file(tmp_path: object) -> None:
     vocabulary, _ = learnt()
     vocabulary.save(str(tmp_path))
-    assert Vocabulary.load(str(tmp_path)) == vocabulary
+    assert CommandVocabulary.load(str(tmp_path)) == vocabulary
 
 
 def test_a_task_without_episodes_is_named() -> None:

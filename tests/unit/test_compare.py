@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from jobs import compare as job
 from udrl import storage
 from udrl.errors import UserError, exit_code
-from udrl.evaluation import beside, compare, thresholds
-from udrl.evaluation.outputs import columns
+from udrl.evaluate.compare import comparison as compare
+from udrl.evaluate.compare import side_by_side as beside
+from udrl.evaluate.compare import thresholds
+from udrl.evaluate.outputs import columns
 
 JUDGES = {
     "likelihood": {"kind": "likelihood", "model": "hub/base-1b", "believable": True},

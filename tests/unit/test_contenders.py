@@ -8,9 +8,10 @@ import pyarrow as pa
 from evaluation_made_up import row, table
 
 from udrl import commands
-from udrl.evaluation import contenders, speed
-from udrl.evaluation.contenders import Contender
-from udrl.evaluation.outputs import OUTPUTS, columns
+from udrl.evaluate import evaluated_policies as contenders
+from udrl.evaluate import speed
+from udrl.evaluate.evaluated_policies import EvaluatedPolicy
+from udrl.evaluate.outputs import OUTPUTS, columns
 from udrl.policies.teacher import teacher_policy
 from udrl.recipe import Recipe, Teacher
 from udrl.tasks import load_tasks
@@ -21,10 +22,10 @@ def values(**evaluate: Any) -> Recipe:
     return Recipe.model_validate({**given, "evaluate": evaluate})
 
 
-def vocabulary(lengths: list[int], max_words: int = 40) -> commands.Vocabulary:
+def vocabulary(lengths: list[int], max_words: int = 40) -> commands.CommandVocabulary:
     learnt = {"edges": [0.5], "achieved_reward": [0.2, 0.8], "achieved_relevance": [0.2, 0.8], "counts": [9, 9]}
     task = commands.TaskCommands.model_validate({**learnt, "words": lengths, "default_words": 12, "default_reward": 1})
-    return commands.Vocabulary(max_words=max_words, reward_bins=2, rank_within="task", tasks={"image_search": task})
+    return commands.CommandVocabulary(max_words=max_words, reward_bins=2, rank_within="task", tasks={"image_search": task})
 
 
 def test_lengths_in_and_out_of_the_usual_range_never_meet() -> None:
@@ -101,7 +102,7 @@ def test_without_a_teacher_there_is_only_the_echo() -> None:
 def test_the_plan_counts_what_is_missing_and_says_on_what_its_times_rest(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     policy = teacher_policy(Teacher(model=str(tmp_path)), load_tasks(["image_search"]))
-    one = Contender("teacher", policy, [{}] * 1000)
+    one = EvaluatedPolicy("teacher", policy, [{}] * 1000)
     speeds = {"teacher": {"startup_seconds": 20.0, "prompts_per_second": 10.0}}
     lines = speed.plan([one], {"teacher": 600}, speeds, [speed.Judging("rubric", 500, 50.0), speed.Judging("pmi", 0, None)])
     assert lines == [

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from evaluation_made_up import row, table
 
-from udrl.evaluation import control
-from udrl.evaluation.outputs import columns
+from udrl.evaluate.metrics import control
+from udrl.evaluate.outputs import columns
 
 
 def lengths(achieved: dict[int, list[int]], probe: str = "length") -> list[dict[str, Any]]:

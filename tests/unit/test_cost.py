@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from udrl import storage
 from udrl.episodes import COMPLETIONS
-from udrl.generation import cost
-from udrl.generation.cost import Figure, Rates
+from udrl.generate import cost
+from udrl.generate.cost import Figure, Rates
 from udrl.policies.ledger import Requests, part_name
 from udrl.policies.tally import FIRST_TOKEN_EDGES, Tally
 from udrl.recipe import Engine, Placement, Rewards, RewardWeights, Teacher

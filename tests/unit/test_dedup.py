@@ -6,15 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from udrl.recipe import Deduplicate
-from udrl.scoring import dedup
+from udrl.scoring import deduplication as dedup
 
 LONG = "three columns under a steaming bowl playful rounded lettering orange and cream prices aligned right"
 Text = tuple[str, str, str]
 
 
 def verdicts(texts: list[Text], near: float | None = 0.8) -> list[int]:
-    said = dedup.Said(len(texts), Deduplicate(near=near))
-    return said.decide(0, dedup.keys(texts, near)).tolist()
+    said = dedup.BloomDeduplicator(len(texts), Deduplicate(near=near))
+    return said.check_and_add(0, dedup.keys(texts, near)).tolist()
 
 
 def test_the_same_prompt_for_the_same_intent_and_task_is_a_duplicate_whatever_its_case() -> None:
@@ -33,10 +33,10 @@ def test_word_order_tells_prompts_apart() -> None:
 
 
 def test_a_rejected_prompt_is_not_remembered() -> None:
-    said = dedup.Said(10, Deduplicate())
+    said = dedup.BloomDeduplicator(10, Deduplicate())
     keys = dedup.keys([("a", "t", LONG), ("b", "t", LONG)], 0.8)
-    assert said.decide(0, keys).tolist() == [dedup.NEW, dedup.NEAR]
-    assert said.decide(1, keys[1:]).tolist() == [dedup.NEAR]  # by what the first left, not as its own duplicate
+    assert said.check_and_add(0, keys).tolist() == [dedup.NEW, dedup.NEAR]
+    assert said.check_and_add(1, keys[1:]).tolist() == [dedup.NEAR]  # by what the first left, not as its own duplicate
 
 
 @pytest.mark.parametrize("near", [0.7, 0.8, 0.9])
@@ -75,20 +75,20 @@ def test_what_is_kept_does_not_depend_on_where_the_work_was_cut(texts: list[Text
     whole = verdicts(texts) if texts else []
     keys = [dedup.keys(part, 0.8) for part in (texts[:cut], texts[cut:])]
     before = np.array(whole[:cut], dtype=np.int8)
-    resumed = dedup.Said(len(texts), Deduplicate())
-    assert resumed.absorb(0, keys[0][before == dedup.NEW]) == int((before == dedup.NEW).sum())
-    assert resumed.decide(1, keys[1]).tolist() == whole[cut:]
+    resumed = dedup.BloomDeduplicator(len(texts), Deduplicate())
+    assert resumed.add_known(0, keys[0][before == dedup.NEW]) == int((before == dedup.NEW).sum())
+    assert resumed.check_and_add(1, keys[1]).tolist() == whole[cut:]
 
 
 def test_shards_out_of_order_are_refused() -> None:
-    said = dedup.Said(10, Deduplicate())
+    said = dedup.BloomDeduplicator(10, Deduplicate())
     with pytest.raises(RuntimeError, match="step 1 came where 0 was due"):
-        said.decide(1, dedup.keys([], 0.8))
+        said.check_and_add(1, dedup.keys([], 0.8))
 
 
 def test_memory_is_what_the_documentation_says() -> None:
     config = Deduplicate()
-    said = dedup.Said(100_000, config)
+    said = dedup.BloomDeduplicator(100_000, config)
     real = sum(f.size_in_bits for f in said.filters) / 8
     assert dedup.bytes_of(100_000, config) == pytest.approx(real, rel=0.01)
     assert dedup.megabytes_per_million(config) == pytest.approx(30, abs=1)

@@ -11,8 +11,8 @@ from evaluation_made_up import WORDS, row, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from udrl.evaluation import diversity
-from udrl.evaluation.outputs import columns
+from udrl.evaluate.metrics import diversity
+from udrl.evaluate.outputs import columns
 
 texts = st.lists(st.lists(st.sampled_from(WORDS), min_size=4, max_size=4), min_size=2, max_size=12)
 uneven = st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=7), min_size=2, max_size=6)

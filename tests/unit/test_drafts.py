@@ -7,7 +7,7 @@ import pytest
 from served import FakeEngine, draft
 
 from serve.api import RequestError
-from serve.drafts import Ask, Cost, Draft, Effort, Event, Grown, Redrafted, Settled, Wanted, write
+from serve.drafts import Ask, Cost, Draft, Effort, Event, Grown, PromptSpec, Redrafted, Settled, write
 from udrl.commands import Command
 
 COMMAND = Command(task="text_to_image", words=3, reward=2)
@@ -20,7 +20,7 @@ def rounds(*answers: list[Draft]) -> FakeEngine:
 
 
 def run(
-    engine: FakeEngine, wanted: Wanted, effort: Effort | None = None, ask: Ask = ASK, live: bool = False
+    engine: FakeEngine, wanted: PromptSpec, effort: Effort | None = None, ask: Ask = ASK, live: bool = False
 ) -> tuple[list[Event], Cost]:
     cost = Cost()
 
@@ -34,8 +34,8 @@ def texts(events: list[Event]) -> dict[int, str]:
     return {event.index: event.draft["text"] for event in events if isinstance(event, Settled)}
 
 
-def exactly(n: int, words: int = 3, **more: Any) -> Wanted:
-    return Wanted(COMMAND, n, words, words, **more)
+def exactly(n: int, words: int = 3, **more: Any) -> PromptSpec:
+    return PromptSpec(COMMAND, n, words, words, **more)
 
 
 def test_what_fits_at_once_is_drawn_once() -> None:
@@ -65,21 +65,21 @@ def test_after_the_last_round_the_nearest_draft_is_reported_unshortened() -> Non
 
 def test_what_a_client_s_own_token_limit_leaves_empty_is_not_written_again() -> None:
     engine = rounds([draft("", "length")])
-    events, cost = run(engine, Wanted(COMMAND, 1, whole=False, distinct=False))
+    events, cost = run(engine, PromptSpec(COMMAND, 1, whole=False, distinct=False))
     assert (texts(events), cost.drafts) == ({0: ""}, 1)
-    _, cost = run(rounds([draft("")], [draft("a b c")]), Wanted(COMMAND, 1, whole=False, distinct=False))
+    _, cost = run(rounds([draft("")], [draft("a b c")]), PromptSpec(COMMAND, 1, whole=False, distinct=False))
     assert cost.drafts == 2  # the student itself ended it with nothing
 
 
 def test_a_range_takes_both_its_ends() -> None:
-    wanted = Wanted(COMMAND, 3, 2, 4)
+    wanted = PromptSpec(COMMAND, 3, 2, 4)
     events, cost = run(rounds([draft("a b"), draft("a b c"), draft("a b c d")]), wanted)
     assert len(texts(events)) == 3
     assert cost.drafts == 3
 
 
 def test_no_length_asked_is_no_miss() -> None:
-    events, cost = run(rounds([draft("a b c d e f g")]), Wanted(COMMAND, 1))
+    events, cost = run(rounds([draft("a b c d e f g")]), PromptSpec(COMMAND, 1))
     assert texts(events) == {0: "a b c d e f g"}
     assert cost.drafts == 1
 
@@ -115,7 +115,7 @@ def test_where_distinct_is_not_asked_every_place_is_filled() -> None:
 
 
 def test_nothing_is_no_prompt() -> None:
-    events, _ = run(rounds([draft("")]), Wanted(COMMAND, 1))
+    events, _ = run(rounds([draft("")]), PromptSpec(COMMAND, 1))
     assert texts(events) == {}
 
 

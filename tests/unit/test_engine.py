@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from udrl.errors import Stalled
-from udrl.generation.generate import differences
-from udrl.generation.prepare import shard_size
+from udrl.errors import StalledError
+from udrl.generate.prepare import shard_size
+from udrl.hashing import differences
 from udrl.policies.actor import Clock, Gate
-from udrl.policies.engine import _tasks_in_flight
+from udrl.policies.stage import _tasks_in_flight
 from udrl.policies.tally import Tally
 from udrl.policies.teacher import teacher_policy
 from udrl.recipe import Teacher
@@ -153,7 +153,7 @@ def test_a_silent_source_is_given_up(capsys: pytest.CaptureFixture[str]) -> None
 
     items = watched(source(), 1.5 / 60, "test", idle=lambda: idle.append(1))
     assert next(items) == 1
-    with pytest.raises(Stalled, match=r"test: no progress for .*run the same command again"):
+    with pytest.raises(StalledError, match=r"test: no progress for .*run the same command again"):
         next(items)
     assert idle
     assert "what was going on" in capsys.readouterr().err

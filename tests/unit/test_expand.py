@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from udrl.generation import expand, intent_lines
-from udrl.generation.intent_lines import HeldOut, Reason, lines_of, problem_of
+from udrl.generate import expand, intent_lines
+from udrl.generate.intent_lines import HeldOut, Reason, lines_of, problem_of
+from udrl.hashing import stable_id
 from udrl.intents import composer
 from udrl.intents.prepare import SCHEMA
-from udrl.intents.split import stable_hash
 from udrl.recipe import Expand, Teacher
 
 
@@ -105,7 +105,7 @@ def test_every_subject_of_the_grammar_is_found_in_both_its_forms() -> None:
 
 
 def write(folder: Path, name: str, rows: list[tuple[str, str]]) -> str:
-    table = pa.table([[stable_hash(t) for t, _ in rows], [t for t, _ in rows], [s for _, s in rows]], schema=SCHEMA)
+    table = pa.table([[stable_id(t) for t, _ in rows], [t for t, _ in rows], [s for _, s in rows]], schema=SCHEMA)
     pq.write_table(table, folder / f"{name}.parquet", row_group_size=3)
     return str(folder / f"{name}.parquet")
 

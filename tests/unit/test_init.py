@@ -12,10 +12,10 @@ from test_monitor import TEXTS, VOCABULARY
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedTokenizerFast
 
-from udrl import commands
+from udrl import commands, tokenizer
 from udrl.errors import UserError
 from udrl.recipe import Student, Train
-from udrl.student import model, tokenizer
+from udrl.train import gpt2 as model
 
 OLD_END = "<|endoftext|>"
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from udrl.evaluation import intervals
+from udrl.evaluate.metrics import intervals
 
 numbers = st.lists(st.tuples(st.floats(-100, 100), st.integers(0, 8)), min_size=1, max_size=40)
 

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from udrl import storage
 from udrl.episodes import COMPONENTS
 from udrl.errors import UserError
-from udrl.evaluation.judges import ask, judge_pairwise, judge_pointwise, pairwise, store
-from udrl.evaluation.judges.likelihood import WITH_PROMPT, WITHOUT_PROMPT, LikelihoodJudge
-from udrl.evaluation.judges.validation import (
+from udrl.evaluate.judges import ask, judge_pairwise, judge_pointwise, pairwise
+from udrl.evaluate.judges import judgments as store
+from udrl.evaluate.judges.likelihood import WITH_PROMPT, WITHOUT_PROMPT, LikelihoodJudge
+from udrl.evaluate.judges.validation import (
     KINDS,
     auc,
     controls,
@@ -28,7 +29,7 @@ from udrl.evaluation.judges.validation import (
     validate,
     validate_pairwise,
 )
-from udrl.evaluation.outputs import OUTPUTS, PAIRWISE
+from udrl.evaluate.outputs import OUTPUTS, PAIRWISE
 from udrl.recipe import Judge, Recipe
 from udrl.tasks import load_task
 

@@ -11,9 +11,9 @@ from evaluation_made_up import UNRELATED, outputs, row, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from udrl.episodes import stable_id
-from udrl.evaluation import metrics
-from udrl.evaluation.outputs import OUTPUTS, PAIRWISE
+from udrl.evaluate.metrics import compute as metrics
+from udrl.evaluate.outputs import OUTPUTS, PAIRWISE
+from udrl.hashing import stable_id
 from udrl.tasks import load_tasks
 
 TASKS = load_tasks(["text_to_image", "text_to_template", "image_search"])

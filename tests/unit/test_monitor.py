@@ -8,16 +8,17 @@ import pytest
 import torch
 from transformers import GPT2Config
 
-from udrl import commands
-from udrl.commands import ANY, Vocabulary
+from udrl import commands, tokenizer
+from udrl.commands import ANY, CommandVocabulary
 from udrl.recipe import Student, Train
-from udrl.student import flops, model, monitor, tokenizer
+from udrl.train import flops, monitor
+from udrl.train import gpt2 as model
 
 TEXTS = ["a red fox in deep snow, soft light", "poster of an owl", "jazz night flyer, bold type"]
 HELD = [{"task": task, "intent": intent} for task in ("paint", "find") for intent in ("an owl", "jazz night in deep snow")]
 
 
-def vocabulary() -> Vocabulary:
+def vocabulary() -> CommandVocabulary:
     n = 40
     columns = {
         "task": np.array(["paint", "find"] * (n // 2)),

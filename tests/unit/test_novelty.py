@@ -8,8 +8,8 @@ from evaluation_made_up import row, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from udrl.evaluation import novelty
-from udrl.evaluation.outputs import columns
+from udrl.evaluate.metrics import novelty
+from udrl.evaluate.outputs import columns
 
 lines = st.lists(st.lists(st.sampled_from(["a", "B", "ü", "d"]), min_size=1, max_size=10).map(" ".join), max_size=8)
 

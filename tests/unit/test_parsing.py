@@ -7,11 +7,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from udrl.episodes import KEYS, Reason, stable_id
-from udrl.scoring import salvage
+from udrl.episodes import KEYS, Reason
+from udrl.hashing import stable_id
+from udrl.scoring import lenient_json as salvage
+from udrl.scoring.filtering import sift_row
+from udrl.scoring.language import foreign_script, scripts
 from udrl.scoring.parsing import clean, parse, parse_row, reasons_of
-from udrl.scoring.sift import sift_row
-from udrl.scoring.writing import foreign_script, scripts
 from udrl.tasks import LANGUAGES, Example, Format, Task
 
 TASK = Task(

@@ -10,9 +10,9 @@ import pytest
 from udrl import storage
 from udrl.errors import UserError
 from udrl.recipe import Student, Train
-from udrl.student import checkpoint
-from udrl.student.model import Shape
-from udrl.student.plan import Plan, batch_rows, deepspeed_config
+from udrl.train import checkpoint
+from udrl.train.gpt2 import Shape
+from udrl.train.schedule import Plan, batch_rows, deepspeed_config
 
 
 def plan(world: int = 1, rows: int = 100, budget: int = 100, **train: Any) -> Plan:

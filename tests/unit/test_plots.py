@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from udrl.evaluation import plots
+from udrl.evaluate.report import plots
 
 
 def _grey(png: bytes) -> np.ndarray:

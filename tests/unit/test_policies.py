@@ -6,8 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from udrl import storage
-from udrl.episodes import COMPLETIONS, EPISODES, REJECTS, stable_id
-from udrl.policies import ledger, settings
+from udrl.episodes import COMPLETIONS, EPISODES, REJECTS
+from udrl.hashing import stable_id
+from udrl.policies import engine_args as settings
+from udrl.policies import ledger
 from udrl.policies.policy import Policy, draws
 from udrl.policies.teacher import intent_requests, key_columns, teacher_policy
 from udrl.recipe import Sampling, Teacher

@@ -13,12 +13,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from udrl.evaluation import content, examples, html, markdown, report
-from udrl.evaluation.blocks import Bullets, Code, Details, Heading, Paragraph, Plot, Span, Table, plain
-from udrl.evaluation.intervals import GROUPS
-from udrl.evaluation.judges.validation import BELIEVED_FROM, ENOUGH
-from udrl.evaluation.outputs import OUTPUTS, PAIRWISE
-from udrl.evaluation.reading import best_judge, in_order, pointwise, reference, seconds, signed
+from udrl.evaluate.judges.validation import BELIEVED_FROM, ENOUGH
+from udrl.evaluate.metrics.intervals import GROUPS
+from udrl.evaluate.outputs import OUTPUTS, PAIRWISE
+from udrl.evaluate.report import content, examples, html, markdown
+from udrl.evaluate.report import write_report as report
+from udrl.evaluate.report.blocks import Bullets, Code, Details, Heading, Paragraph, Plot, Span, Table, plain
+from udrl.evaluate.report.reading import best_judge, in_order, pointwise, reference, seconds, signed
 
 VOID = {"meta", "link", "br", "path", "use", "rect"}
 HOSTILE = "<script>alert(1)</script> | `code` *bold* [a](http://x) & \"quoted\" 'x' $y_z$ \\ ![i](u) --> ]]>"

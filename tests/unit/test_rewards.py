@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from udrl.episodes import COMPONENTS, EPISODES, REJECTS
 from udrl.recipe import RewardWeights
-from udrl.rewards import components
-from udrl.rewards.relevance import Embedder
+from udrl.scoring import reward_components as components
+from udrl.scoring.embedder import Embedder
+from udrl.scoring.filtering import SIFTED
 from udrl.scoring.score import RELEVANCE, score_rows
-from udrl.scoring.sift import SIFTED
 from udrl.tasks import Example, Task
 
 VOCABULARY = "red fox snow light owl jazz poster bold soft night".split()  # noqa: SIM905

@@ -13,15 +13,19 @@ from hypothesis import strategies as st
 
 from udrl import commands, storage
 from udrl.commands import ANY
-from udrl.episodes import EPISODES, stable_id
+from udrl.episodes import EPISODES
 from udrl.errors import UserError
+from udrl.hashing import stable_id
 from udrl.policies.policy import Policy
 from udrl.policies.teacher import read_intents, teacher_policy
 from udrl.recipe import Recipe, Teacher
-from udrl.rounds import achieved, guard, record, run
-from udrl.rounds.explore import Draw, drawn_places, draws, requests
-from udrl.student.export import TRAINING
 from udrl.tasks import Example, Task
+from udrl.train import achieved
+from udrl.train import diversity_guard as guard
+from udrl.train import round_record as record
+from udrl.train import stage as run
+from udrl.train.explore import Draw, drawn_places, draws, requests
+from udrl.train.export import TRAINING
 
 BLANK = {"string": "", "int64": 0, "int32": 0, "float": 0.5}
 
@@ -35,7 +39,7 @@ def write_episodes(folder: str, rows: list[dict[str, Any]], files: int = 1) -> s
     return folder
 
 
-def learnt(rewards: np.ndarray, words: np.ndarray, **more: Any) -> tuple[pa.Table, commands.Vocabulary]:
+def learnt(rewards: np.ndarray, words: np.ndarray, **more: Any) -> tuple[pa.Table, commands.CommandVocabulary]:
     columns = {
         "task": np.full(len(rewards), "paint"),
         "intent_id": np.arange(len(rewards)) // 4,

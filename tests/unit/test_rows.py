@@ -9,9 +9,9 @@ import psutil
 import pytest
 
 from udrl import storage
-from udrl.student import rows
-from udrl.student.packing import Batch
-from udrl.student.rows import Rows
+from udrl.train import packed_rows as rows
+from udrl.train.packed_rows import Rows
+from udrl.train.packing import Batch
 
 CONTEXT = 48
 

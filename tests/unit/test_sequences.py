@@ -8,16 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from udrl import commands
-from udrl.commands import ANY, Command, Vocabulary
+from udrl import commands, tokenizer
+from udrl.commands import ANY, Command, CommandVocabulary
 from udrl.recipe import Student, Train
-from udrl.student import model, tokenizer
-from udrl.student.packing import Batch, Examples, assign, encode_examples, hindsight, pack
+from udrl.train import gpt2 as model
+from udrl.train.packing import Batch, Examples, assign, encode_examples, hindsight, pack
 
 TEXTS = ["a red fox in deep snow, soft light", "poster of an owl", "jazz night flyer, bold type", "Ünïcode café ☕"]
 
 
-def vocabulary(lowercase: bool = False) -> Vocabulary:
+def vocabulary(lowercase: bool = False) -> CommandVocabulary:
     n = 40
     columns = {
         "task": np.array(["paint", "find"] * (n // 2)),

@@ -11,7 +11,7 @@ from served import vocabulary as made_vocabulary
 
 from serve import app
 from serve.api import RequestError
-from udrl.commands import Vocabulary
+from udrl.commands import CommandVocabulary
 from udrl.errors import UserError, exit_code
 from udrl.recipe import Recipe
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def vocabulary() -> Vocabulary:
+def vocabulary() -> CommandVocabulary:
     return made_vocabulary()
 
 
@@ -27,21 +27,21 @@ def _recipe(folder: Path, **changes: Any) -> Recipe:
     return Recipe(name="r", storage=str(folder), tasks=["text_to_image"], intents={"limit": 9}, **changes)  # type: ignore[arg-type]
 
 
-def _export(folder: Path, vocabulary: Vocabulary, positions: int) -> str:
+def _export(folder: Path, vocabulary: CommandVocabulary, positions: int) -> str:
     folder.mkdir()
     vocabulary.save(str(folder))
     (folder / "config.json").write_text(json.dumps({"n_positions": positions}))
     return str(folder)
 
 
-def test_the_engine_holds_no_more_than_the_student_has_positions(tmp_path: Path, vocabulary: Vocabulary) -> None:
+def test_the_engine_holds_no_more_than_the_student_has_positions(tmp_path: Path, vocabulary: CommandVocabulary) -> None:
     student = _export(tmp_path / "student", vocabulary, 128)
     assert app.inspect_student(_recipe(tmp_path), student) == (128, vocabulary)
     with pytest.raises(UserError, match=r"serve.sampling.max_tokens: 128 leaves no room"):
         app.inspect_student(_recipe(tmp_path, serve={"sampling": {"max_tokens": 128}}), student)
 
 
-def test_a_broken_export_is_one_clear_line(tmp_path: Path, vocabulary: Vocabulary) -> None:
+def test_a_broken_export_is_one_clear_line(tmp_path: Path, vocabulary: CommandVocabulary) -> None:
     student = _export(tmp_path / "student", vocabulary, 128)
     Path(student, "commands.json").write_text("{")
     with pytest.raises(UserError, match="unreadable") as caught:
@@ -62,7 +62,9 @@ def test_serving_before_training_exits_2_with_one_line(tmp_path: Path, capsys: p
     assert "\n" not in line
 
 
-def test_a_busy_port_exits_2_with_one_line(tmp_path: Path, vocabulary: Vocabulary, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_busy_port_exits_2_with_one_line(
+    tmp_path: Path, vocabulary: CommandVocabulary, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "run").mkdir()
     _export(tmp_path / "run" / "student", vocabulary, 256)
     with socket.socket() as taken:

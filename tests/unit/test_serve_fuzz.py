@@ -21,7 +21,7 @@ from served import WORDS, FakeEngine, application, draft, vocabulary
 from serve.drafts import Ask, Draft
 from serve.keys import KeyRing, digest
 from udrl.commands import ANY
-from udrl.episodes import word_count
+from udrl.text import count_words
 
 KEY = {"Authorization": "Bearer k"}
 JSON = {"Content-Type": "application/json"}
@@ -200,7 +200,7 @@ def check_prompts(body: dict[str, Any], answer: dict[str, Any]) -> None:
         mine = [prompt for prompt in answer["prompts"] if prompt["task"] == task]
         assert len({" ".join(prompt["text"].lower().split()) for prompt in mine}) == len(mine)
         for prompt in mine:
-            assert prompt["words"] == word_count(prompt["text"])
+            assert prompt["words"] == count_words(prompt["text"])
             if length in ("any", None):
                 assert prompt["on_length"] is None
                 assert (prompt["command"]["words"] is None) == (length == "any")

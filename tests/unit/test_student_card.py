@@ -6,7 +6,7 @@ import pytest
 from test_monitor import VOCABULARY
 
 from udrl import recipe
-from udrl.student import card
+from udrl.train import model_card as card
 
 TRAINING = {
     "parameters": 6_400_000,

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from udrl import tasks
-from udrl.episodes import word_count
 from udrl.errors import UserError
+from udrl.text import count_words
 
 SHIPPED = ["image_search", "text_to_image", "text_to_template", "text_to_video"]
 FIFTH = """
@@ -54,7 +54,7 @@ def test_shipped_examples_keep_their_own_tasks_rules(task: tasks.Task) -> None:
 def test_shipped_examples_are_single_lines_of_spread_lengths(task: tasks.Task) -> None:
     # The teacher copies the lengths that it is shown, and length control learns from what the teacher happens to write.
     assert len(task.examples) >= 4
-    lengths = [word_count(example.prompt) for example in task.examples]
+    lengths = [count_words(example.prompt) for example in task.examples]
     assert max(lengths) >= 2 * min(lengths)
     assert len(set(lengths)) >= 3
     for example in task.examples:
@@ -63,7 +63,7 @@ def test_shipped_examples_are_single_lines_of_spread_lengths(task: tasks.Task) -
 
 
 def test_shipped_prefixes_stay_short_enough_for_a_small_teacher(task: tasks.Task) -> None:
-    assert word_count(tasks.render_completion(task, "")) < 190
+    assert count_words(tasks.render_completion(task, "")) < 190
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from udrl import recipe, storage
 from udrl.errors import UserError
-from udrl.student import tracking
+from udrl.train import tracking
 
 
 def a_recipe(folder: Path, *trackers: str) -> recipe.Recipe:

@@ -11,7 +11,7 @@ from served import FakeEngine, application, draft
 
 from serve.api import RequestError
 from serve.drafts import Ask, Draft
-from serve.metrics import merged
+from serve.prometheus import merged
 
 GOOD: dict[str, Any] = {"intent": "a birthday card", "task": "text_to_image"}
 

@@ -3,6 +3,6 @@
 from udrl.intents.composer import capacity, compose, subjects
 from udrl.intents.prepare import Summary, prepare
 from udrl.intents.readers import read
-from udrl.intents.split import Intent, is_heldout, stable_hash
+from udrl.intents.split import Intent, is_heldout
 
-__all__ = ["Intent", "Summary", "capacity", "compose", "is_heldout", "prepare", "read", "stable_hash", "subjects"]
+__all__ = ["Intent", "Summary", "capacity", "compose", "is_heldout", "prepare", "read", "subjects"]

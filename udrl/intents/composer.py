@@ -18,7 +18,8 @@ from typing import Any
 import yaml
 
 from udrl.errors import UserError
-from udrl.intents.split import Intent, stable_hash
+from udrl.hashing import stable_id
+from udrl.intents.split import Intent
 
 MIN_WORDS, MAX_WORDS = 3, 16
 _SLOT = re.compile(r"\{(\w+)(?::(a|pl))?(!)?\}")
@@ -111,7 +112,7 @@ def _compose(limit: int, seed: int) -> Iterator[Intent]:
             continue
         drawn[id(variant)] = turn + 1
         intent = variant.member(_shuffled(turn, variant.size, keys[id(variant)]))
-        key = stable_hash(intent.text.casefold())
+        key = stable_id(intent.text.casefold())
         if key not in seen:
             seen.add(key)
             yield intent

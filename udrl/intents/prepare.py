@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 
 from udrl import recipe, storage
 from udrl.errors import UserError
+from udrl.hashing import stable_id
 from udrl.intents.composer import compose
 from udrl.intents.readers import Reject, read
-from udrl.intents.split import Intent, is_heldout, stable_hash
+from udrl.intents.split import Intent, is_heldout
 
 SCHEMA = pa.schema([("intent_id", pa.int64()), ("intent", pa.string()), ("subject", pa.string())])
 REJECTS = pa.schema([("row", pa.int64()), ("text", pa.string()), ("reason", pa.string())])
@@ -58,7 +59,7 @@ def prepare(config: recipe.Intents, seed: int, out: str) -> Summary:
         writers = {name: stack.enter_context(_writer(storage.join(out, f"{name}.parquet"))) for name in counts}
         for name, group in _batches(intents, config.heldout):
             counts[name] += len(group)
-            subjects.update(stable_hash(intent.subject) for intent in group)
+            subjects.update(stable_id(intent.subject) for intent in group)
             digest.update("\n".join([name, *(intent.text for intent in group)]).encode())
             writers[name].write_table(_table(group), row_group_size=ROW_GROUP)
         if not counts["train"]:
@@ -92,7 +93,7 @@ def _batches(intents: Iterator[Intent], share: float) -> Iterator[tuple[str, lis
 
 
 def _table(group: list[Intent]) -> pa.Table:
-    columns = [[stable_hash(i.text) for i in group], [i.text for i in group], [i.subject for i in group]]
+    columns = [[stable_id(i.text) for i in group], [i.text for i in group], [i.subject for i in group]]
     return pa.table(columns, schema=SCHEMA)
 
 

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 
 from udrl import storage
 from udrl.errors import UserError
-from udrl.intents.split import Intent, stable_hash
+from udrl.hashing import stable_id
+from udrl.intents.split import Intent
 
 MAX_CHARACTERS = 2000
 # A longer line (or quoted CSV cell) is not held: its start is kept for the rejects and the rest is skipped.
@@ -72,7 +73,7 @@ def read(uri: str, column: str, limit: int | None, rejected: Callable[[Reject], 
     for row, value in enumerate(_values(uri, column)):
         found = _judge(value)
         if isinstance(found, str):
-            key = stable_hash(found.casefold())
+            key = stable_id(found.casefold())
             if key not in seen:
                 seen.add(key)
                 yield Intent(found, found.casefold())

@@ -1,12 +1,11 @@
 """A policy: a model, how it is asked, and how its draws are made."""
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from udrl.hashing import fingerprint
 from udrl.recipe import Engine, Placement, Sampling
 
 Row = dict[str, Any]
@@ -50,7 +49,7 @@ class Policy:
     @cached_property
     def fingerprint(self) -> str:
         """:meth:`facts` in 16 hex digits: equal fingerprints draw from one distribution."""
-        return hashlib.sha256(json.dumps(self.facts(), sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return fingerprint(self.facts())
 
     def sampling_params(self) -> dict[str, Any]:
         """Keyword arguments of ``vllm.SamplingParams``."""

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 
 from udrl import models, storage
 from udrl.commands import ANY
-from udrl.episodes import stable_id
 from udrl.errors import UserError
+from udrl.hashing import stable_id
 from udrl.policies.ledger import Requests
 from udrl.policies.policy import Policy, Row
 from udrl.recipe import Teacher

@@ -16,13 +16,13 @@ import numpy as np
 import pyarrow as pa
 
 from udrl import models, storage
-from udrl.episodes import stable_id
-from udrl.policies.engine import complete
+from udrl.hashing import stable_id
 from udrl.policies.ledger import Requests, list_parts, read_shard
 from udrl.policies.policy import Policy, Row
+from udrl.policies.stage import complete
 from udrl.policies.teacher import chat_ids, key_columns
 from udrl.recipe import RubricJudge, Sampling
-from udrl.scoring.sift import per_file
+from udrl.scoring.filtering import per_file
 from udrl.tasks import Task
 from udrl.watchdog import watched
 

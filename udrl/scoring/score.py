@@ -1,6 +1,6 @@
 """From the ledger to episodes and rejects, in three passes that pay for no generation. Each makes one whole file a shard:
 
-1. ``sifted/``: parsed, rejected with a reason, deduplicated (:mod:`udrl.scoring.sift`);
+1. ``sifted/``: parsed, rejected with a reason, deduplicated (:mod:`udrl.scoring.filtering`);
 2. ``relevance/``: how relevant each candidate is to its intent, by an embedder or a judge;
 3. ``episodes/`` and ``rejects/``: the other components, and the mix.
 
@@ -19,11 +19,12 @@ import pyarrow.compute as pc
 
 from udrl import cluster, models, storage
 from udrl.episodes import COMPONENTS, EPISODES, REJECTS, Reason
+from udrl.hashing import fingerprint
 from udrl.policies.ledger import list_parts
 from udrl.progress import Progress
 from udrl.recipe import Placement, Rewards
-from udrl.rewards import components
-from udrl.scoring.sift import RULES, bind, mark, part_name, per_file, sift
+from udrl.scoring import reward_components as components
+from udrl.scoring.filtering import RULES, bind, part_name, per_file, sift
 from udrl.tasks import Task
 from udrl.watchdog import watched
 
@@ -49,7 +50,7 @@ def score(
 
     Raises:
         UserError: the placement asks for more than there is, or a part of the pass died that can't be replaced.
-        Stalled: a pass was silent for ``watchdog_minutes``.
+        StalledError: a pass was silent for ``watchdog_minutes``.
     """
     sifted, relevance, episodes, rejects = (storage.join(root, name) for name in ("sifted", "relevance", "episodes", "rejects"))
     kept = config.deduplicate if deduplicate else None
@@ -68,7 +69,7 @@ def score(
 
     prefer = {t.name: t.format.prefer for t in tasks}
     facts = {"ledger": ledger.rstrip("/").rsplit("/", 1)[-1], "sifted": origin}
-    facts["scoring"] = mark([judged, config.weights.model_dump(), prefer])
+    facts["scoring"] = fingerprint([judged, config.weights.model_dump(), prefer])
     bind(episodes, facts)
     bind(rejects, facts)
     todo = sorted({*_missing(episodes, shards), *_missing(rejects, shards)})
@@ -128,7 +129,7 @@ def _run(pass_: Any, todo: list[int], what: str, watchdog_minutes: float, **opti
     """One Ray Data pass over shards: ``pass_`` takes a batch of one shard number and returns its count of rows."""
     import ray
 
-    cluster.quieten_data()
+    cluster.silence_ray_data()
     shards = ray.data.from_items([{"shard": shard} for shard in todo], override_num_blocks=len(todo))
     dataset = shards.map_batches(pass_, batch_size=1, **options)
     bar = Progress(what, len(todo), "shards")
@@ -143,7 +144,7 @@ def _run(pass_: Any, todo: list[int], what: str, watchdog_minutes: float, **opti
 def _embed(sifted: str, out: str, todo: list[int], config: Rewards, what: str, watchdog_minutes: float) -> None:
     place = config.placement
     models.resolve(config.embedder)  # a missing model is told here, in one line
-    cluster.require("rewards.placement", place.cpus * place.replicas, place.gpus * place.replicas)
+    cluster.require_resources("rewards.placement", place.cpus * place.replicas, place.gpus * place.replicas)
     options: dict[str, Any] = {"num_cpus": place.cpus, "num_gpus": place.gpus or None, "concurrency": place.replicas}
     if place.accelerator:
         options["accelerator_type"] = place.accelerator
@@ -155,11 +156,11 @@ class _Relevance:
     """Ray Data actor: the relevance of whole shards. The prompts of an intent lie in one shard, so it is embedded once."""
 
     def __init__(self, sifted: str, out: str, model: str, batch_size: int, place: Placement) -> None:
-        from udrl.rewards.relevance import Embedder
+        from udrl.scoring.embedder import Embedder
 
         self.sifted, self.out = sifted, out
         # Ray sets OMP_NUM_THREADS to the actor's CPUs, which would leave a model that has the machine to itself one core.
-        threads = None if place.gpus else place.threads or max(1, cluster.cpus() // place.replicas)
+        threads = None if place.gpus else place.threads or max(1, cluster.cpu_count() // place.replicas)
         self.embedder = Embedder(model, batch_size, threads)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,0 +1,21 @@
+"""Settings that a stage passes unchanged through all of its layers."""
+
+from dataclasses import dataclass
+
+from udrl.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What every layer of a stage needs to know besides its own arguments.
+
+    ``engine_actor`` replaces the vLLM actor (a subclass of ``udrl.policies.actor.RequestActor``); benchmarks and tests use it
+    to measure or exercise everything except the engine.
+    """
+
+    watchdog_minutes: float = 30.0
+    engine_actor: type | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "StageContext":
+        return cls(watchdog_minutes=recipe.watchdog_minutes)

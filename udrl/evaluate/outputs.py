@@ -1,0 +1,81 @@
+"""The two tables that an evaluation is measured from: one row an output, and one row a pair that a pairwise judge compared.
+
+One rule runs through: a rejected or empty output counts as relevance 0, and for a judge as a prompt for another intent, for
+all policies alike, so that refusing never pays. Yardsticks (see :mod:`udrl.evaluate.evaluated_policies`) are never rejected.
+"""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from udrl.episodes import COMPONENTS, KEYS
+
+# Which question a row answers: at the default command; under commanded words in and out of the usual range; under a bin.
+PROBES = ("default", "length", "reach", "reward")
+STUDENT, TEACHER = "student", "teacher"
+# Begins the column of each pointwise judge, float32: NaN or null where it was not asked or failed; of a rejected row what a
+# prompt for another intent has on average (see udrl.evaluate.judges.ask_judges).
+JUDGE = "judge_"
+
+OUTPUTS = pa.schema(
+    [
+        *KEYS,
+        ("probe", pa.string()),
+        ("prompt", pa.string()),  # empty when rejected
+        ("reason", pa.string()),  # empty, or an udrl.episodes.Reason
+        ("n_words", pa.int32()),  # of a rejected output: of its text, if any
+        *((component, pa.float32()) for component in COMPONENTS),
+        ("reward", pa.float32()),
+    ]
+)
+PAIRWISE = pa.schema(
+    [
+        ("judge", pa.string()),
+        ("task", pa.string()),
+        ("intent_id", pa.int64()),
+        ("policy", pa.string()),  # always the student
+        ("other", pa.string()),
+        ("variation", pa.int32()),
+        ("first", pa.float32()),  # probability that the student's prompt is preferred where it is shown first
+        ("second", pa.float32()),  # the same where it is shown second
+        ("parsed", pa.bool_()),
+    ]
+)
+
+Columns = dict[str, np.ndarray]  # arrays of shape (rows,)
+
+
+def columns(outputs: pa.Table) -> Columns:
+    """The table as arrays of shape (rows,); ``rejected`` is a column of its own, and such a row's relevance and reward are 0.
+
+    ``judge_<name>`` is as it stands there: the judges have said what a rejected row counts for.
+    """
+    rows = {name: np.asarray(outputs[name].to_pylist(), dtype=object) for name in ("task", "policy", "probe", "prompt")}
+    rows |= {
+        name: _numbers(outputs, name).astype(np.int64) for name in ("command_words", "command_reward", "n_words", "variation")
+    }
+    rows["intent_id"] = outputs["intent_id"].to_numpy()  # 63 bits: not by way of a float
+    reason = np.asarray(outputs["reason"].to_pylist(), dtype=object)
+    rows["rejected"] = np.array([bool(r) or not p for r, p in zip(reason, rows["prompt"], strict=True)], dtype=bool)
+    for name in ("relevance", "reward"):
+        rows[name] = np.where(rows["rejected"], 0.0, _numbers(outputs, name, np.nan))
+    for name in judge_columns(outputs):
+        rows[name] = _numbers(outputs, name, np.nan)
+    return rows
+
+
+def judge_columns(outputs: pa.Table) -> list[str]:
+    """Names of the judges' columns, in their order."""
+    return [name for name in outputs.column_names if name.startswith(JUDGE)]
+
+
+def where(rows: Columns, keep: np.ndarray) -> Columns:
+    """The rows that ``keep`` (rows,) marks."""
+    return {name: column[keep] for name, column in rows.items()}
+
+
+def _numbers(outputs: pa.Table, name: str, absent: float = 0.0) -> np.ndarray:
+    column = outputs[name]
+    values: Any = column.to_pylist()
+    return np.array([absent if value is None else value for value in values], dtype=float)

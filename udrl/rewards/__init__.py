@@ -1,1 +1,0 @@
-"""Rewards: the components of an episode's reward and the pass that scores completions."""

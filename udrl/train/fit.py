@@ -1,0 +1,292 @@
+"""The train stage: episodes -> an exported student."""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from udrl import cluster, models, storage, watchdog
+from udrl.errors import STALLED_EXIT_CODE, UserError
+from udrl.progress import Progress, duration
+from udrl.recipe import Recipe, dump
+from udrl.tasks import load_tasks
+from udrl.train import checkpoint, dataset, tracking
+from udrl.train import worker as loop
+from udrl.train.export import TRAINING
+from udrl.train.gpt2 import Shape
+from udrl.train.replay_buffer import Source
+from udrl.train.schedule import Plan, deepspeed_config, read_deepspeed
+
+# Settings of train that say where and how safely, not what: changing them neither retrains nor loses a checkpoint.
+OPERATIONAL = (
+    "workers",
+    "min_workers",
+    "placement_strategy",
+    "cpus_per_worker",
+    "accelerator",
+    "threads",
+    "micro_batch_rows",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "max_failures",
+    "trackers",
+    "sample_intents",
+)
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of a student. ``origin`` is what its episodes depend on, as plain data; ``start`` is the folder of an
+    exported student to go on from."""
+
+    sources: tuple[Source, ...]
+    target: str
+    origin: list[Any]
+    round: int = 0
+    start: str | None = None
+
+
+def run(recipe: Recipe) -> dict[str, Any]:
+    """Train the student of ``recipe`` on its run's episodes, into ``student/``; see :func:`fit`."""
+    return fit(recipe, first(recipe, storage.join(recipe.storage, "student")))
+
+
+def first(recipe: Recipe, target: str) -> Training:
+    """The training of round 0: on the teacher's episodes.
+
+    Raises:
+        UserError: there is no finished generate stage.
+    """
+    run = recipe.episodes_of()
+    if not storage.exists(storage.join(run, "generate.json")):
+        raise UserError(f"{run}: no finished generate stage; run jobs.generate with this recipe first")
+    made = storage.read_json(storage.join(run, "generate.json"))
+    origin = [made["ledger"], made["scoring"], made["accepted"]]
+    return Training((Source(storage.join(run, "episodes")),), target, origin)
+
+
+def fit(recipe: Recipe, training: Training) -> dict[str, Any]:
+    """Train a student and export it; return what its ``training.json`` says.
+
+    Where a student of the same episodes and settings lies there already, it is kept (``resume: never`` trains anew). A
+    run that was killed goes on from its last checkpoint.
+
+    Raises:
+        UserError: settings or episodes can't be used, or another student lies in the target under ``resume: always``.
+    """
+    tasks = [t.name for t in load_tasks(recipe.tasks)]
+    Shape.of(recipe.student, recipe.train)
+    storage.require_writable(recipe.storage)
+    mark = fingerprint(recipe, training)
+    target, finished = training.target, storage.join(training.target, TRAINING)
+    if recipe.resume != "never" and storage.exists(finished):
+        facts: dict[str, Any] = storage.read_json(finished)
+        if facts["fingerprint"] == mark:
+            print(f"train: a student of these episodes and settings is there already: {target}", file=sys.stderr)
+            return facts
+        if recipe.resume == "always":
+            raise UserError(f"{target}: made with other settings or episodes; resume=if_possible or resume=never trains anew")
+    tracking.check(recipe.train.trackers)
+    storage.write_bytes(storage.join(recipe.storage, "recipe.yaml"), dump(recipe).encode())
+    cluster.connect()
+    data = storage.join(recipe.storage, "student_data", mark)
+    if recipe.resume == "never":
+        storage.remove(data)
+    if not storage.exists(storage.join(data, "done.json")):
+        dataset.prepare(recipe, training.sources, data, tasks, start=training.start)
+    _fit(recipe, training, data, mark)
+    return storage.read_json(finished)
+
+
+def fingerprint(recipe: Recipe, training: Training) -> str:
+    """What the student depends on: the episodes, and the recipe's sections that shape it."""
+    sections = recipe.model_dump(include={"seed", "tasks", "commands", "student", "train"})
+    for name in OPERATIONAL:
+        sections["train"].pop(name)
+    if recipe.train.deepspeed:
+        sections["train"]["deepspeed"] = read_deepspeed(recipe.train.deepspeed)
+    if recipe.student.init:
+        sections["student"]["revision"] = models.revision(recipe.student.init, None)
+    keeps = [source.keep for source in training.sources]
+    facts = [training.origin, keeps, training.round, sections]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _fit(recipe: Recipe, training: Training, data: str, mark: str) -> None:
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    place = recipe.train
+    least = place.min_workers or place.workers
+    cluster.require_resources("train", least * place.cpus_per_worker, least * place.gpus_per_worker)
+    runs = storage.join(recipe.storage, "checkpoints", mark)
+    if recipe.resume == "never":
+        storage.remove(runs)
+    checkpoint.sweep(runs)
+    _show(recipe, data, runs)
+    # Beside the driver: on another node it might be lost with it.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(ProgressActor).remote()
+    made = storage.join(recipe.episodes_of(), "generate.json")
+    sent = recipe.model_dump(mode="json")
+    # Ray Train's workers have another working folder.
+    if place.deepspeed:
+        sent["train"]["deepspeed"] = storage.absolute(place.deepspeed)
+    if recipe.student.init and os.path.isdir(recipe.student.init):
+        sent["student"]["init"] = os.path.abspath(recipe.student.init)
+    job = loop.Job(
+        recipe=sent,
+        data=data,
+        runs=runs,
+        export=training.target,
+        fingerprint=mark,
+        start=training.start,
+        lineage={
+            "recipe": recipe.model_dump(mode="json"),
+            "generate": storage.read_json(made) if storage.exists(made) else {},
+            "round": training.round,
+        },
+        board=board,
+        variables=[ray.put(tracking.environment(place.trackers))],
+    )
+    trainer = TorchTrainer(
+        loop.train_worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if place.gpus_per_worker else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=(place.min_workers, place.workers) if place.min_workers else place.workers,
+            use_gpu=place.gpus_per_worker > 0,
+            resources_per_worker=_resources(recipe),
+            accelerator_type=place.accelerator,
+            placement_strategy=place.placement_strategy,
+        ),
+        run_config=RunConfig(
+            # Checkpoints are ours to find; Ray Train's own state of an earlier try must not be gone on with.
+            name=mark,
+            storage_path=storage.join(recipe.storage, "checkpoints"),
+            failure_config=FailureConfig(max_failures=place.max_failures),
+            worker_runtime_env={"env_vars": _environment()},
+        ),
+    )
+    stop = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(board, stop, recipe.watchdog_minutes), daemon=True)
+    watcher.start()
+    try:
+        trainer.fit()
+    finally:
+        stop.set()
+        watcher.join()
+    problem = ray.get(board.read.remote()).get("problem")
+    if problem:
+        raise UserError(f"train: {problem}")
+    finished = storage.join(training.target, TRAINING)
+    if not storage.exists(finished) or storage.read_json(finished)["fingerprint"] != mark:
+        raise RuntimeError(f"training ended without an export in {training.target}")
+
+
+def _show(recipe: Recipe, data: str, runs: str) -> None:
+    """Say what is about to happen, and write DeepSpeed's settings beside the checkpoints."""
+    facts, train, world = dataset.facts(data), recipe.train, recipe.train.workers
+    plan = Plan.of(recipe.student, train, facts["rows"], facts["budget_rows"], world)
+    where = storage.join(runs, "deepspeed.json")
+    storage.write_json(where, deepspeed_config(train, plan, world))
+    print(
+        f"train: {facts['episodes']:,} episodes in {facts['rows']:,} rows of {recipe.student.context} tokens"
+        f" ({100 * facts['padding']:.1f}% padding); {plan.steps:,} steps of {plan.rows:,} rows; DeepSpeed: {where}",
+        file=sys.stderr,
+    )
+
+
+def _resources(recipe: Recipe) -> dict[str, float]:
+    resources = {"CPU": recipe.train.cpus_per_worker}
+    if recipe.train.gpus_per_worker:
+        resources["GPU"] = recipe.train.gpus_per_worker
+    return resources
+
+
+def _environment() -> dict[str, str]:
+    """DeepSpeed compiles its CPU op once into this folder; without it every run would compile again."""
+    return {
+        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", os.path.join(models.cache_folder(), "torch_extensions")),
+        # torch calls ninja by name; it lies beside the interpreter, whose folder need not be on the PATH.
+        "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")]),
+    }
+
+
+class ProgressActor:
+    """A Ray actor on which worker 0 posts its progress for the driver to show."""
+
+    def __init__(self) -> None:
+        self.latest: dict[str, Any] = {}
+
+    def post(self, facts: dict[str, Any]) -> None:
+        self.latest.update(facts)
+
+    def read(self) -> dict[str, Any]:
+        return self.latest
+
+
+def _watch(board: Any, stop: threading.Event, minutes: float) -> None:
+    """Show the board as a progress line until ``stop``; end the process where nothing moves for ``minutes``."""
+    import ray
+
+    bar: Progress | None = None
+    resumed = None
+    facts: dict[str, Any] = {}
+    moved = time.monotonic()
+    print("train: starting the workers", file=sys.stderr)
+    while True:
+        ended = stop.wait(1.0)
+        before = facts
+        with contextlib.suppress(Exception):  # a progress line must not end the job
+            facts = ray.get(board.read.remote(), timeout=10)
+        if facts != before:
+            moved = time.monotonic()
+        elif not ended and time.monotonic() - moved > 60 * minutes:
+            _stall(time.monotonic() - moved, minutes)
+        if "loss" in facts and (bar is None or facts["resumed_at"] != resumed):
+            resumed = facts["resumed_at"]
+            cluster.lower_priority_of_other_processes("RayTrainWorker")
+            bar = Progress("train", facts["steps"], "steps", start=resumed)
+        if bar:
+            show = bar.finish if ended else bar.update
+            show(facts["step"], note(facts))
+        if ended:
+            return
+
+
+def note(facts: dict[str, Any]) -> str:
+    """What the progress line says of a step."""
+    valid, words = facts.get("validation_loss"), facts.get("length_error")
+    text = f"loss {facts['loss']:.3f}"
+    text += f" (validation {valid:.3f}{f', {words:.1f} words off' if words is not None else ''})" if valid else ""
+    return f"{text}, {facts['tokens_per_second']:,.0f} tokens/s, MFU {100 * facts['mfu']:.0f}%"
+
+
+def _stall(quiet: float, minutes: float) -> None:
+    """End the process: the main thread waits inside Ray, which nothing else interrupts for sure."""
+    print("\n".join(["train: what was going on", *watchdog.cluster_state()]), file=sys.stderr)
+    print(
+        f"train: no progress for {duration(quiet)} (watchdog_minutes={minutes:g}); checkpoints are kept, run the same command"
+        " again to resume",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(STALLED_EXIT_CODE)
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """The lines that end the job."""
+    valid = facts["validation_loss"]
+    return (
+        f"student: {facts['parameters'] / 1e6:.1f}M parameters, {facts['steps']:,} steps in {duration(facts['seconds'])}, "
+        f"loss {facts['history'][-1][1]:.3f}{f', validation {valid:.3f}' if valid else ''}, "
+        f"{facts['tokens_per_second']:,.0f} tokens/s"
+    )
