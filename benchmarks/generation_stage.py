@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from udrl import cluster, recipe
+from udrl.context import StageContext
 from udrl.generate.cost import steady_rate
 from udrl.generate.prepare import prepare
 from udrl.generate.stage import Inspect
@@ -29,7 +30,14 @@ def main(path: str, how: str = "vllm") -> None:
 
         actor = DummyEngine
     begun = time.monotonic()
-    tally = complete(work.policy, work.requests, work.ledger, "benchmark", inspect=Inspect(work.tasks), actor=actor)
+    tally = complete(
+        work.policy,
+        work.requests,
+        work.ledger,
+        "benchmark",
+        inspect=Inspect(work.tasks),
+        context=StageContext(engine_actor=actor),
+    )
     found: dict[str, Any] = {
         "tokens": tally.output_tokens,
         "seconds": tally.seconds,

@@ -17,5 +17,8 @@ class StageContext:
     engine_actor: type | None = None
 
     @classmethod
-    def of(cls, recipe: Recipe) -> "StageContext":
-        return cls(watchdog_minutes=recipe.watchdog_minutes)
+    def of(cls, recipe: Recipe, engine_actor: type | None = None) -> "StageContext":
+        return cls(recipe.watchdog_minutes, engine_actor)
+
+
+DEFAULT_CONTEXT = StageContext()

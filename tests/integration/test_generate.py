@@ -144,8 +144,8 @@ def test_an_engine_that_refuses_everything_ends_the_job_with_its_words(tmp_path:
 
 def test_resume_never_makes_everything_again(tmp_path: Path) -> None:
     values = weak_run(tmp_path, max_rejects=1, samples=2)
-    first = generate.run(Recipe.model_validate(values), actor=DummyEngine)
-    again = generate.run(Recipe.model_validate(values | {"resume": "never"}), actor=DummyEngine)
+    first = generate.run(Recipe.model_validate(values), engine_actor=DummyEngine)
+    again = generate.run(Recipe.model_validate(values | {"resume": "never"}), engine_actor=DummyEngine)
     assert again["generated_now"] == again["requested"] == first["requested"]
     assert again["reused"] == 0
 
@@ -212,7 +212,7 @@ def weak_run(tmp_path: Path, **teacher: Any) -> dict[str, Any]:
 
 def test_bad_rows_go_to_the_rejects_with_their_reason(tmp_path: Path) -> None:
     recipe = Recipe.model_validate(weak_run(tmp_path, max_rejects=1))
-    summary = generate.run(recipe, actor=Weak)
+    summary = generate.run(recipe, engine_actor=Weak)
     assert summary["accepted"] + summary["rejected"] == summary["requested"] == 400
     expected = Counter(40 * list(COMPLETIONS_OF_ALL_KINDS.values())) + Counter({"input_too_long": 40})
     found = Counter(summary["reasons"])
@@ -231,4 +231,4 @@ def test_bad_rows_go_to_the_rejects_with_their_reason(tmp_path: Path) -> None:
 def test_a_run_that_mostly_makes_rejects_ends_early_and_says_why(tmp_path: Path) -> None:
     recipe = Recipe.model_validate(weak_run(tmp_path))
     with pytest.raises(UserError, match=r"9\d% of the first .* prompts are rejected.*malformed.*teacher.max_rejects"):
-        generate.run(recipe, actor=Weak)
+        generate.run(recipe, engine_actor=Weak)

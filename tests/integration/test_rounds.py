@@ -149,7 +149,7 @@ def test_a_dull_round_is_not_trained_on_and_a_killed_one_goes_on(
     # Near-duplicates would reject most of it: here the guard is what is left.
     settings = recipe(run, rounds=2, explore={"samples": 4}, rewards={"deduplicate": {"near": None}})
     mark = pretend_a_student(settings)
-    facts = rounds.run(settings, actor=Dull)
+    facts = rounds.run(settings, engine_actor=Dull)
     told = storage.read_json(storage.join(run, "rounds", "1", "round.json"))
     assert told["accepted"] > 40
     assert "distinct word pairs" in told["refused"]
@@ -167,7 +167,7 @@ def test_a_dull_round_is_not_trained_on_and_a_killed_one_goes_on(
     for name in ("sifted", "relevance", "episodes", "rejects", "round.json"):
         storage.remove(storage.join(run, "rounds", "1", name))
     kept = {name: (ledger / name).stat().st_mtime_ns for shard in list(shards)[1:] for name in shards[shard]}
-    assert rounds.run(settings, actor=Dull)["rounds"] == facts["rounds"]
+    assert rounds.run(settings, engine_actor=Dull)["rounds"] == facts["rounds"]
     assert list(list_parts(str(ledger))) == list(shards)
     assert {name: (ledger / name).stat().st_mtime_ns for name in kept} == kept
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from udrl import cluster, storage
+from udrl.context import StageContext
 from udrl.errors import StalledError
 from udrl.evaluate.evaluated_policies import EvaluatedPolicy
 from udrl.hashing import fingerprint
@@ -64,7 +65,7 @@ class _Stopwatch:
 
 
 def measure(
-    contenders: Sequence[EvaluatedPolicy], requests: int, work: str, where: dict[str, Any], watchdog_minutes: float
+    contenders: Sequence[EvaluatedPolicy], requests: int, work: str, where: dict[str, Any], context: StageContext
 ) -> dict[str, dict[str, float]]:
     """Latency (seconds of one request alone, p50 and p95 of ``requests``), prompts/s and tokens/s of 64 requests given at once
     to one replica, host memory of the engine's process and start-up seconds, by policy.
@@ -74,7 +75,7 @@ def measure(
 
     Raises:
         UserError: the placement can't be had.
-        StalledError: an engine did not answer for ``watchdog_minutes``.
+        StalledError: an engine did not answer for ``context.watchdog_minutes``.
     """
     found: dict[str, dict[str, float]] = {}
     for contender in contenders:
@@ -85,12 +86,12 @@ def measure(
             found[policy.name] = storage.read_json(file)
         elif requests and contender.requests:
             print(f"evaluate: timing {policy.name} ({policy.model})", file=sys.stderr, flush=True)
-            found[policy.name] = _measure(contender, requests, watchdog_minutes)
+            found[policy.name] = _measure(contender, requests, context)
             storage.write_json(file, found[policy.name])
     return found
 
 
-def _measure(contender: EvaluatedPolicy, requests: int, watchdog_minutes: float) -> dict[str, float]:
+def _measure(contender: EvaluatedPolicy, requests: int, context: StageContext) -> dict[str, float]:
     import ray
     from ray.exceptions import GetTimeoutError
 
@@ -108,9 +109,9 @@ def _measure(contender: EvaluatedPolicy, requests: int, watchdog_minutes: float)
     rows = (contender.requests[::step] * (1 + requests))[: max(AT_ONCE, 1 + requests)]
     try:
         asked = actor.measure.remote([_prompt(policy, row) for row in rows], policy.sampling_params(), requests)
-        return ray.get(asked, timeout=60 * watchdog_minutes)
+        return ray.get(asked, timeout=60 * context.watchdog_minutes)
     except GetTimeoutError as error:
-        raise StalledError(f"evaluate: timing {policy.name}: no answer for {watchdog_minutes:g} minutes") from error
+        raise StalledError(f"evaluate: timing {policy.name}: no answer for {context.watchdog_minutes:g} minutes") from error
     finally:
         ray.kill(actor)
 

@@ -18,6 +18,7 @@ import yaml
 
 from udrl import cluster, intents, models, storage
 from udrl.commands import CommandVocabulary
+from udrl.context import StageContext
 from udrl.episodes import iter_tables
 from udrl.errors import StalledError, UserError
 from udrl.evaluate import evaluated_policies as who
@@ -69,7 +70,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
         seconds[phase], begun = time.monotonic() - begun, time.monotonic()
 
     config, where = recipe.evaluate, environment()
-    speeds = speed.measure(contenders, config.latency_requests, work, where, recipe.watchdog_minutes)
+    speeds = speed.measure(contenders, config.latency_requests, work, where, StageContext.of(recipe))
     print("\n".join(_plan(recipe, contenders, speeds, work, tasks)), file=sys.stderr, flush=True)
     lap("timing")
     parts = []
@@ -204,9 +205,9 @@ def _outputs(recipe: Recipe, contender: EvaluatedPolicy, tasks: Sequence[Task], 
     rows = [{name: value for name, value in row.items() if name != "probe"} for row in contender.requests]
     ledger, scored, rejects = (storage.join(folder, name) for name in ("completions", "episodes", "rejects"))
     what = f"evaluate {policy.name}"
-    done = complete(policy, Requests.of_rows(rows, SHARD), ledger, what, watchdog_minutes=recipe.watchdog_minutes)
+    done = complete(policy, Requests.of_rows(rows, SHARD), ledger, what, context=StageContext.of(recipe))
     what = f"score {policy.name}"
-    score(ledger, folder, tasks, recipe.rewards, what, deduplicate=False, watchdog_minutes=recipe.watchdog_minutes)
+    score(ledger, folder, tasks, recipe.rewards, what, deduplicate=False, context=StageContext.of(recipe))
     found: list[Row] = []
     for part in iter_tables(scored):
         found += [{**row, "reason": ""} for row in part.to_pylist()]

@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Any
 
 from udrl import cluster, storage
+from udrl.context import StageContext
 from udrl.generate import cost
 from udrl.generate.prepare import Work, prepare
 from udrl.policies.ledger import Requests
@@ -58,7 +59,7 @@ def _calibrate(recipe: Recipe, work: Work) -> cost.Rates:
     storage.remove(ledger)
     cluster.connect()
     requests = Requests.of_rows(rows, max(1, teacher.engine.max_num_seqs // 4))
-    tally = complete(one, requests, ledger, "dry run", watchdog_minutes=recipe.watchdog_minutes)
+    tally = complete(one, requests, ledger, "dry run", context=StageContext.of(recipe))
     rates = cost.measured_rates(tally, teacher, ledger)
     storage.remove(ledger)
     return rates

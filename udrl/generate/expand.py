@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from udrl import cluster, models, storage
+from udrl.context import StageContext
 from udrl.generate.intent_lines import HeldOut, Reason, lines_of, problem_of
 from udrl.hashing import stable_id
 from udrl.intents.prepare import ROW_GROUP, SCHEMA
@@ -101,7 +102,7 @@ def expand_intents(recipe: Recipe, folder: str) -> int:
     cluster.connect()
     grow = _Growth(policy, config, recipe.seed, train, heldout)
     with _writer(storage.join(folder, EXPANDED)) as writer:
-        for group in _row_groups(grow.passes(storage.join(recipe.storage, "expansion", mark), recipe.watchdog_minutes)):
+        for group in _row_groups(grow.passes(storage.join(recipe.storage, "expansion", mark), StageContext.of(recipe))):
             writer.write_table(_table(group), row_group_size=ROW_GROUP)
     with _writer(storage.join(folder, TRAIN)) as writer:
         for uri in (train, storage.join(folder, EXPANDED)):
@@ -142,7 +143,7 @@ class _Growth:
     def _keys(self, texts: list[str]) -> Any:
         return dedup.keys([("", TASK, text) for text in texts], self.config.near)
 
-    def passes(self, root: str, watchdog_minutes: float) -> Iterator[str]:
+    def passes(self, root: str, context: StageContext) -> Iterator[str]:
         """New intents, until the target is reached or a pass brings too few."""
         share, number = EXPECTED, 0
         while True:
@@ -150,7 +151,7 @@ class _Growth:
             n = min(max(round(wanted + 0.5), LEAST), MOST)
             ledger = storage.join(root, f"pass-{number:03d}")
             requests = self._pass(number, n)
-            complete(self.policy, requests, ledger, f"expand, pass {number + 1}", watchdog_minutes=watchdog_minutes)
+            complete(self.policy, requests, ledger, f"expand, pass {number + 1}", context=context)
             before = self.found
             for names in list_parts(ledger).values():
                 rows = read_shard(ledger, names).sort_by("variation").to_pylist()

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from udrl import cluster, models, storage
+from udrl.context import StageContext
 from udrl.episodes import Reason
 from udrl.errors import UserError
 from udrl.generate import dry_run
@@ -27,18 +28,20 @@ SCORED = ("sifted", "relevance", "episodes", "rejects")
 MEASURED = ("input_tokens", "output_tokens", "startup_seconds", "generation_seconds", "tokens_per_second", "cost")
 
 
-def run(recipe: Recipe, actor: type | None = None) -> dict[str, Any]:
+def run(recipe: Recipe, engine_actor: type | None = None) -> dict[str, Any]:
     """Make the run's episodes; return the summary that is also written as ``generate.json``.
 
     The ledger of completions lies in a folder named after everything its rows depend on, so a changed recipe never mixes
     with old rows: ``resume: always`` stops and names the change, ``if_possible`` starts a ledger anew beside the old one,
-    ``never`` deletes this recipe's rows first. ``actor`` replaces the engine (see ``engine.complete``).
+    ``never`` deletes this recipe's rows first. ``engine_actor`` replaces the engine (see
+    :class:`~udrl.context.StageContext`).
 
     Raises:
         UserError: intents, tasks, model or storage can't be used; settings changed under ``resume: always``; or too many
             completions are rejected.
         StalledError: nothing was written for ``recipe.watchdog_minutes``.
     """
+    context = StageContext.of(recipe, engine_actor)
     if recipe.resume == "never":
         for name in ("intents", "expansion"):
             storage.remove(storage.join(recipe.storage, name))
@@ -57,12 +60,11 @@ def run(recipe: Recipe, actor: type | None = None) -> dict[str, Any]:
         "generate",
         inspect=Inspect(work.tasks),
         max_rejects=recipe.teacher.max_rejects,
-        watchdog_minutes=recipe.watchdog_minutes,
-        actor=actor,
+        context=context,
     )
     # The summary vouches for the episodes: it goes before scoring may clear them, and comes back when they are whole.
     storage.remove(done_file)
-    counts = score(work.ledger, recipe.storage, work.tasks, recipe.rewards, watchdog_minutes=recipe.watchdog_minutes)
+    counts = score(work.ledger, recipe.storage, work.tasks, recipe.rewards, context=context)
     summary = _summary(recipe, work, dict(counts), done)
     if summary["accepted"] + summary["rejected"] != summary["requested"]:
         raise RuntimeError(

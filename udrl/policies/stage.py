@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from udrl import cluster, storage
+from udrl.context import DEFAULT_CONTEXT, StageContext
 from udrl.episodes import COMPLETIONS
 from udrl.errors import UserError
 from udrl.policies.engine_args import bundles, engine_kwargs, environment, pinned
@@ -60,18 +61,17 @@ def complete(
     *,
     inspect: Inspect | None = None,
     max_rejects: float = 1.0,
-    watchdog_minutes: float = 30.0,
-    actor: type | None = None,
+    context: StageContext = DEFAULT_CONTEXT,
 ) -> Tally:
     """Run ``requests`` through ``policy`` into Parquet files of :data:`~udrl.episodes.COMPLETIONS` under ``out``.
 
     Requests whose rows are already there are not paid for again; where nothing is missing no engine starts. ``inspect``
-    finds rejects as they come: their share is shown, and above ``max_rejects`` the run ends. ``actor`` replaces the engine
-    (a subclass of ``udrl.policies.actor.Answering``), to measure or test all that is not the engine.
+    finds rejects as they come: their share is shown, and above ``max_rejects`` the run ends. ``context`` may
+    replace the engine, to measure or test everything else.
 
     Raises:
         UserError: the placement can't be had, the engine refuses every request, or too many prompts are rejected.
-        StalledError: nothing was written for ``watchdog_minutes``.
+        StalledError: nothing was written for ``context.watchdog_minutes``.
     """
     done = rows_done(out)
     todo = [s for s in range(requests.shards) if done.get(s, 0) < requests.shard_size(s)]
@@ -83,7 +83,7 @@ def complete(
     place = policy.placement
     needs = [sum(bundle[kind] for bundle in bundles(policy.engine, place)) * place.replicas for kind in ("CPU", "GPU")]
     cluster.require_resources(f"{policy.name}: placement", *needs)
-    dataset = _dataset(policy, requests, todo, {s for s in todo if done.get(s)}, out, inspect, actor)
+    dataset = _dataset(policy, requests, todo, {s for s in todo if done.get(s)}, out, inspect, context.engine_actor)
 
     begun = time.monotonic()
     journal = _Journal(out)
@@ -98,7 +98,7 @@ def complete(
         bar.update(tally.reused + tally.rows, _note(tally, inspect is not None))
 
     batches = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-    for batch in watched(batches, watchdog_minutes, what, idle=show):
+    for batch in watched(batches, context.watchdog_minutes, what, idle=show):
         for text in batch.column("report").to_pylist():
             report = json.loads(text)
             if report["broken"] and not tally.reused + tally.rows:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from udrl import storage
+from udrl.context import DEFAULT_CONTEXT, StageContext
 from udrl.episodes import KEYS, Reason
 from udrl.errors import UserError
 from udrl.hashing import fingerprint, stable_id
@@ -50,7 +51,7 @@ def sift(
     deduplicate: Deduplicate | None,
     known: Sequence[str] = (),
     what: str = "sift",
-    watchdog_minutes: float = 30.0,
+    context: StageContext = DEFAULT_CONTEXT,
 ) -> str:
     """Sift every shard of ``ledger`` into ``out``, as :data:`SIFTED`; return the fingerprint of all that the rows depend on.
 
@@ -58,7 +59,7 @@ def sift(
 
     Raises:
         UserError: the actor that remembers what was said died; finished shards are kept.
-        StalledError: nothing was done for ``watchdog_minutes``.
+        StalledError: nothing was done for ``context.watchdog_minutes``.
     """
     parts = list_parts(ledger)
     facts = _facts(ledger, parts, tasks, deduplicate, known)
@@ -69,7 +70,7 @@ def sift(
         bar = Progress(what, len(parts), "shards", start=len(parts) - len(todo))
         done, rows = len(parts) - len(todo), 0
         steps = _run(ledger, out, parts, set(todo), list(tasks), deduplicate, _episode_files(known) if deduplicate else [])
-        for n in watched(steps, watchdog_minutes, what):
+        for n in watched(steps, context.watchdog_minutes, what):
             if n is not None:
                 done, rows = done + 1, rows + n
             bar.update(done)

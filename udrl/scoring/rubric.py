@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from udrl import models, storage
+from udrl.context import DEFAULT_CONTEXT, StageContext
 from udrl.hashing import stable_id
 from udrl.policies.ledger import Requests, list_parts, read_shard
 from udrl.policies.policy import Policy, Row
@@ -143,7 +144,7 @@ def relevance(tokens: Sequence[str], logprobs: Sequence[float], top: int) -> tup
 
 
 def judge_relevance(
-    sifted: str, out: str, config: RubricJudge, tasks: Sequence[Task], watchdog_minutes: float = 30.0
+    sifted: str, out: str, config: RubricJudge, tasks: Sequence[Task], context: StageContext = DEFAULT_CONTEXT
 ) -> Counter[str]:
     """Score the candidates of ``sifted/part-<shard>.parquet`` (rows whose ``reason`` is empty) into files of the same names
     under ``out``: episode_id int64, relevance float32 in 0..1, mass float32, the probability that stood on scores.
@@ -161,7 +162,7 @@ def judge_relevance(
     asked = unanswered(sifted, out)
     if asked:
         policy = rubric_policy(config, tasks)
-        answer(sifted, out, policy, reader(policy), watchdog_minutes=watchdog_minutes)
+        answer(sifted, out, policy, reader(policy), context=context)
     counts = count(out)
     if asked:
         print(_report(counts, config.model), file=sys.stderr)
@@ -213,7 +214,7 @@ def answer(
     *,
     column: str = "relevance",
     shown: Mapping[str, str] = JUDGED,
-    watchdog_minutes: float = 30.0,
+    context: StageContext = DEFAULT_CONTEXT,
 ) -> None:
     """Ask ``policy`` for its first token on each candidate of ``sifted`` that has no answer under ``out``, and write what
     ``read`` makes of it: episode_id int64, ``column`` float32, mass float32, in files of the candidates' names.
@@ -228,7 +229,7 @@ def answer(
     # All shards, the finished ones too: their places in the ledger must not depend on which were finished.
     names, todo = _shards(sifted), unanswered(sifted, out)
     ledger = storage.join(out, f"ledger-{policy.fingerprint}")
-    complete(policy, _requests(policy, sifted, names, shown), ledger, policy.name, watchdog_minutes=watchdog_minutes)
+    complete(policy, _requests(policy, sifted, names, shown), ledger, policy.name, context=context)
 
     import ray
 
@@ -236,7 +237,7 @@ def answer(
     work = [(name, parts.get(names.index(name), [])) for name in todo]
     collect = _Collect(sifted, ledger, out, read, column, work)
     dataset = ray.data.range(len(work), override_num_blocks=len(work)).map_batches(collect, batch_size=None, num_cpus=0.5)
-    for _ in watched(dataset.iter_batches(batch_size=None), watchdog_minutes, f"{policy.name}, collect"):
+    for _ in watched(dataset.iter_batches(batch_size=None), context.watchdog_minutes, f"{policy.name}, collect"):
         pass
 
 

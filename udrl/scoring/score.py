@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from udrl import cluster, models, storage
+from udrl.context import DEFAULT_CONTEXT, StageContext
 from udrl.episodes import COMPONENTS, EPISODES, REJECTS, Reason
 from udrl.hashing import fingerprint
 from udrl.policies.ledger import list_parts
@@ -39,7 +40,7 @@ def score(
     what: str = "score",
     deduplicate: bool = True,
     known: Sequence[str] = (),
-    watchdog_minutes: float = 30.0,
+    context: StageContext = DEFAULT_CONTEXT,
 ) -> Counter[str]:
     """Score every shard of ``ledger`` into ``sifted``, ``relevance``, ``episodes`` and ``rejects`` under ``root``.
 
@@ -50,11 +51,11 @@ def score(
 
     Raises:
         UserError: the placement asks for more than there is, or a part of the pass died that can't be replaced.
-        StalledError: a pass was silent for ``watchdog_minutes``.
+        StalledError: a pass was silent for ``context.watchdog_minutes``.
     """
     sifted, relevance, episodes, rejects = (storage.join(root, name) for name in ("sifted", "relevance", "episodes", "rejects"))
     kept = config.deduplicate if deduplicate else None
-    origin = sift(ledger, sifted, tasks, kept, known, f"{what}: sift", watchdog_minutes)
+    origin = sift(ledger, sifted, tasks, kept, known, f"{what}: sift", context)
     shards = list(list_parts(ledger))
 
     judged = {"rules": RULES, "sifted": origin, **_relevance_facts(config)}
@@ -63,9 +64,9 @@ def score(
         if config.relevance == "judge":
             from udrl.scoring.rubric import judge_relevance
 
-            judge_relevance(sifted, relevance, config.judge, list(tasks), watchdog_minutes)
+            judge_relevance(sifted, relevance, config.judge, list(tasks), context)
         else:
-            _embed(sifted, relevance, _missing(relevance, shards), config, f"{what}: relevance", watchdog_minutes)
+            _embed(sifted, relevance, _missing(relevance, shards), config, f"{what}: relevance", context)
 
     prefer = {t.name: t.format.prefer for t in tasks}
     facts = {"ledger": ledger.rstrip("/").rsplit("/", 1)[-1], "sifted": origin}
@@ -77,7 +78,7 @@ def score(
         assemble = partial(
             _assemble, root=root, tasks={t.name: t for t in tasks}, weights=config.weights, model=_scorer(config)
         )
-        _run(assemble, todo, f"{what}: rewards", watchdog_minutes, num_cpus=1)
+        _run(assemble, todo, f"{what}: rewards", context, num_cpus=1)
     return tally(episodes, rejects)
 
 
@@ -125,7 +126,7 @@ def _scorer(config: Rewards) -> str:
     return config.embedder if config.relevance == "embedding" else config.judge.model
 
 
-def _run(pass_: Any, todo: list[int], what: str, watchdog_minutes: float, **options: Any) -> None:
+def _run(pass_: Any, todo: list[int], what: str, context: StageContext, **options: Any) -> None:
     """One Ray Data pass over shards: ``pass_`` takes a batch of one shard number and returns its count of rows."""
     import ray
 
@@ -134,14 +135,14 @@ def _run(pass_: Any, todo: list[int], what: str, watchdog_minutes: float, **opti
     dataset = shards.map_batches(pass_, batch_size=1, **options)
     bar = Progress(what, len(todo), "shards")
     done, rows = 0, 0
-    for batch in watched(dataset.iter_batches(batch_size=None), watchdog_minutes, what):
+    for batch in watched(dataset.iter_batches(batch_size=None), context.watchdog_minutes, what):
         done += len(batch["rows"])
         rows += int(np.sum(batch["rows"]))
         bar.update(done)
     bar.finish(done, f"{rows:,} prompts")
 
 
-def _embed(sifted: str, out: str, todo: list[int], config: Rewards, what: str, watchdog_minutes: float) -> None:
+def _embed(sifted: str, out: str, todo: list[int], config: Rewards, what: str, context: StageContext) -> None:
     place = config.placement
     models.resolve(config.embedder)  # a missing model is told here, in one line
     cluster.require_resources("rewards.placement", place.cpus * place.replicas, place.gpus * place.replicas)
@@ -149,7 +150,7 @@ def _embed(sifted: str, out: str, todo: list[int], config: Rewards, what: str, w
     if place.accelerator:
         options["accelerator_type"] = place.accelerator
     arguments = {"sifted": sifted, "out": out, "model": config.embedder, "batch_size": config.batch_size, "place": place}
-    _run(_Relevance, todo, what, watchdog_minutes, fn_constructor_kwargs=arguments, **options)
+    _run(_Relevance, todo, what, context, fn_constructor_kwargs=arguments, **options)
 
 
 class _Relevance:

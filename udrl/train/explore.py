@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from udrl import cluster, storage
 from udrl.commands import ANY, Command, CommandVocabulary, to_bin
+from udrl.context import StageContext
 from udrl.errors import UserError
 from udrl.generate.expand import TRAIN
 from udrl.generate.prepare import shard_size
@@ -166,9 +167,8 @@ def training_intents(recipe: Recipe) -> str:
     raise UserError(f"{run}: no training intents of a finished generate stage; run jobs.generate first")
 
 
-def explore(recipe: Recipe, what: Plan, tasks: Sequence[Task], buffer: Sequence[str], actor: type | None = None) -> Tally:
+def explore(recipe: Recipe, what: Plan, tasks: Sequence[Task], buffer: Sequence[str], context: StageContext) -> Tally:
     """Let the student write what is missing of ``what``; ``buffer`` are the folders of the earlier rounds' episodes.
-    ``actor`` replaces the engine (see ``engine.complete``).
 
     Raises:
         UserError: this round was explored with other settings, under ``resume: always``; or the engine can't be had.
@@ -190,8 +190,7 @@ def explore(recipe: Recipe, what: Plan, tasks: Sequence[Task], buffer: Sequence[
         what.ledger,
         f"round {what.round}: explore",
         inspect=Inspect(tasks),
-        watchdog_minutes=recipe.watchdog_minutes,
-        actor=actor,
+        context=context,
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from udrl import storage
+from udrl.context import StageContext
 from udrl.errors import UserError
 from udrl.hashing import fingerprint
 from udrl.recipe import Recipe, dump
@@ -29,11 +30,11 @@ SUMMARY = "rounds.json"
 ROUND = "round.json"
 
 
-def run(recipe: Recipe, actor: type | None = None) -> dict[str, Any]:
+def run(recipe: Recipe, engine_actor: type | None = None) -> dict[str, Any]:
     """Train the student through ``recipe.rounds`` rounds into ``student/``; return its training's facts, and ``rounds``.
 
     Where a round's prompts have lost too much of round 0's diversity, the student of the round before is the last one.
-    ``actor`` replaces the engine (see ``engine.complete``).
+    ``engine_actor`` replaces the engine (see :class:`~udrl.context.StageContext`).
 
     Raises:
         UserError: no finished generate stage, another student lies in ``student/`` under ``resume: always``, or the
@@ -57,7 +58,7 @@ def run(recipe: Recipe, actor: type | None = None) -> dict[str, Any]:
     facts = train.fit(recipe, begin)
     rounds = [_first(recipe, begin)]
     for k in range(1, recipe.rounds + 1):
-        made = _explored(recipe, k, tasks, actor)
+        made = _explored(recipe, k, tasks, StageContext.of(recipe, engine_actor))
         made["refused"] = guard.verdict(made["accepted"], made["diversity"], recipe.explore.min_diversity)
         made |= {"keep": None, "before": rounds[-1]["achieved"]}
         rounds.append(made)
@@ -152,7 +153,7 @@ def _first(recipe: Recipe, begin: Training) -> dict[str, Any]:
     return facts
 
 
-def _explored(recipe: Recipe, k: int, tasks: Sequence[Task], actor: type | None) -> dict[str, Any]:
+def _explored(recipe: Recipe, k: int, tasks: Sequence[Task], context: StageContext) -> dict[str, Any]:
     """Explore and score round ``k``, as far as that is not done, and return what it came to."""
     folder = _folder(recipe, k)
     what = plan(recipe, k, _student(recipe, k - 1), folder)
@@ -163,9 +164,8 @@ def _explored(recipe: Recipe, k: int, tasks: Sequence[Task], actor: type | None)
         return dict(known)
     buffer = [_episodes(recipe, j) for j in range(k)]
     storage.remove(done)  # it vouches for episodes that scoring may clear now
-    explore(recipe, what, tasks, buffer, actor)
-    minutes = recipe.watchdog_minutes
-    counts = score(what.ledger, folder, tasks, recipe.rewards, f"round {k}: score", known=buffer, watchdog_minutes=minutes)
+    explore(recipe, what, tasks, buffer, context)
+    counts = score(what.ledger, folder, tasks, recipe.rewards, f"round {k}: score", known=buffer, context=context)
     facts = {"round": k, "origin": origin, **_account(recipe, what, dict(counts))}
     # Written before the training too: a driver that is killed there need not look at the episodes again.
     storage.write_json(done, facts)

@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from benchmarks.dummy_engine import DummyEngine
+from udrl.context import StageContext
 from udrl.errors import exit_code
 from udrl.policies.actor import EngineActor
 
@@ -53,12 +54,11 @@ def main(argv: list[str]) -> None:
 
     recipe, engine = load(argv[0]), ENGINES[argv[1]]
     if "all" in argv:
-        generate.run(recipe, actor=engine)
+        generate.run(recipe, engine_actor=engine)
     else:
         work = prepare(recipe)
         cluster.connect()
-        minutes = recipe.watchdog_minutes
-        complete(work.policy, work.requests, work.ledger, "generate", watchdog_minutes=minutes, actor=engine)
+        complete(work.policy, work.requests, work.ledger, "generate", context=StageContext.of(recipe, engine))
 
 
 if __name__ == "__main__":

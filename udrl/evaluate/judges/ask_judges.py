@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from udrl.context import StageContext
 from udrl.evaluate.judges import judgments as store
 from udrl.evaluate.judges import pairwise
 from udrl.evaluate.judges.judge_passes import answers
@@ -148,7 +149,7 @@ def judge_pointwise(
         store.question(row, row["prompt"]) if row["prompt"].strip() and row["intent"].strip() else None
         for row in pairs.to_pylist()
     ]
-    said = answers(judge, [q for q in questions if q], work, tasks, recipe.watchdog_minutes)
+    said = answers(judge, [q for q in questions if q], work, tasks, StageContext.of(recipe))
     found = [said[q["episode_id"]] if q else (math.nan, math.nan) for q in questions]
     scores, mass = (np.array([answer[i] for answer in found], dtype=np.float64) for i in (0, 1))
     if judge.kind != "rubric":
@@ -173,7 +174,7 @@ def judge_pairwise(judge: Judge, table: pa.Table, work: str, tasks: Sequence[Tas
         (store.question(row, row["prompt"], row["other_prompt"]), store.question(row, row["other_prompt"], row["prompt"]))
         for row in rows
     ]
-    by_id = answers(judge, [question for both in shown for question in both], work, tasks, recipe.watchdog_minutes)
+    by_id = answers(judge, [question for both in shown for question in both], work, tasks, StageContext.of(recipe))
     said = [(by_id[one["episode_id"]], by_id[two["episode_id"]]) for one, two in shown]
     found = [pairwise.both_orders(one, two) for one, two in said]
     columns = [pa.array([row[i] for row in found], kind.type) for i, kind in enumerate(VERDICTS)]

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from udrl import cluster, models, storage
+from udrl.context import StageContext
 from udrl.evaluate.judges import judgments as store
 from udrl.evaluate.judges import pairwise
 from udrl.evaluate.judges.likelihood import WITH_PROMPT, WITHOUT_PROMPT, LikelihoodJudge
@@ -23,13 +24,13 @@ RATE = "rate.json"
 
 
 def answers(
-    judge: Judge, questions: Sequence[Row], work: str, tasks: Sequence[Task], watchdog_minutes: float
+    judge: Judge, questions: Sequence[Row], work: str, tasks: Sequence[Task], context: StageContext
 ) -> dict[int, store.Answer]:
     """The judge's answers to ``questions`` (rows of :data:`store.ASKED`) by their ids; only what is not known yet is asked.
 
     Raises:
         UserError: the judge's model can't be found or placed.
-        StalledError: it was silent for ``watchdog_minutes``.
+        StalledError: it was silent for ``context.watchdog_minutes``.
     """
     folder = folder_of(judge, work, tasks)
     store.add(folder, questions)
@@ -39,9 +40,9 @@ def answers(
         cluster.connect()
         begun = time.monotonic()
         if judge.kind in ("likelihood", "embedding"):
-            _pass(judge, folder, todo, watchdog_minutes)
+            _pass(judge, folder, todo, context)
         else:
-            _engine_pass(judge, folder, tasks, watchdog_minutes)
+            _engine_pass(judge, folder, tasks, context)
         texts = sum(storage.read_table(storage.join(store.asked(folder), name), []).num_rows for name in todo)
         storage.write_json(storage.join(folder, RATE), {"texts_per_second": texts / (time.monotonic() - begun)})
     return store.answers(folder)
@@ -76,7 +77,7 @@ def _depends_on(judge: Judge, tasks: Sequence[Task]) -> dict[str, Any]:
     return {"kind": judge.kind, **model, "kwargs": judge.engine.kwargs, **of_kind[judge.kind]}
 
 
-def _engine_pass(judge: Judge, folder: str, tasks: Sequence[Task], watchdog_minutes: float) -> None:
+def _engine_pass(judge: Judge, folder: str, tasks: Sequence[Task], context: StageContext) -> None:
     """Parts through the shared vLLM stage."""
     read: rubric.Read
     if judge.kind == "pairwise":
@@ -86,10 +87,10 @@ def _engine_pass(judge: Judge, folder: str, tasks: Sequence[Task], watchdog_minu
         policy, shown = rubric.rubric_policy(config, tasks, f"judge {judge.called}"), rubric.JUDGED
         read = rubric.reader(policy)
     asked, scores = store.asked(folder), store.scores(folder)
-    rubric.answer(asked, scores, policy, read, column="score", shown=shown, watchdog_minutes=watchdog_minutes)
+    rubric.answer(asked, scores, policy, read, column="score", shown=shown, context=context)
 
 
-def _pass(judge: Judge, folder: str, todo: list[str], watchdog_minutes: float) -> None:
+def _pass(judge: Judge, folder: str, todo: list[str], context: StageContext) -> None:
     """Parts through a model in Ray Data actors."""
     import ray
 
@@ -107,7 +108,7 @@ def _pass(judge: Judge, folder: str, todo: list[str], watchdog_minutes: float) -
     sizes = [storage.read_table(storage.join(store.asked(folder), name), []).num_rows for name in todo]
     bar, done = Progress(what, sum(sizes), "pairs"), 0
     bar.update(0, "loading the model", force=True)
-    for batch in watched(dataset.iter_batches(batch_size=None), watchdog_minutes, what):
+    for batch in watched(dataset.iter_batches(batch_size=None), context.watchdog_minutes, what):
         done += int(np.sum(batch["rows"]))
         bar.update(done)
     bar.finish(done)
