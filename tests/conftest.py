@@ -2,7 +2,7 @@
 
 import os
 
-from udrl import cluster
+from udrl import cluster, logs
 
 # A thread that outlives its cluster and calls Ray again would join whatever cluster it finds, be it one that a kill test
 # started; when that one dies, Ray ends this whole process with it, without a word.
@@ -10,3 +10,5 @@ os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 
 # As serve.app has it.
 cluster.set_serve_env()
+
+logs.configure()

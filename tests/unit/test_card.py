@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from udrl import models, recipe, storage
+from udrl import licenses, recipe, storage
 from udrl.episodes import COMPONENTS, EPISODES, REJECTS, Reason
 from udrl.generate import dataset_card as card
 from udrl.generate import histograms
@@ -142,7 +142,7 @@ def test_a_run_in_which_nothing_was_accepted_has_a_card_too(folder: str) -> None
     assert "card/" not in text
 
 
-def test_a_llama_teacher_brings_its_notice_name_and_licence(folder: str) -> None:
+def test_a_llama_teacher_brings_its_notice_name_and_license(folder: str) -> None:
     text = written(folder, teacher={"model": "meta-llama/Meta-Llama-3.1-8B-Instruct"})
     front = yaml.safe_load(text.split("---\n")[1])
     assert front["license"] == "llama3.1"
@@ -151,7 +151,7 @@ def test_a_llama_teacher_brings_its_notice_name_and_licence(folder: str) -> None
     assert "https://www.llama.com/llama3_1/license/" in text
 
 
-def test_an_unknown_licence_says_so_and_points_to_the_model(folder: str) -> None:
+def test_an_unknown_license_says_so_and_points_to_the_model(folder: str) -> None:
     text = written(folder, teacher={"model": "somebody/model-7b"})
     front = yaml.safe_load(text.split("---\n")[1])
     assert (front["license"], front["license_link"]) == ("other", "https://huggingface.co/somebody/model-7b")
@@ -165,7 +165,7 @@ def test_keys_in_a_source_uri_do_not_reach_the_card(folder: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "licence"),
+    ("model", "license"),
     [
         ("bundled:smollm2-135m-instruct", "apache-2.0"),
         ("meta-llama/Llama-2-7b-chat-hf", "llama2"),
@@ -179,10 +179,10 @@ def test_keys_in_a_source_uri_do_not_reach_the_card(folder: str) -> None:
         ("s3://bucket/llama", "other"),
     ],
 )
-def test_licences_by_name(model: str, licence: str) -> None:
-    assert models.licence_facts(model).id == licence
+def test_licenses_by_name(model: str, license: str) -> None:
+    assert licenses.license_of(model).id == license
 
 
 def test_llama_3_forbids_what_llama_3_1_allows() -> None:
-    assert "may not be used to improve" in models.licence("meta-llama/Meta-Llama-3-8B")
-    assert "may not be used to improve" not in models.licence("meta-llama/Meta-Llama-3.1-8B")
+    assert "may not be used to improve" in licenses.describe_license("meta-llama/Meta-Llama-3-8B")
+    assert "may not be used to improve" not in licenses.describe_license("meta-llama/Meta-Llama-3.1-8B")

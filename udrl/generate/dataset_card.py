@@ -3,7 +3,6 @@
 ``datasets.load_dataset(<the run's storage>)`` reads it and finds the episodes, and the rejects as its second configuration.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,12 +10,15 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
-from udrl import models, storage
+from udrl import storage
 from udrl.episodes import COMPONENTS, Reason
 from udrl.generate import histograms
 from udrl.generate.histograms import Counts, median
+from udrl.licenses import License, license_of, license_section
 from udrl.policies.policy import draws
-from udrl.recipe import Recipe
+from udrl.recipe import Recipe, Rewards
+from udrl.storage import without_credentials
+from udrl.tables import markdown_table
 from udrl.tasks import Task, load_tasks, shipped
 
 COLUMNS = {
@@ -76,41 +78,41 @@ def write_card(recipe: Recipe, summary: dict[str, Any], folder: str) -> None:
 
 
 def _text(recipe: Recipe, summary: dict[str, Any], folder: str, counts: Counts, pictures: Sequence[str]) -> str:
-    licence = models.licence_facts(recipe.teacher.model)
+    license_ = license_of(recipe.teacher.model)
     has_rejects = any(n.endswith(".parquet") for n in storage.list_files(storage.join(folder, "rejects")))
     parts = [
-        "---\n" + yaml.safe_dump(_front(recipe, licence, counts, has_rejects), sort_keys=False, allow_unicode=True) + "---",
+        "---\n" + yaml.safe_dump(_front(recipe, license_, counts, has_rejects), sort_keys=False, allow_unicode=True) + "---",
         f"# {recipe.name}: prompts for {len(recipe.tasks)} tasks, with their rewards",
         f"{counts.accepted:,} *episodes*: a short user request (intent), a task, the prompt that `{recipe.teacher.model}` wrote"
         " for it, and the reward that the prompt achieved. They are made to train a small model by upside-down reinforcement"
         " learning. Weak prompts are kept with their low rewards on purpose; to imitate the best alone, filter on `reward`.",
-        *([f"**{licence.notice}**"] if licence.notice else []),
+        *([f"**{license_.notice}**"] if license_.notice else []),
         "## Load",
         _load(folder, has_rejects),
         "## Counts",
         _counts(counts),
         *_pictured(pictures),
         "## Columns",
-        grid(["column", "meaning"], [[f"`{name}`", meaning] for name, meaning in COLUMNS.items()]),
+        markdown_table(["column", "meaning"], [[f"`{name}`", meaning] for name, meaning in COLUMNS.items()]),
         "The rejects have the same keys, the raw `completion`, its `reason` and a `detail`.",
         "## How it was made",
         _recipe(recipe),
         *_tasks(load_tasks(recipe.tasks)),
         _intents(recipe, summary, folder),
         _filters(recipe),
-        "## Teacher and licence",
+        "## Teacher and license",
         _writers(counts),
-        duties(recipe, licence),
+        license_section(recipe.teacher.model),
         "## Known limits",
         _limits(recipe),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _front(recipe: Recipe, licence: models.Licence, counts: Counts, has_rejects: bool) -> dict[str, Any]:
-    front: dict[str, Any] = {"pretty_name": recipe.name, "license": licence.id}
-    if licence.id == "other":
-        front |= {"license_name": "as-of-the-teacher-model", "license_link": licence.url}
+def _front(recipe: Recipe, license_: License, counts: Counts, has_rejects: bool) -> dict[str, Any]:
+    front: dict[str, Any] = {"pretty_name": recipe.name, "license": license_.id}
+    if license_.id == "other":
+        front |= {"license_name": "as-of-the-teacher-model", "license_link": license_.url}
     if set(recipe.tasks) <= set(shipped()):  # these are English; of a user's own tasks the language is not known
         front["language"] = ["en"]
     configs = [{"config_name": "episodes", "default": True, "data_files": "episodes/*.parquet"}]
@@ -134,9 +136,9 @@ def _size_category(n: int) -> str:
 
 
 def _load(folder: str, has_rejects: bool) -> str:
-    lines = [f'episodes = load_dataset("{shown(folder)}", split="train")']
+    lines = [f'episodes = load_dataset("{without_credentials(folder)}", split="train")']
     if has_rejects:
-        lines.append(f'rejects = load_dataset("{shown(folder)}", "rejects", split="train")')
+        lines.append(f'rejects = load_dataset("{without_credentials(folder)}", "rejects", split="train")')
     return "```python\nfrom datasets import load_dataset\n\n" + "\n".join(lines) + "\n```"
 
 
@@ -151,12 +153,12 @@ def _counts(counts: Counts) -> str:
         f"{asked:,} prompts were requested: {counts.accepted:,} accepted ({_share(counts.accepted, asked)}),"
         f" {rejected:,} rejected.\n\n"
     )
-    text += grid(["task", "accepted", "rejected", "median reward", "median words"], rows)
+    text += markdown_table(["task", "accepted", "rejected", "median reward", "median words"], rows)
     reasons = [
         [f"`{reason}`", f"{n:,}", _share(n, asked), REASONS.get(Reason(reason), "")]
         for reason, n in counts.reasons.most_common()
     ]
-    return text + ("\n\n" + grid(["reason of rejection", "prompts", "of all", "meaning"], reasons) if reasons else "")
+    return text + ("\n\n" + markdown_table(["reason of rejection", "prompts", "of all", "meaning"], reasons) if reasons else "")
 
 
 def _median_reward(counts: Counts, task: str) -> str:
@@ -188,20 +190,21 @@ def _recipe(recipe: Recipe) -> str:
         ["structured", ", ".join(f"{t}: {k} prompts a request" for t, k in teacher.structured.items()) or "no"],
         ["seed", str(recipe.seed)],
         ["reward", mix],
-        ["relevance", relevance(recipe)],
+        ["relevance", describe_relevance(recipe.rewards)],
     ]
-    return grid(["setting", "value"], rows) + "\n\nAll settings: [recipe.yaml](recipe.yaml)."
+    return markdown_table(["setting", "value"], rows) + "\n\nAll settings: [recipe.yaml](recipe.yaml)."
 
 
-def relevance(recipe: Recipe) -> str:
-    if recipe.rewards.relevance == "judge":
-        return f"expected score of the judge `{recipe.rewards.judge.model}` on a rubric of 1 to 10"
-    return f"cosine of intent and prompt under the embedder `{recipe.rewards.embedder}`"
+def describe_relevance(rewards: Rewards) -> str:
+    """Return a phrase that says how relevance was scored."""
+    if rewards.relevance == "judge":
+        return f"expected score of the judge `{rewards.judge.model}` on a rubric of 1 to 10"
+    return f"cosine of intent and prompt under the embedder `{rewards.embedder}`"
 
 
 def _tasks(tasks: Sequence[Task]) -> list[str]:
     rows = [[f"`{t.name}`", f"{t.format.min_words} to {t.format.max_words}", " ".join(t.instruction.split())] for t in tasks]
-    return ["### Tasks", grid(["task", "words", "what the teacher is told, before examples"], rows)]
+    return ["### Tasks", markdown_table(["task", "words", "what the teacher is told, before examples"], rows)]
 
 
 def _intents(recipe: Recipe, summary: dict[str, Any], folder: str) -> str:
@@ -209,7 +212,7 @@ def _intents(recipe: Recipe, summary: dict[str, Any], folder: str) -> str:
     if config.source == "builtin:composer":
         origin = "The intents are composed from a grammar of subjects, occasions and styles; no user wrote them."
     else:
-        origin = f"The intents are read from `{shown(config.source)}`; what is known about their origin is known there."
+        origin = f"The intents are read from `{without_credentials(config.source)}`; their origin is documented there."
     if config.expand:
         origin += f" The teacher then grew them towards {config.expand.target:,} more, shown {config.expand.shown} at a time."
     place = storage.join(folder, "intents", str(summary.get("intents", "")))
@@ -270,22 +273,7 @@ def _writers(counts: Counts) -> str:
         [policy, f"`{model}`", f"`{revision}`", str(round_), f"{n:,}"]
         for (policy, model, revision, round_), n in counts.writers.most_common()
     ]
-    return grid(["policy", "model", "revision", "round", "episodes"], rows)
-
-
-def duties(recipe: Recipe, licence: models.Licence) -> str:
-    model = f"`{recipe.teacher.model}`"
-    if licence.name == "unknown":
-        known = f"The licence of {model} is not known to this project."
-    else:
-        known = f"As its name tells, {model} is under the {licence.name}."
-    lines = [
-        f"{known} Its terms reach whoever publishes this data or a model trained on it. What to mind first (the licence's own"
-        " text decides; this is no legal advice):",
-        "\n".join(f"- {duty}" for duty in licence.duties),
-        f"Read it: {licence.url}",
-    ]
-    return "\n\n".join(lines)
+    return markdown_table(["policy", "model", "revision", "round", "episodes"], rows)
 
 
 def _limits(recipe: Recipe) -> str:
@@ -301,15 +289,5 @@ def _limits(recipe: Recipe) -> str:
     )
 
 
-def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *cells])
-
-
 def _share(n: int, of: int) -> str:
     return f"{n / of:.1%}" if of else "0%"
-
-
-def shown(uri: str) -> str:
-    """A URI without what it may hold of keys."""
-    return re.sub(r"//[^/@]*@", "//", uri.partition("?")[0] if "://" in uri else uri)

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from udrl import cluster, models, storage
+from udrl import cluster, storage
 from udrl.context import StageContext
 from udrl.episodes import Reason
 from udrl.errors import UserError
@@ -13,6 +13,7 @@ from udrl.generate.cost import describe_cost
 from udrl.generate.dataset_card import write_card
 from udrl.generate.prepare import Work, prepare
 from udrl.hashing import differences
+from udrl.licenses import describe_license
 from udrl.policies.engine_args import bundles
 from udrl.policies.policy import Row
 from udrl.policies.stage import attempts, complete
@@ -129,7 +130,7 @@ def _summary(recipe: Recipe, work: Work, counts: dict[str, int], done: Tally) ->
         "policy": work.policy.fingerprint,
         "model": recipe.teacher.model,
         "revision": work.policy.revision,
-        "licence": models.licence(recipe.teacher.model),
+        "license": describe_license(recipe.teacher.model),
         "generated_now": done.rows,
         "reused": done.reused,
         "input_tokens": done.input_tokens,

@@ -6,12 +6,14 @@ from typing import Any
 
 import yaml
 
-from udrl import commands, models
+from udrl import commands, licenses, models
 from udrl.commands import Command, CommandVocabulary
 from udrl.episodes import COMPONENTS
-from udrl.generate.dataset_card import duties, grid, relevance, shown
+from udrl.generate.dataset_card import describe_relevance
 from udrl.progress import duration
 from udrl.recipe import Recipe
+from udrl.storage import without_credentials
+from udrl.tables import markdown_table
 from udrl.tasks import shipped
 
 OBJECTIVES = {
@@ -26,11 +28,11 @@ OBJECTIVES = {
 def text(recipe: Recipe, training: dict[str, Any], vocabulary: CommandVocabulary, lineage: dict[str, Any]) -> str:
     """``README.md`` of an export. ``training`` is the content of ``training.json``; of its keys all but ``parameters`` may be
     absent. ``lineage`` is as in :func:`udrl.train.export.export`."""
-    licences = _licences(recipe)
-    notices = list(dict.fromkeys(licence.notice for licence in licences.values() if licence.notice))
+    by_model = _licenses(recipe)
+    notices = list(dict.fromkeys(each.notice for each in by_model.values() if each.notice))
     parts = [
-        "---\n" + _front(recipe, licences) + "\n---",
-        f"# {_name(recipe, licences)}",
+        "---\n" + _front(recipe, by_model) + "\n---",
+        f"# {_name(recipe, by_model)}",
         f"A GPT-2 of {training['parameters'] / 1e6:.1f}M parameters that turns a short user request (*intent*) into a prompt"
         f" for {', '.join(f'`{task}`' for task in vocabulary.tasks)}. Task, length and reward are commands. {_origin(recipe)}",
         *(f"**{notice}**" for notice in notices),
@@ -46,28 +48,28 @@ def text(recipe: Recipe, training: dict[str, Any], vocabulary: CommandVocabulary
         _settings(recipe),
         "## Data",
         _data(recipe, lineage.get("generate") or {}, lineage.get("round", 0), lineage.get("rounds") or []),
-        "## Licences",
-        *(duties(_as_teacher(recipe, model), licence) for model, licence in licences.items()),
+        "## Licenses",
+        *map(licenses.license_section, by_model),
         "## Known limits",
         _limits(),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _licences(recipe: Recipe) -> dict[str, models.Licence]:
-    """Of the teacher, and of the model whose weights it started from."""
-    named = [recipe.teacher.model, *([recipe.student.init] if recipe.student.init else [])]
-    return {model: models.licence_facts(model) for model in named}
+def _licenses(recipe: Recipe) -> dict[str, licenses.License]:
+    """Return the licenses of the teacher and of the model whose weights the student started from, by model."""
+    names = [recipe.teacher.model, *([recipe.student.init] if recipe.student.init else [])]
+    return {model: licenses.license_of(model) for model in names}
 
 
-def _front(recipe: Recipe, licences: dict[str, models.Licence]) -> str:
+def _front(recipe: Recipe, by_model: dict[str, licenses.License]) -> str:
     from huggingface_hub import ModelCardData
 
-    ids = {licence.id for licence in licences.values()}
-    licence = next(iter(licences.values()))
-    facts: dict[str, Any] = {"license": licence.id if len(ids) == 1 else "other"}
+    ids = {each.id for each in by_model.values()}
+    license_ = next(iter(by_model.values()))
+    facts: dict[str, Any] = {"license": license_.id if len(ids) == 1 else "other"}
     if facts["license"] == "other":
-        facts |= {"license_name": "see-licences-below", "license_link": licence.url}
+        facts |= {"license_name": "see-licenses-below", "license_link": license_.url}
     if set(recipe.tasks) <= set(shipped()):  # these are English; of a user's own tasks the language is not known
         facts["language"] = ["en"]
     if _on_hub(recipe.student.init):
@@ -87,12 +89,12 @@ def _source(model: str) -> str:
     """The name under which others know a model."""
     if model.startswith(models.PREFIX):
         return models.BUNDLED[model.removeprefix(models.PREFIX)].source
-    return shown(model)
+    return without_credentials(model)
 
 
-def _name(recipe: Recipe, licences: dict[str, models.Licence]) -> str:
-    """The run's name, behind the word that a Llama licence asks for (see ``udrl.models``)."""
-    notices = {licence.notice for licence in licences.values()}
+def _name(recipe: Recipe, by_model: dict[str, licenses.License]) -> str:
+    """Return the run's name, after the word that a Llama license requires (see ``udrl.licenses``)."""
+    notices = {each.notice for each in by_model.values()}
     begin = "Llama 3" if "Built with Meta Llama 3" in notices else "Llama" if "Built with Llama" in notices else ""
     if recipe.name.casefold().replace("-", " ").startswith(begin.casefold()):
         return recipe.name
@@ -100,13 +102,8 @@ def _name(recipe: Recipe, licences: dict[str, models.Licence]) -> str:
 
 
 def _origin(recipe: Recipe) -> str:
-    start = f", from the weights of `{shown(recipe.student.init)}`" if recipe.student.init else ""
+    start = f", from the weights of `{without_credentials(recipe.student.init)}`" if recipe.student.init else ""
     return f"It is distilled from `{_source(recipe.teacher.model)}`{start}."
-
-
-def _as_teacher(recipe: Recipe, model: str) -> Recipe:
-    """The sentences on a licence speak of a recipe's teacher."""
-    return recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"model": model})})
 
 
 def _use(vocabulary: CommandVocabulary) -> str:
@@ -151,9 +148,9 @@ def _commands(vocabulary: CommandVocabulary) -> str:
             f"A request is the intent, then one token each for task, length in words (`{commands.word_token(1)}` to"
             f" `{commands.word_token(vocabulary.max_words)}`) and reward bin (`{commands.reward_token(0)}`, the lowest, to"
             f" `{commands.reward_token(vocabulary.reward_bins - 1)}`). {any_}: no matter. All of it is in `commands.json`.",
-            grid(["task", "words p5", "median", "p95", "default words", "default bin"], lengths),
+            markdown_table(["task", "words p5", "median", "p95", "default words", "default bin"], lengths),
             "What the training episodes in each reward bin achieved, before anything was learnt from them:",
-            grid(["task", "bin", edges, "episodes", "mean reward", "mean relevance"], bins),
+            markdown_table(["task", "bin", edges, "episodes", "mean reward", "mean relevance"], bins),
         ]
     )
 
@@ -180,7 +177,7 @@ def _metrics(training: dict[str, Any], vocabulary: CommandVocabulary) -> str:
             rows.append([f"mean distance from the commanded length{where}", f"{training[f'length_error{end}']:.1f} words"])
             rows.append([f"within two words of it{where}", f"{training[f'within_two{end}']:.0%}"])
     note = "Measured on validation intents, which are not trained on; lengths on a few of them, at the last validation."
-    return grid(["metric", "value"], rows) + "\n\n" + note if rows else "None was measured."
+    return markdown_table(["metric", "value"], rows) + "\n\n" + note if rows else "None was measured."
 
 
 def _training(recipe: Recipe, training: dict[str, Any]) -> str:
@@ -198,13 +195,13 @@ def _training(recipe: Recipe, training: dict[str, Any]) -> str:
         ["seed", str(recipe.seed)],
         ["fingerprint", f"`{training['fingerprint']}`" if "fingerprint" in training else ""],
     ]
-    return grid(["setting", "value"], [row for row in rows if row[1]])
+    return markdown_table(["setting", "value"], [row for row in rows if row[1]])
 
 
 def _settings(recipe: Recipe) -> str:
     """What shaped it, in full; no place where anything lies."""
     sections = recipe.model_dump(mode="json", include={"commands", "student", "train"})
-    sections["student"]["init"] = shown(recipe.student.init) if recipe.student.init else None
+    sections["student"]["init"] = without_credentials(recipe.student.init) if recipe.student.init else None
     dumped = yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)
     return f"<details><summary>All settings</summary>\n\n```yaml\n{dumped}```\n\n</details>"
 
@@ -215,19 +212,22 @@ def _data(recipe: Recipe, generate: dict[str, Any], round_: int, rounds: Sequenc
     numbers = [[f"prompts {name}", f"{generate[name]:,}"] for name in ("requested", "accepted", "rejected") if name in generate]
     marks = [[label, f"`{generate[name]}`"] for label, name in _MARKS.items() if generate.get(name)]
     rows = [
-        ["teacher", f"`{shown(recipe.teacher.model)}`"],
+        ["teacher", f"`{without_credentials(recipe.teacher.model)}`"],
         *numbers,
         *marks,
-        ["relevance", relevance(recipe)],
+        ["relevance", describe_relevance(recipe.rewards)],
         ["reward", mix],
     ]
     parts = [
         "The episodes (intent, task, prompt, reward) are machine-written; the run's storage has them with a card of their own.",
-        grid(["lineage", "value"], rows),
+        markdown_table(["lineage", "value"], rows),
     ]
     if rounds:
         head = list(rounds[0])
-        parts += ["Rounds of exploration:", grid(head, [[str(entry.get(name, "")) for name in head] for entry in rounds])]
+        parts += [
+            "Rounds of exploration:",
+            markdown_table(head, [[str(entry.get(name, "")) for name in head] for entry in rounds]),
+        ]
     return "\n\n".join(parts)
 
 
