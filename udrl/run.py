@@ -274,8 +274,8 @@ class Run:
 class Document(BaseModel):
     """A JSON file that one stage writes and another reads.
 
-    Unknown keys are ignored, so that an older version can read a newer run's files; a missing or wrong one is an error that
-    names it.
+    Unknown keys of a file are ignored, so that an older version can read a newer run's files; a missing or wrong one is an
+    error that names it.
     """
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=(), populate_by_name=True)
@@ -289,7 +289,7 @@ class Document(BaseModel):
         """
         data = storage.read_bytes(uri)
         try:
-            return cls.model_validate_json(data)
+            return cls.model_validate_json(data, extra="ignore")
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"])) or "the file"
