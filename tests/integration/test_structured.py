@@ -11,11 +11,12 @@ from udrl import intents, storage
 from udrl.episodes import KEYS
 from udrl.generate.expand import expand_intents
 from udrl.generate.intent_lines import HeldOut
-from udrl.intents.prepare import SCHEMA
+from udrl.intents.intent import INTENT_SCHEMA
 from udrl.policies.ledger import list_parts, read_shard
 from udrl.policies.stage import complete
 from udrl.policies.teacher import intent_requests, teacher_policy
 from udrl.recipe import Recipe
+from udrl.run import IntentPaths
 from udrl.scoring.rubric import judge_relevance
 from udrl.tasks import load_tasks
 
@@ -46,7 +47,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 @pytest.fixture(scope="module")
 def folder(recipe: Recipe) -> str:
     folder = storage.join(recipe.storage, "intents")
-    intents.prepare(recipe.intents, recipe.seed, folder)
+    intents.split_intents(recipe.intents, recipe.seed, IntentPaths(folder))
     return folder
 
 
@@ -86,7 +87,7 @@ def test_the_teacher_grows_intents_that_name_no_held_out_subject(recipe: Recipe,
     train = storage.read_table(storage.join(folder, "train.parquet"))
     both = storage.read_table(storage.join(folder, "train_expanded.parquet"))
     assert grown.num_rows == n
-    assert grown.schema.equals(SCHEMA)
+    assert grown.schema.equals(INTENT_SCHEMA)
     assert both.equals(pa.concat_tables([train, grown]))
     assert len(set(both["intent_id"].to_pylist())) == both.num_rows
     held = HeldOut()

@@ -13,7 +13,7 @@ from udrl.generate import expand, intent_lines
 from udrl.generate.intent_lines import HeldOut, Reason, lines_of, problem_of
 from udrl.hashing import stable_id
 from udrl.intents import composer
-from udrl.intents.prepare import SCHEMA
+from udrl.intents.intent import INTENT_SCHEMA
 from udrl.recipe import Expand, Teacher
 
 
@@ -93,19 +93,18 @@ def test_held_out_subjects_are_found_in_singular_and_plural_whatever_the_case() 
 
 
 def test_every_subject_of_the_grammar_is_found_in_both_its_forms() -> None:
-    for kind in composer.grammar()["subjects"].values():
-        for singular, plural in map(composer._forms, composer._items(kind["terms"])):
-            held = HeldOut()
-            held.add([singular])
-            assert f"poster of a {singular} at dusk" in held
-            assert f"poster of two {plural} at dusk" in held
+    for singular, plural in composer.subject_plurals().items():
+        held = HeldOut()
+        held.add([singular])
+        assert f"poster of a {singular} at dusk" in held
+        assert f"poster of two {plural} at dusk" in held
 
 
 # Growth: what is known, from lines to new intents, without an engine
 
 
 def write(folder: Path, name: str, rows: list[tuple[str, str]]) -> str:
-    table = pa.table([[stable_id(t) for t, _ in rows], [t for t, _ in rows], [s for _, s in rows]], schema=SCHEMA)
+    table = pa.table([[stable_id(t) for t, _ in rows], [t for t, _ in rows], [s for _, s in rows]], schema=INTENT_SCHEMA)
     pq.write_table(table, folder / f"{name}.parquet", row_group_size=3)
     return str(folder / f"{name}.parquet")
 

@@ -1,4 +1,4 @@
-"""Intents: the composer, the readers, the split by subject, and the two files that a run starts from."""
+"""Intents: the composer, the readers, the split by subject, and the files that a run starts from."""
 
 import csv
 import gzip
@@ -9,6 +9,7 @@ import re
 import tracemalloc
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,8 +19,9 @@ from hypothesis import strategies as st
 
 from udrl import intents, recipe
 from udrl.errors import UserError
-from udrl.intents import Intent, compose, composer, is_heldout, prepare, read
-from udrl.intents.readers import KEPT, MAX_LINE, Reject
+from udrl.intents import Intent, IntentSplit, compose, composer, is_heldout, read, split_intents
+from udrl.intents.readers import MAX_LINE, REJECT_CHARACTERS, RejectedRow
+from udrl.run import IntentPaths
 
 MANY = 20_000
 
@@ -33,11 +35,15 @@ def texts(uri: Path | str, column: str = "intent", limit: int | None = None) -> 
     return [intent.text for intent in read(str(uri), column, limit)]
 
 
-def sorted_out(uri: Path) -> tuple[list[str], list[tuple[int, str, str]]]:
-    """The intents of a file, and its rejects as (row, text, reason)."""
-    rejected: list[Reject] = []
-    found = [intent.text for intent in read(str(uri), "intent", None, rejected.append)]
-    return found, [(r.row, r.text, str(r.reason)) for r in rejected]
+def read_with_rejects(uri: Path) -> tuple[list[str], list[tuple[int, str, str]]]:
+    """Return the intents of a file, and its rejects as (row, text, reason)."""
+    rejects: list[RejectedRow] = []
+    accepted = [intent.text for intent in read(str(uri), "intent", None, rejects.append)]
+    return accepted, [(r.row, r.text, str(r.reason)) for r in rejects]
+
+
+def split(folder: Path, seed: int = 0, **config: Any) -> IntentSplit:
+    return split_intents(recipe.Intents(**config), seed, IntentPaths(str(folder)))
 
 
 def one_line(problem: pytest.ExceptionInfo[UserError]) -> str:
@@ -50,13 +56,13 @@ class TestComposer:
     def test_gives_twenty_thousand_distinct_intents(self, composed: list[Intent]) -> None:
         assert len({intent.text.casefold() for intent in composed}) == MANY
 
-    def test_has_millions_in_store(self) -> None:
+    def test_has_millions_of_intents(self) -> None:
         assert intents.capacity() > 5_000_000
 
     def test_the_same_seed_gives_the_same_intents_and_a_smaller_limit_a_prefix(self, composed: list[Intent]) -> None:
         assert list(compose(500, seed=7)) == composed[:500]
 
-    def test_another_seed_gives_others(self, composed: list[Intent]) -> None:
+    def test_another_seed_gives_other_intents(self, composed: list[Intent]) -> None:
         assert len({i.text for i in compose(1000, seed=8)} - {i.text for i in composed}) > 900
 
     def test_intents_are_short_clean_single_lines(self, composed: list[Intent]) -> None:
@@ -84,10 +90,10 @@ class TestComposer:
         ],
     )
     def test_plurals(self, term: str, forms: tuple[str, str]) -> None:
-        assert composer._forms(term) == forms
+        assert composer.inflect(term) == forms
 
     def test_every_intent_names_its_subject(self, composed: list[Intent]) -> None:
-        plurals = dict(composer._forms(t) for k in composer.grammar()["subjects"].values() for t in composer._items(k["terms"]))
+        plurals = composer.subject_plurals()
         for intent in composed:
             assert intent.subject in intent.text or plurals[intent.subject] in intent.text, intent
 
@@ -101,29 +107,28 @@ class TestComposer:
         tables = composer.grammar()
         kinds = tables["subjects"].keys() | tables["groups"].keys()
         for template in itertools.chain.from_iterable(tables["templates"].values()):
-            for text in composer._expand(template):
-                slots = [slot[1] for slot in composer._SLOT.finditer(text)]
+            for text in composer.expand_template(template):
+                slots = [slot[1] for slot in composer.SLOT.finditer(text)]
                 assert sum(slot in kinds for slot in slots) == 1, template
                 assert set(slots) <= kinds | tables["lists"].keys(), template
 
-    def test_asking_for_more_than_there_is_names_the_limit(self) -> None:
-        with pytest.raises(UserError, match=r"intents\.limit=") as problem:
+    def test_a_limit_above_the_capacity_names_the_key(self) -> None:
+        with pytest.raises(UserError, match=r"intents\.limit: ") as problem:
             compose(intents.capacity() + 1, seed=0)
         one_line(problem)
 
     @given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
     @settings(max_examples=30, deadline=None)
     def test_the_visiting_order_is_a_permutation(self, size: int, key: int) -> None:
-        assert sorted(composer._shuffled(i, size, key) for i in range(size)) == list(range(size))
+        assert sorted(composer.permute(i, size, key) for i in range(size)) == list(range(size))
 
 
 class TestSplit:
-    def test_an_intent_names_no_subject_but_its_own(self, composed: list[Intent]) -> None:
-        # Else a held-out subject could be trained on as the setting, the audience or the medium of another intent.
+    def test_an_intent_names_no_subject_except_its_own(self, composed: list[Intent]) -> None:
+        # Otherwise a held-out subject could be trained on as the setting, the audience or the medium of another intent.
         owner = {}
-        for kind in composer.grammar()["subjects"].values():
-            for singular, plural in map(composer._forms, composer._items(kind["terms"])):
-                owner[singular.casefold()] = owner[plural.casefold()] = singular
+        for singular, plural in composer.subject_plurals().items():
+            owner[singular.casefold()] = owner[plural.casefold()] = singular
         for intent in composed:
             words = re.sub(r"'s\b|,", "", intent.text.casefold()).split()
             runs = (" ".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, min(i + 6, len(words) + 1)))
@@ -136,8 +141,8 @@ class TestSplit:
         assert not train & heldout
 
     def test_the_share_is_a_share_of_subjects(self) -> None:
-        held = [s for s in intents.subjects() if is_heldout(s, 0.1)]
-        assert 0.07 < len(held) / len(intents.subjects()) < 0.13
+        heldout = [s for s in intents.subjects() if is_heldout(s, 0.1)]
+        assert 0.07 < len(heldout) / len(intents.subjects()) < 0.13
 
     def test_the_decision_never_changes_between_releases(self) -> None:
         # A student trained by an older release must not meet its evaluation subjects in a newer one.
@@ -154,7 +159,7 @@ class TestSplit:
         assert not is_heldout(subject, 0.0)
 
     @given(st.text(st.characters(max_codepoint=127)))
-    def test_letter_case_does_not_move_a_subject(self, subject: str) -> None:
+    def test_letter_case_does_not_change_a_subject_s_split(self, subject: str) -> None:
         assert is_heldout(subject.upper(), 0.5) == is_heldout(subject.lower(), 0.5)
 
 
@@ -163,7 +168,7 @@ USABLE = ["a red kite over dunes", "menu for a cafe", "poster, with a comma"]
 
 
 def write(path: Path, rows: list[str]) -> Path:
-    """The rows in the format that the extension names, in a column "intent" beside another one."""
+    """Write the rows in the format that the extension names, in the column "intent" after another one."""
     table = pa.table({"id": range(len(rows)), "intent": rows})
     match path.suffix:
         case ".parquet":
@@ -183,11 +188,11 @@ def write(path: Path, rows: list[str]) -> Path:
 class TestReaders:
     @pytest.mark.parametrize("kind", ["parquet", "jsonl", "ndjson", "json", "csv", "tsv", "txt"])
     def test_every_format_gives_the_usable_rows_in_order(self, tmp_path: Path, kind: str) -> None:
-        rejected: list[Reject] = []
-        found = list(read(str(write(tmp_path / f"rows.{kind}", ROWS)), "intent", None, rejected.append))
-        assert [intent.text for intent in found] == USABLE
-        assert [intent.subject for intent in found] == USABLE
-        assert [(r.row, r.reason, r.text) for r in rejected] == [
+        rejects: list[RejectedRow] = []
+        accepted = list(read(str(write(tmp_path / f"rows.{kind}", ROWS)), "intent", None, rejects.append))
+        assert [intent.text for intent in accepted] == USABLE
+        assert [intent.subject for intent in accepted] == USABLE
+        assert [(r.row, r.reason, r.text) for r in rejects] == [
             (2, "blank", ""),
             (3, "duplicate", "A RED kite over dunes"),
             (4, "too long", "x" * 500),
@@ -205,43 +210,43 @@ class TestReaders:
     def test_the_limit_counts_usable_intents(self, tmp_path: Path) -> None:
         assert texts(write(tmp_path / "rows.txt", ["", "one", "ONE", "two", "three"]), limit=2) == ["one", "two"]
 
-    def test_bytes_that_are_not_utf8_are_rejected_and_cost_no_other_row(self, tmp_path: Path) -> None:
+    def test_bytes_that_are_not_utf8_reject_only_their_own_row(self, tmp_path: Path) -> None:
         bad = b"caf\xe9 poster"
         (tmp_path / "a.txt").write_bytes(bad + b"\nan owl")
         (tmp_path / "a.csv").write_bytes(b"intent\n" + bad + b"\nan owl")
         (tmp_path / "a.tsv").write_bytes(b"intent\n" + bad + b"\nan owl")
         (tmp_path / "a.jsonl").write_bytes(b'{"intent": "' + bad + b'"}\n{"intent": "an owl"}')
-        flat = pa.array([bad, b"an owl"]).buffers()
-        pq.write_table(pa.table({"intent": pa.Array.from_buffers(pa.string(), 2, flat)}), tmp_path / "a.parquet")  # it lies
+        flat = pa.array([bad, b"an owl"]).buffers()  # bytes that are not UTF-8, in a string column
+        pq.write_table(pa.table({"intent": pa.Array.from_buffers(pa.string(), 2, flat)}), tmp_path / "a.parquet")
         for kind in ("txt", "csv", "tsv", "jsonl", "parquet"):
-            found, rejected = sorted_out(tmp_path / f"a.{kind}")
-            assert found == ["an owl"], kind
-            assert rejected == [(0, "caf\ufffd poster", "not UTF-8")], kind
+            accepted, rejects = read_with_rejects(tmp_path / f"a.{kind}")
+            assert accepted == ["an owl"], kind
+            assert rejects == [(0, "caf\ufffd poster", "not UTF-8")], kind
 
-    def test_bad_bytes_beside_the_intent_do_no_harm(self, tmp_path: Path) -> None:
+    def test_bad_bytes_in_another_cell_do_no_harm(self, tmp_path: Path) -> None:
         (tmp_path / "a.csv").write_bytes(b"note,intent\ncaf\xe9,an owl\n")
         (tmp_path / "a.jsonl").write_bytes(b'{"note": "caf\xe9", "intent": "an owl"}\n')
         assert texts(tmp_path / "a.csv") == texts(tmp_path / "a.jsonl") == ["an owl"]
 
     @pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv", "tsv", "txt"])
-    def test_a_megabyte_is_rejected_by_its_first_characters(self, tmp_path: Path, kind: str) -> None:
-        found, rejected = sorted_out(write(tmp_path / f"a.{kind}", ["an owl", "long words " * 100_000, "a bat"]))
-        assert found == ["an owl", "a bat"]
-        ((row, text, reason),) = rejected
-        assert (row, len(text), text[:10], reason) == (1, KEPT, "long words", "too long")
+    def test_of_a_rejected_megabyte_the_first_characters_are_stored(self, tmp_path: Path, kind: str) -> None:
+        accepted, rejects = read_with_rejects(write(tmp_path / f"a.{kind}", ["an owl", "long words " * 100_000, "a bat"]))
+        assert accepted == ["an owl", "a bat"]
+        ((row, text, reason),) = rejects
+        assert (row, len(text), text[:10], reason) == (1, REJECT_CHARACTERS, "long words", "too long")
 
     @pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "txt"])
-    def test_a_line_without_end_is_read_past_in_bounded_memory(self, tmp_path: Path, kind: str) -> None:
+    def test_an_endless_line_is_skipped_in_bounded_memory(self, tmp_path: Path, kind: str) -> None:
         path = write(tmp_path / f"a.{kind}", ["an owl", "y" * (20 * MAX_LINE), "a bat"])
         tracemalloc.start()
-        found, rejected = sorted_out(path)
+        accepted, rejects = read_with_rejects(path)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert found == ["an owl", "a bat"]
-        assert [(row, reason) for row, _, reason in rejected] == [(1, "too long")]
+        assert accepted == ["an owl", "a bat"]
+        assert [(row, reason) for row, _, reason in rejects] == [(1, "too long")]
         assert peak < 8 * MAX_LINE
 
-    def test_large_values_in_every_row_of_a_parquet_file_is_read_a_few_rows_at_a_time(self, tmp_path: Path) -> None:
+    def test_a_parquet_file_with_large_values_is_read_a_few_rows_at_a_time(self, tmp_path: Path) -> None:
         rows = [f"{n} " + "z" * 300_000 for n in range(40)] * 10
         pq.write_table(pa.table({"intent": pa.array(["an owl", *rows]).dictionary_encode()}), tmp_path / "a.parquet")
         del rows
@@ -252,21 +257,21 @@ class TestReaders:
         assert len(peaks) == 400
         assert max(peaks) - before < 90e6  # of 120 MB
 
-    def test_a_byte_order_mark_is_no_part_of_the_header(self, tmp_path: Path) -> None:
+    def test_a_byte_order_mark_is_not_part_of_the_header(self, tmp_path: Path) -> None:
         (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbfintent\r\nan owl\r\n")
         assert texts(tmp_path / "a.csv") == ["an owl"]
 
-    def test_quotes_mean_what_the_format_says(self, tmp_path: Path) -> None:
+    def test_quotes_follow_the_rules_of_the_format(self, tmp_path: Path) -> None:
         (tmp_path / "a.csv").write_text('intent,n\n"two\nlines, ""quoted""",1\n')
         (tmp_path / "a.tsv").write_text('intent\tn\n5" screen photo\t1\n"all ""quoted"""\t2\n')
         assert texts(tmp_path / "a.csv") == ['two lines, "quoted"']
         assert texts(tmp_path / "a.tsv") == ['5" screen photo', 'all "quoted"']
 
-    def test_null_and_malformed_rows_are_left_out_and_told_apart(self, tmp_path: Path) -> None:
+    def test_null_and_malformed_rows_are_rejected_with_their_own_reasons(self, tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_text(
             '{"intent": null}\n{"intent": 3}\n{broken\n\n[1]\n{"other": "x"}\n{"intent": "\\ud800 ok"}\n{"intent": "an owl"}\n'
         )
-        assert sorted_out(tmp_path / "a.jsonl") == (
+        assert read_with_rejects(tmp_path / "a.jsonl") == (
             ["an owl"],
             [
                 (0, "", "null"),
@@ -280,13 +285,13 @@ class TestReaders:
 
     def test_a_short_csv_row_is_malformed_and_an_empty_cell_blank(self, tmp_path: Path) -> None:
         (tmp_path / "a.csv").write_text("id,intent\n1\n2,\n3,an owl\n")
-        assert sorted_out(tmp_path / "a.csv") == (["an owl"], [(0, "1", "malformed row"), (1, "", "blank")])
+        assert read_with_rejects(tmp_path / "a.csv") == (["an owl"], [(0, "1", "malformed row"), (1, "", "blank")])
 
     def test_rejects_and_intents_together_are_the_rows(self, tmp_path: Path) -> None:
         rows = [["", "an owl", "an OWL", f"a bat {n}", "x" * 3000][n % 5] for n in range(500)]
-        found, rejected = sorted_out(write(tmp_path / "a.parquet", rows))
-        assert len(found) + len(rejected) == len(rows)
-        assert [row for row, _, _ in rejected] == sorted({row for row, _, _ in rejected})
+        accepted, rejects = read_with_rejects(write(tmp_path / "a.parquet", rows))
+        assert len(accepted) + len(rejects) == len(rows)
+        assert [row for row, _, _ in rejects] == sorted({row for row, _, _ in rejects})
 
     def test_dictionary_encoded_and_null_parquet_values(self, tmp_path: Path) -> None:
         pq.write_table(pa.table({"intent": pa.array(["an owl", None, "a bat"]).dictionary_encode()}), tmp_path / "a.parquet")
@@ -294,17 +299,18 @@ class TestReaders:
 
     @given(data=st.binary(max_size=300), kind=st.sampled_from(["txt", "csv", "tsv", "jsonl", "parquet"]))
     @settings(max_examples=200, deadline=None)
-    def test_odd_bytes_give_writable_text_or_one_clear_line(
+    def test_arbitrary_bytes_give_valid_text_or_a_one_line_error(
         self, tmp_path_factory: pytest.TempPathFactory, data: bytes, kind: str
     ) -> None:
         path = tmp_path_factory.getbasetemp() / f"odd.{kind}"
         path.write_bytes((b"intent\n" if kind in ("csv", "tsv") else b"") + data)
+        message = ""
         try:
-            found = texts(path)
+            accepted = texts(path)
         except UserError as error:
-            found, told = [], str(error)
-        assert found or len(told.splitlines()) == 1
-        assert all(text == " ".join(text.split()) and text.encode() for text in found)
+            accepted, message = [], str(error)
+        assert accepted or len(message.splitlines()) == 1
+        assert all(text == " ".join(text.split()) and text.encode() for text in accepted)
 
     @given(st.lists(st.text(min_size=1).filter(lambda s: s.strip()), min_size=1, max_size=20))
     @settings(max_examples=50, deadline=None)
@@ -326,12 +332,12 @@ class TestReaderErrors:
         assert "no such file" in self.fails(tmp_path / "none.csv")
 
     @pytest.mark.parametrize("name", ["a.xlsx", "a"])
-    def test_unknown_kind(self, tmp_path: Path, name: str) -> None:
+    def test_unknown_file_type(self, tmp_path: Path, name: str) -> None:
         (tmp_path / name).write_text("x")
         assert "parquet, jsonl" in self.fails(tmp_path / name)
 
     @pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv", "tsv"])
-    def test_absent_column_names_those_that_exist(self, tmp_path: Path, kind: str) -> None:
+    def test_an_absent_column_error_names_the_existing_ones(self, tmp_path: Path, kind: str) -> None:
         message = self.fails(write(tmp_path / f"a.{kind}", ["x"]), "request")
         assert "'request'" in message
         assert "id, intent" in message
@@ -346,12 +352,12 @@ class TestReaderErrors:
         (tmp_path / f"a.{kind}").touch()
         assert "no usable intent (empty)" in self.fails(tmp_path / f"a.{kind}")
 
-    def test_a_parquet_file_that_is_none(self, tmp_path: Path) -> None:
+    def test_a_file_that_is_not_parquet_despite_its_name(self, tmp_path: Path) -> None:
         (tmp_path / "a.parquet").write_text("hello")
         assert "can't be read" in self.fails(tmp_path / "a.parquet")
 
     def test_a_column_that_is_not_text(self, tmp_path: Path) -> None:
-        assert "int64, not text" in self.fails(write(tmp_path / "a.parquet", ["x"]), "id")
+        assert "type int64, not text" in self.fails(write(tmp_path / "a.parquet", ["x"]), "id")
 
     def test_a_csv_that_ends_inside_a_quote_names_the_line_that_opens_it(self, tmp_path: Path) -> None:
         (tmp_path / "a.csv").write_text('intent\nan owl\n"a bat\n' + "one more\n" * 100)
@@ -359,23 +365,23 @@ class TestReaderErrors:
 
     def test_a_json_array(self, tmp_path: Path) -> None:
         (tmp_path / "a.json").write_text('[{"intent": "x"}]')
-        assert "one object a line" in self.fails(tmp_path / "a.json")
+        assert "one object per line" in self.fails(tmp_path / "a.json")
 
     def test_a_folder_without_parquet_files(self, tmp_path: Path) -> None:
         assert "no .parquet file" in self.fails(tmp_path)
 
 
-class TestPrepare:
-    def test_writes_both_files_split_by_subject(self, tmp_path: Path) -> None:
-        summary = prepare(recipe.Intents(limit=9000, heldout=0.1), 3, str(tmp_path))
+class TestSplitIntents:
+    def test_train_and_heldout_files_share_no_subject(self, tmp_path: Path) -> None:
+        summary = split(tmp_path, seed=3, limit=9000, heldout=0.1)
         train, heldout = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("train", "heldout"))
         assert train.schema.names == ["intent_id", "intent", "subject"]
         assert train.schema.field("intent_id").type == pa.int64()
-        assert (summary.n_train, summary.n_heldout, summary.dropped) == (train.num_rows, heldout.num_rows, 0)
+        assert (summary.n_train, summary.n_heldout, summary.reject_reasons) == (train.num_rows, heldout.num_rows, {})
         assert summary.n_train + summary.n_heldout == 9000
-        seen, unseen = set(train["subject"].to_pylist()), set(heldout["subject"].to_pylist())
-        assert not seen & unseen
-        assert summary.n_subjects == len(seen | unseen)
+        train_subjects, heldout_subjects = (set(table["subject"].to_pylist()) for table in (train, heldout))
+        assert not train_subjects & heldout_subjects
+        assert summary.n_subjects == len(train_subjects | heldout_subjects)
         ids = train["intent_id"].to_pylist() + heldout["intent_id"].to_pylist()
         assert len(set(ids)) == 9000
         assert min(ids) >= 0
@@ -385,15 +391,15 @@ class TestPrepare:
 
     def test_a_second_run_writes_the_same_bytes(self, tmp_path: Path) -> None:
         def run() -> list[bytes]:
-            prepare(recipe.Intents(limit=300), 0, str(tmp_path))
+            split(tmp_path, limit=300)
             return [(tmp_path / name).read_bytes() for name in ("train.parquet", "heldout.parquet", "rejects.parquet")]
 
         assert run() == run()
 
-    def test_the_users_own_file(self, tmp_path: Path) -> None:
+    def test_a_file_of_the_user(self, tmp_path: Path) -> None:
         source = write(tmp_path / "rows.csv", ROWS)
-        summary = prepare(recipe.Intents(source=str(source), heldout=0), 0, str(tmp_path / "out"))
-        assert (summary.n_train, summary.n_heldout, summary.n_subjects, summary.dropped) == (3, 0, 3, 3)
+        summary = split(tmp_path / "out", source=str(source), heldout=0)
+        assert (summary.n_train, summary.n_heldout, summary.n_subjects) == (3, 0, 3)
         assert pq.read_table(tmp_path / "out/train.parquet")["intent"].to_pylist() == USABLE
         assert pq.read_table(tmp_path / "out/heldout.parquet").num_rows == 0
         rejects = pq.read_table(tmp_path / "out/rejects.parquet")
@@ -403,40 +409,40 @@ class TestPrepare:
             {"row": 3, "text": "A RED kite over dunes", "reason": "duplicate"},
             {"row": 4, "text": "x" * 500, "reason": "too long"},
         ]
-        assert summary.reasons == {"blank": 1, "duplicate": 1, "too long": 1}
+        assert summary.reject_reasons == {"blank": 1, "duplicate": 1, "too long": 1}
 
     @pytest.mark.parametrize("source", ["none.csv", "empty.txt", "builtin:nothing"])
     def test_a_bad_source_leaves_nothing_behind(self, tmp_path: Path, source: str) -> None:
         (tmp_path / "empty.txt").touch()
-        place = source if source.startswith("builtin:") else str(tmp_path / source)
+        uri = source if source.startswith("builtin:") else str(tmp_path / source)
         with pytest.raises(UserError) as problem:
-            prepare(recipe.Intents(source=place, limit=5), 0, str(tmp_path / "out"))
+            split(tmp_path / "out", source=uri, limit=5)
         one_line(problem)
         assert not (tmp_path / "out").exists()
 
-    def test_nothing_left_to_train_on_names_the_key_and_keeps_the_old_pair(self, tmp_path: Path) -> None:
-        held = next(f"an owl number {n}" for n in range(1000) if is_heldout(f"an owl number {n}", 0.5))
-        prepare(recipe.Intents(limit=50), 0, str(tmp_path / "out"))
+    def test_an_empty_training_split_names_the_key_and_keeps_the_old_files(self, tmp_path: Path) -> None:
+        heldout = next(f"an owl number {n}" for n in range(1000) if is_heldout(f"an owl number {n}", 0.5))
+        split(tmp_path / "out", limit=50)
         before = (tmp_path / "out/train.parquet").read_bytes()
-        with pytest.raises(UserError, match=r"intents\.heldout=0\.5") as problem:
-            prepare(recipe.Intents(source=str(write(tmp_path / "one.txt", [held])), heldout=0.5), 0, str(tmp_path / "out"))
+        with pytest.raises(UserError, match=r"intents\.heldout: .*\(0\.5\)") as problem:
+            split(tmp_path / "out", source=str(write(tmp_path / "one.txt", [heldout])), heldout=0.5)
         one_line(problem)
         assert (tmp_path / "out/train.parquet").read_bytes() == before
         assert len(list((tmp_path / "out").iterdir())) == 3
 
-    def test_a_source_that_breaks_midway_publishes_nothing(self, tmp_path: Path) -> None:
+    def test_a_source_that_fails_midway_writes_no_file(self, tmp_path: Path) -> None:
         good = io.BytesIO()
         pq.write_table(pa.table({"intent": [f"request {n}" for n in range(10_000)]}), good)
         (tmp_path / "in").mkdir()
         (tmp_path / "in/a.parquet").write_bytes(good.getvalue())
         (tmp_path / "in/b.parquet").write_bytes(b"broken")
         with pytest.raises(UserError, match="can't be read"):
-            prepare(recipe.Intents(source=str(tmp_path / "in")), 0, str(tmp_path / "out"))
+            split(tmp_path / "out", source=str(tmp_path / "in"))
         assert list((tmp_path / "out").iterdir()) == []
 
-    def test_many_rejects_before_the_first_intent_are_all_kept(self, tmp_path: Path) -> None:
+    def test_all_rejects_before_the_first_intent_are_written(self, tmp_path: Path) -> None:
         source = write(tmp_path / "rows.txt", [*[" "] * 10_000, "an owl in a museum"])
-        summary = prepare(recipe.Intents(source=str(source), heldout=0), 0, str(tmp_path / "out"))
+        summary = split(tmp_path / "out", source=str(source), heldout=0)
         rejects = pq.read_table(tmp_path / "out/rejects.parquet")
         assert rejects.column("row").to_pylist() == list(range(10_000))
-        assert summary.reasons == {"blank": 10_000}
+        assert summary.reject_reasons == {"blank": 10_000}

@@ -21,7 +21,8 @@ from udrl import cluster, models, storage
 from udrl.context import StageContext
 from udrl.generate.intent_lines import HeldOut, Reason, lines_of, problem_of
 from udrl.hashing import stable_id
-from udrl.intents.prepare import ROW_GROUP, SCHEMA
+from udrl.intents.intent import INTENT_SCHEMA as SCHEMA
+from udrl.intents.intent import ROW_GROUP
 from udrl.policies.ledger import Requests, list_parts, read_shard
 from udrl.policies.policy import Policy, Row
 from udrl.policies.stage import complete

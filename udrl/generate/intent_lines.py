@@ -122,12 +122,9 @@ def _singulars(word: str) -> Iterator[str]:
 
 @cache
 def _irregular() -> dict[str, str]:
-    """Plurals that the composer's grammar spells out, such as mice and geese, and the commonest beside them."""
-    found = {"children": "child", "men": "man", "women": "woman", "people": "person", "teeth": "tooth", "feet": "foot"}
-    for kind in composer.grammar()["subjects"].values():
-        for term in kind["terms"].split(","):
-            singular, separator, plural = term.strip().partition("|")
-            if separator:
-                pairs = zip(plural.casefold().split(), singular.casefold().split(), strict=False)
-                found |= {many: one for many, one in pairs if many != one}
-    return found
+    """Return the singular of irregular plurals: those of the composer's grammar, such as mice and geese, and common ones."""
+    singulars = {"children": "child", "men": "man", "women": "woman", "people": "person", "teeth": "tooth", "feet": "foot"}
+    for singular, plural in composer.subject_plurals().items():
+        pairs = zip(plural.casefold().split(), singular.casefold().split(), strict=False)
+        singulars |= {many: one for many, one in pairs if many != one}
+    return singulars

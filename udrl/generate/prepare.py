@@ -11,6 +11,7 @@ from udrl.policies.ledger import Requests
 from udrl.policies.policy import Policy
 from udrl.policies.teacher import count_intents, intent_requests, teacher_policy
 from udrl.recipe import Recipe
+from udrl.run import IntentPaths
 from udrl.tasks import Task, load_tasks
 
 
@@ -23,7 +24,7 @@ class Work:
     requests: Requests
     prompts: int
     n_train: int  # intents asked about, grown ones included
-    split: intents.Summary
+    split: intents.IntentSplit
     folder: str  # of the intents
     facts: dict[str, Any]
     mark: str
@@ -43,7 +44,7 @@ def prepare(recipe: Recipe, grow: bool = True) -> Work:
     models.resolve(recipe.rewards.embedder)  # found out now, not after the generation is paid for
     # Beside other sources' intents, not over them: a run that is refused below must not have touched the old one.
     folder = storage.join(recipe.storage, "intents", fingerprint([recipe.intents.model_dump(), recipe.seed]))
-    split = intents.prepare(recipe.intents, recipe.seed, folder)
+    split = intents.split_intents(recipe.intents, recipe.seed, IntentPaths(folder))
     train = storage.join(folder, "train.parquet")
     more: dict[str, Any] = {}
     if recipe.intents.expand and grow:

@@ -124,7 +124,7 @@ def _summary(recipe: Recipe, work: Work, counts: dict[str, int], done: Tally) ->
         "intents": work.folder.rsplit("/", 1)[-1],
         "intents_train": work.n_train,
         "intents_heldout": work.split.n_heldout,
-        "intents_left_out": work.split.reasons,
+        "intents_left_out": work.split.reject_reasons,
         "ledger": work.mark,
         "scoring": about["scoring"],
         "policy": work.policy.fingerprint,

@@ -1,8 +1,8 @@
-"""Intents: the short user requests that prompts are written from; read from files or composed, then split by subject."""
+"""Intents: the short user requests that prompts are written from. Read from files or composed, then split by subject."""
 
 from udrl.intents.composer import capacity, compose, subjects
-from udrl.intents.prepare import Summary, prepare
+from udrl.intents.intent import Intent, is_heldout
 from udrl.intents.readers import read
-from udrl.intents.split import Intent, is_heldout
+from udrl.intents.split import IntentSplit, split_intents
 
-__all__ = ["Intent", "Summary", "capacity", "compose", "is_heldout", "prepare", "read", "subjects"]
+__all__ = ["Intent", "IntentSplit", "capacity", "compose", "is_heldout", "read", "split_intents", "subjects"]

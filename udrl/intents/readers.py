@@ -1,7 +1,7 @@
-"""Intents from files that users bring: Parquet, JSON lines, CSV, TSV and text, by URI, streamed in the order of the file.
+"""Read intents from users' files: Parquet, JSON lines, CSV, TSV and text, by URI, streamed in the order of the file.
 
-Text is decoded so that bytes that are not UTF-8 stay recognisable (as lone surrogates) until :func:`read` judges the cell
-that they stand in: a bad byte elsewhere in the row costs nothing.
+Bytes that are not UTF-8 are decoded to lone surrogates, so that :func:`read` can reject the cell that contains them; bad bytes
+in other cells of the row do no harm.
 """
 
 import csv
@@ -19,19 +19,17 @@ import pyarrow.parquet as pq
 from udrl import storage
 from udrl.errors import UserError
 from udrl.hashing import stable_id
-from udrl.intents.split import Intent
+from udrl.intents.intent import Intent
 
-MAX_CHARACTERS = 2000
-# A longer line (or quoted CSV cell) is not held: its start is kept for the rejects and the rest is skipped.
-MAX_LINE = 1 << 22  # bytes
-KEPT = 500  # characters of a rejected row
-# Rows of a Parquet file that are in memory at a time: few, because each may hold a megabyte.
-PARQUET_ROWS = 128
-KINDS = "parquet, jsonl, ndjson, json (one object a line), csv, tsv or txt"
-_COMPRESSED = (".gz", ".bz2", ".zst")  # pyarrow opens these by their ending
+MAX_CHARACTERS = 2000  # characters of an intent
+MAX_LINE = 1 << 22  # bytes of a line or a quoted CSV cell; the rest of a longer one is skipped
+REJECT_CHARACTERS = 500  # characters of a rejected row that are stored
+PARQUET_ROWS = 128  # rows of a Parquet file in memory at a time: few, because each may have a megabyte
+FILE_TYPES = "parquet, jsonl, ndjson, json (one object per line), csv, tsv or txt"
+_COMPRESSED = (".gz", ".bz2", ".zst")  # pyarrow decompresses files with these endings
 
 
-class Problem(StrEnum):
+class RowProblem(StrEnum):
     """Why a row gives no intent."""
 
     BLANK = "blank"
@@ -43,107 +41,111 @@ class Problem(StrEnum):
 
 
 @dataclass(frozen=True)
-class Reject:
-    """A row that gave no intent. ``row`` counts the source's rows from 0, without headers and JSONL's or CSV's blank lines;
-    ``text`` is the start of the value, or of the row where it can't be parsed."""
+class RejectedRow:
+    """A row that gives no intent.
+
+    ``row`` counts the source's rows from 0, without headers and blank lines of JSONL and CSV; ``text`` is the start of the
+    value, or of the row if the row can't be parsed.
+    """
 
     row: int
     text: str
-    reason: Problem
+    reason: RowProblem
 
 
 @dataclass(frozen=True)
-class _Bad:
+class _BadValue:
     text: str
-    reason: Problem
+    reason: RowProblem
 
 
-def read(uri: str, column: str, limit: int | None, rejected: Callable[[Reject], None] | None = None) -> Iterator[Intent]:
-    """Yield the distinct intents of a file, or of a folder of Parquet files, in order; ``limit`` ends it early.
+def read(uri: str, column: str, limit: int | None, on_reject: Callable[[RejectedRow], None] | None = None) -> Iterator[Intent]:
+    """Yield the distinct intents of a file, or of a folder of Parquet files, in order, up to ``limit``.
 
-    White space is folded to single blanks. Rows that give no intent (:class:`Problem`: blank and null values, rows that
-    can't be parsed, bytes that are not UTF-8, texts over 2,000 characters, repetitions with case folded) are left out and
-    handed to ``rejected`` one by one, where it is given. The subject of such an intent is its own text, case folded.
+    White space is folded to single blanks. The subject of an intent is its own text with case folded. Rows that give no
+    intent are passed to ``on_reject``: blank and null values, rows that can't be parsed, bytes that are not UTF-8, texts of
+    more than 2,000 characters, and repetitions regardless of case.
 
     Raises:
-        UserError: the file is absent, of an unknown kind, unreadable, lacks the column, or holds no usable intent.
+        UserError: the file is absent, of an unknown type, unreadable, lacks the column, or has no usable intent.
     """
     counts: Counter[str] = Counter()
     seen: set[int] = set()
-    for row, value in enumerate(_values(uri, column)):
-        found = _judge(value)
-        if isinstance(found, str):
-            key = stable_id(found.casefold())
+    for row, raw in enumerate(_values(uri, column)):
+        value = _check(raw)
+        if isinstance(value, str):
+            key = stable_id(value.casefold())
             if key not in seen:
                 seen.add(key)
-                yield Intent(found, found.casefold())
+                yield Intent(value, value.casefold())
                 if limit is not None and len(seen) >= limit:
                     return
                 continue
-            found = _Bad(found, Problem.DUPLICATE)
-        counts[found.reason] += 1
-        if rejected:
-            rejected(Reject(row, _printable(found.text[:KEPT]), found.reason))
+            value = _BadValue(value, RowProblem.DUPLICATE)
+        counts[value.reason] += 1
+        if on_reject:
+            on_reject(RejectedRow(row, _printable(value.text[:REJECT_CHARACTERS]), value.reason))
     if not seen:
-        told = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items())) or "empty"
-        raise UserError(f"intents {uri}: no usable intent ({told}); give a file with one request a row")
+        rejects = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items())) or "empty"
+        raise UserError(f"intents {uri}: no usable intent ({rejects}); give a file with one request per row")
 
 
-def _judge(value: str | _Bad) -> str | _Bad:
-    """The intent's text, or what is wrong with it as far as it alone tells."""
-    if isinstance(value, _Bad):
+def _check(value: str | _BadValue) -> str | _BadValue:
+    """Return the intent's text, or the problem that this value alone has."""
+    if isinstance(value, _BadValue):
         return value
-    if len(value) > 10 * MAX_CHARACTERS:  # whatever folding would leave of it; a megabyte is not split into words
-        return _Bad(value, Problem.TOO_LONG)
+    if len(value) > 10 * MAX_CHARACTERS:  # too long even after folding; do not split a megabyte into words
+        return _BadValue(value, RowProblem.TOO_LONG)
     text = " ".join(value.split())
     if not text:
-        return _Bad(text, Problem.BLANK)
+        return _BadValue(text, RowProblem.BLANK)
     try:
         text.encode()
-    except UnicodeEncodeError:  # lone surrogates: bad bytes, or spelled out in JSON
-        return _Bad(text, Problem.NOT_UTF8)
-    return _Bad(text, Problem.TOO_LONG) if len(text) > MAX_CHARACTERS else text
+    except UnicodeEncodeError:  # lone surrogates: bad bytes, or escapes in JSON
+        return _BadValue(text, RowProblem.NOT_UTF8)
+    return _BadValue(text, RowProblem.TOO_LONG) if len(text) > MAX_CHARACTERS else text
 
 
 def _printable(text: str) -> str:
     return "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in text)
 
 
-def _values(uri: str, column: str) -> Iterator[str | _Bad]:
-    """The raw values of the column, one for each row."""
+def _values(uri: str, column: str) -> Iterator[str | _BadValue]:
+    """Yield the raw values of the column, one for each row."""
     fs, path = storage.open_filesystem(uri)
     try:
         info = fs.get_file_info(path)
         if info.type == pafs.FileType.NotFound:
             raise UserError(f"intents {uri}: no such file; set intents.source to an existing one, or to builtin:composer")
         if info.type == pafs.FileType.Directory:
-            names = [name for name in storage.list_files(uri) if name.endswith(".parquet")]
-            if not names:
-                raise UserError(f"intents {uri}: the folder holds no .parquet file; name a file of another kind directly")
-            for name in names:
-                yield from _parquet(fs, f"{path.rstrip('/')}/{name}", storage.join(uri, name), column)
+            files = storage.parquet_files(uri)
+            if not files:
+                raise UserError(f"intents {uri}: the folder has no .parquet file; name a file of another type directly")
+            for file in files:
+                yield from _parquet_values(fs, f"{path.rstrip('/')}/{file.rsplit('/', 1)[-1]}", file, column)
             return
-        kind = _kind(path)
-        if kind == "parquet":
-            yield from _parquet(fs, path, uri, column)
-        elif kind in ("jsonl", "ndjson", "json"):
-            yield from _json_lines(_lines(fs, path), uri, column)
-        elif kind == "csv":
-            yield from _pick(_csv_rows(_lines(fs, path)), uri, column)
-        elif kind == "tsv":
-            yield from _pick(map(_tsv_row, _lines(fs, path)), uri, column)
-        elif kind == "txt":
+        extension = _extension(path)
+        if extension == "parquet":
+            yield from _parquet_values(fs, path, uri, column)
+        elif extension in ("jsonl", "ndjson", "json"):
+            yield from _json_values(_lines(fs, path), uri, column)
+        elif extension == "csv":
+            yield from _column_values(_csv_rows(_lines(fs, path)), uri, column)
+        elif extension == "tsv":
+            yield from _column_values(map(_tsv_row, _lines(fs, path)), uri, column)
+        elif extension == "txt":
             yield from _lines(fs, path)
         else:
-            raise UserError(f"intents {uri}: unknown kind of file {'.' + kind if kind else '(no extension)'}; use {KINDS}")
+            shown = f".{extension}" if extension else "no extension"
+            raise UserError(f"intents {uri}: unknown file type ({shown}); use {FILE_TYPES}")
     except csv.Error as error:
         raise UserError(f"intents {uri}: not readable as CSV ({error}); look for an unclosed quote") from error
     except (pa.ArrowException, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"intents {uri}: can't be read ({reason}); check that it is what its extension says") from error
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"intents {uri}: can't be read ({first_line}); check that its content matches its extension") from error
 
 
-def _kind(path: str) -> str:
+def _extension(path: str) -> str:
     name = path.rsplit("/", 1)[-1].lower()
     for ending in _COMPRESSED:
         name = name.removesuffix(ending)
@@ -151,31 +153,31 @@ def _kind(path: str) -> str:
 
 
 def _lines(fs: pafs.FileSystem, path: str) -> Iterator[str]:
-    """Lines with their ends; a byte order mark is dropped. Of a line over ``MAX_LINE`` there is the start alone."""
+    """Yield the lines with their ends, cut at ``MAX_LINE``; a byte order mark is dropped."""
     with fs.open_input_stream(path) as source:
-        pieces = _pieces(source)
-        first = next(pieces, None)
+        lines = _byte_lines(source)
+        first = next(lines, None)
         if first is not None:
             yield _decode(first.removeprefix(b"\xef\xbb\xbf"))
-        yield from map(_decode, pieces)
+        yield from map(_decode, lines)
 
 
-def _pieces(source: pa.NativeFile) -> Iterator[bytes]:
-    held: list[bytes] = []  # of the line that is being read; joined once, however many chunks it spans
+def _byte_lines(source: pa.NativeFile) -> Iterator[bytes]:
+    pieces: list[bytes] = []  # of the current line; joined once, even if the line spans many chunks
     size = 0
     while chunk := source.read(1 << 20):
-        *ended, rest = chunk.split(b"\n")
-        for line in ended:
+        *complete, rest = chunk.split(b"\n")
+        for line in complete:
             if size + len(line) > MAX_LINE:
-                yield b"".join([*held, line])[:MAX_LINE]
+                yield b"".join([*pieces, line])[:MAX_LINE]
             else:
-                yield b"".join([*held, line, b"\n"])
-            held, size = [], 0
+                yield b"".join([*pieces, line, b"\n"])
+            pieces, size = [], 0
         size += len(rest)
         if rest and size - len(rest) <= MAX_LINE:
-            held.append(rest)
-    if held:
-        yield b"".join(held)[:MAX_LINE]
+            pieces.append(rest)
+    if pieces:
+        yield b"".join(pieces)[:MAX_LINE]
 
 
 def _decode(line: bytes) -> str:
@@ -183,89 +185,92 @@ def _decode(line: bytes) -> str:
 
 
 def _csv_rows(lines: Iterable[str]) -> Iterator[list[str]]:
-    csv.field_size_limit(MAX_LINE)  # Python's own of 128 KiB would end the job at one large cell
-    ended = False
+    csv.field_size_limit(MAX_LINE)  # Python's default of 128 KiB would end the job at one large cell
+    exhausted = False
 
-    def told() -> Iterator[str]:
-        nonlocal ended
+    def tracked_lines() -> Iterator[str]:
+        nonlocal exhausted
         yield from lines
-        ended = True
+        exhausted = True
 
-    reader = csv.reader(told())
-    line = 1  # where the next row begins
+    reader = csv.reader(tracked_lines())
+    line = 1  # at which the next row begins
     for row in reader:
-        # The file ended inside a cell: had its quote been opened by mistake, all rows since would be gone unseen.
-        if ended and reader.line_num > line:
+        # The file ends inside a quoted cell: if the quote was opened by mistake, all later rows would be lost silently.
+        if exhausted and reader.line_num > line:
             raise csv.Error(f"the file ends inside a quote of the row that begins at line {line:,}")
         yield row
         line = reader.line_num + 1
 
 
-def _pick(rows: Iterable[list[str]], uri: str, column: str) -> Iterator[str | _Bad]:
-    """The column of a table with a header row."""
+def _column_values(rows: Iterable[list[str]], uri: str, column: str) -> Iterator[str | _BadValue]:
+    """Yield the column of a table with a header row."""
     rows = iter(rows)
     header = next((row for row in rows if row), [])
     names = [name.strip() for name in header]
     if names and column not in names:
         raise _no_column(uri, column, names)
     for row in rows:
-        place = names.index(column)
-        if row:  # a blank line is no row
-            yield row[place] if place < len(row) else _Bad(", ".join(row)[:KEPT], Problem.MALFORMED)
+        index = names.index(column)
+        if row:  # a blank line is not a row
+            yield row[index] if index < len(row) else _BadValue(", ".join(row)[:REJECT_CHARACTERS], RowProblem.MALFORMED)
 
 
 def _tsv_row(line: str) -> list[str]:
-    """Cells between tabs. TSV has no quoting (a lone quote is text), but exporters that quote whole cells are understood."""
+    """Split a line at its tabs.
+
+    TSV has no quoting, so a single quote is text; quotes around a whole cell, which some exporters write, are removed.
+    """
     cells = line.rstrip("\r\n").split("\t")
     return [c[1:-1].replace('""', '"') if len(c) > 1 and c[0] == c[-1] == '"' else c for c in cells] if line.strip() else []
 
 
-def _json_lines(lines: Iterable[str], uri: str, column: str) -> Iterator[str | _Bad]:
-    found, names = False, set[str]()
+def _json_values(lines: Iterable[str], uri: str, column: str) -> Iterator[str | _BadValue]:
+    has_column, other_names = False, set[str]()
     for number, line in enumerate(lines):
         if not line.strip():
             continue
         if number == 0 and line.lstrip().startswith("["):
-            raise UserError(f"intents {uri}: a JSON array; write one object a line (jq -c '.[]' makes it so)")
-        # A line that was cut does not parse; characters may be a quarter of the bytes.
-        malformed = _Bad(line[:KEPT].rstrip("\n"), Problem.TOO_LONG if len(line) >= MAX_LINE // 4 else Problem.MALFORMED)
+            raise UserError(f"intents {uri}: a JSON array; write one object per line, for example with: jq -c '.[]'")
+        # A line that was cut does not parse; a character has at most four bytes.
+        reason = RowProblem.TOO_LONG if len(line) >= MAX_LINE // 4 else RowProblem.MALFORMED
+        malformed = _BadValue(line[:REJECT_CHARACTERS].rstrip("\n"), reason)
         try:
             row: Any = json.loads(line)
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
             yield malformed
-            continue
-        if column in row:
-            found = True
+        elif column in row:
+            has_column = True
             value = row[column]
-            yield value if isinstance(value, str) else _Bad("", Problem.NULL) if value is None else malformed
+            yield value if isinstance(value, str) else _BadValue("", RowProblem.NULL) if value is None else malformed
         else:
-            if len(names) < 100:
-                names |= row.keys()
+            if len(other_names) < 100:
+                other_names |= row.keys()
             yield malformed
-    if names and not found:
-        raise _no_column(uri, column, sorted(names))
+    if other_names and not has_column:
+        raise _no_column(uri, column, sorted(other_names))
 
 
-def _parquet(fs: pafs.FileSystem, path: str, uri: str, column: str) -> Iterator[str | _Bad]:
+def _parquet_values(fs: pafs.FileSystem, path: str, uri: str, column: str) -> Iterator[str | _BadValue]:
     with fs.open_input_file(path) as source:
-        # With a buffer size pages are read as they are needed, not a row group's whole column.
+        # A buffer size makes pyarrow read pages as they are needed instead of a row group's whole column.
         file = pq.ParquetFile(source, buffer_size=1 << 20)
         schema = file.schema_arrow
         if column not in schema.names:
             raise _no_column(uri, column, schema.names)
-        kind = schema.field(column).type
-        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-        if not text and not pa.types.is_binary(kind) and not pa.types.is_large_binary(kind):
-            raise UserError(f"intents {uri}: column {column!r} holds {kind}, not text; set intents.column to a text column")
+        type_ = schema.field(column).type
+        type_ = type_.value_type if pa.types.is_dictionary(type_) else type_
+        is_text = pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_)
+        if not is_text and not pa.types.is_binary(type_) and not pa.types.is_large_binary(type_):
+            raise UserError(f"intents {uri}: column {column!r} has type {type_}, not text; set intents.column to a text column")
         for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[column]):
-            # As bytes, because a writer may have put bytes that are not UTF-8 into a string column.
-            for value in batch.column(0).cast(kind).cast(pa.large_binary()).to_pylist():
-                yield _Bad("", Problem.NULL) if value is None else _decode(value)
+            # Cast to bytes, because a writer may have put bytes that are not UTF-8 into a string column.
+            for value in batch.column(0).cast(type_).cast(pa.large_binary()).to_pylist():
+                yield _BadValue("", RowProblem.NULL) if value is None else _decode(value)
 
 
 def _no_column(uri: str, column: str, names: list[str]) -> UserError:
     shown = _printable(", ".join(names[:20])) + (", ..." if len(names) > 20 else "")
-    return UserError(f"intents {uri}: no column {column!r}; it has {shown}; choose one with intents.column=...")
+    return UserError(f"intents {uri}: no column {column!r}; it has {shown}; choose one with intents.column=NAME")
