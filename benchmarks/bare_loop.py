@@ -16,7 +16,7 @@ import resource
 import time
 from typing import Any
 
-from udrl import recipe as recipes
+from udrl import command_line
 from udrl.recipe import Recipe
 
 
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("data", help="a run's folder of packed rows")
     parser.add_argument("--precision", choices=("autocast", "master", "fp32"), default="autocast")
     arguments = parser.parse_args()
-    print(json.dumps(train(recipes.load(arguments.recipe), arguments.data, arguments.precision)))
+    print(json.dumps(train(command_line.load(arguments.recipe), arguments.data, arguments.precision)))
 
 
 def train(recipe: Recipe, data: str, precision: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from udrl import command_line
 from udrl import recipe as recipes
 from udrl.recipe import Recipe
 
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     parts = [w for w in arguments.words if w in PARTS] or list(PARTS)
     files = [w for w in arguments.words if w.endswith(".yaml")]
-    recipe = recipes.load(files[0] if files else "recipes/quickstart.yaml", [w for w in arguments.words if "=" in w])
+    recipe = command_line.load(files[0] if files else "recipes/quickstart.yaml", [w for w in arguments.words if "=" in w])
     found: dict[str, Any] = {"machine": machine()}
     folder = tempfile.mkdtemp(prefix="udrl-benchmark-")
     try:

@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any
 
-from udrl import cluster, recipe
+from udrl import cluster, command_line, recipe
 from udrl.context import StageContext
 from udrl.generate.cost import steady_rate
 from udrl.generate.prepare import prepare
@@ -18,7 +18,7 @@ from udrl.policies.stage import complete
 
 
 def main(path: str, how: str = "vllm") -> None:
-    config = recipe.load(path)
+    config = command_line.load(path)
     work = prepare(config)
     cluster.connect()
     if how == "score":

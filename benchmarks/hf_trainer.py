@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.bare_loop import peak_rss_mib
-from udrl import recipe as recipes
+from udrl import command_line
 from udrl.recipe import Recipe
 
 IGNORED = -100
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("data", help="a run's folder of packed rows")
     parser.add_argument("--grouped", action="store_true")
     arguments = parser.parse_args()
-    print(json.dumps(train(recipes.load(arguments.recipe), arguments.data, arguments.grouped)))
+    print(json.dumps(train(command_line.load(arguments.recipe), arguments.data, arguments.grouped)))
 
 
 def train(recipe: Recipe, data: str, grouped: bool) -> dict[str, Any]:

@@ -63,12 +63,12 @@ def _serve_memory() -> dict[str, float]:
 
 def bare(work: dict[str, Any], _: str) -> dict[str, Any]:
     """vLLM's AsyncLLM with the arguments that the server gives it: no HTTP, no Ray, no tokenizing."""
-    from udrl import recipe as recipes
+    from udrl import command_line
     from udrl.policies.engine_args import engine_kwargs, environment
     from udrl.policies.policy import draws
     from udrl.policies.student import fit
 
-    wanted = recipes.load(work["recipe"], work["overrides"]).serve
+    wanted = command_line.load(work["recipe"], work["overrides"]).serve
     os.environ.update(environment(wanted.placement))
 
     from vllm import SamplingParams

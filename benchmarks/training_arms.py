@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.generation import HERE, child
-from udrl import cluster
+from udrl import cluster, command_line
 from udrl import recipe as recipes
 from udrl.recipe import Recipe
 from udrl.train.gpt2 import Shape
@@ -44,7 +44,7 @@ class Bench:
         """The recipe of a training that is measured: nothing else happens between its first step and its last."""
         values = [f"storage={self.folder}/run", f"episodes_from={run}", "resume=if_possible", "train.checkpoint_every=1000000"]
         values += ["train.sample_intents=0", f"train.threads={cluster.cpu_count()}"]
-        return recipes.load(f"{HERE}/recipes/quickstart.yaml", [*values, *overrides, *self.overrides])
+        return command_line.load(f"{HERE}/recipes/quickstart.yaml", [*values, *overrides, *self.overrides])
 
     def prepare(self, recipe: Recipe) -> tuple[Recipe, Data]:
         """Pack the rows by a training of one step; DeepSpeed compiles then, too. Returns the recipe with its steps set."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from udrl import cluster, recipe, storage
+from udrl import cluster, command_line, storage
 from udrl.train import fit as train
 
 WANTED = (
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("--describe", action="store_true")
     arguments = parser.parse_args()
-    config = recipe.load(arguments.recipe)
+    config = command_line.load(arguments.recipe)
     for name in ("student", "checkpoints"):
         storage.remove(storage.join(config.storage, name))
     # One core more than the workers take, for Ray Data's tasks; cores are numbers to Ray and bind no process.

@@ -3,12 +3,12 @@
 import sys
 from collections.abc import Sequence
 
+from udrl.command_line import parse_recipe
 from udrl.errors import exit_code
-from udrl.recipe import from_command_line
 
 
 def main(argv: Sequence[str]) -> None:
-    recipe = from_command_line(argv, "Evaluate the student against its teacher on held-out intents.")
+    recipe = parse_recipe(argv, "Evaluate the student against its teacher on held-out intents.")
     from udrl.evaluate import stage as evaluate
 
     print(evaluate.describe(evaluate.run(recipe)))

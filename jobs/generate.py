@@ -3,12 +3,12 @@
 import sys
 from collections.abc import Sequence
 
+from udrl.command_line import parse_recipe
 from udrl.errors import UserError, exit_code
-from udrl.recipe import from_command_line
 
 
 def main(argv: Sequence[str]) -> None:
-    recipe = from_command_line(argv, "Stream intents through the teacher into scored episodes.", plans=True)
+    recipe = parse_recipe(argv, "Stream intents through the teacher into scored episodes.", allow_dry_run=True)
     if recipe.episodes_from:
         raise UserError(f"episodes_from: nothing to generate; the episodes are those of {recipe.episodes_from}")
     from udrl.generate import dry_run

@@ -4,12 +4,12 @@ import sys
 import time
 from collections.abc import Sequence
 
+from udrl.command_line import parse_recipe
 from udrl.errors import exit_code
-from udrl.recipe import from_command_line
 
 
 def main(argv: Sequence[str]) -> None:
-    recipe = from_command_line(argv, "Run generate, train and evaluate of one recipe.")
+    recipe = parse_recipe(argv, "Run generate, train and evaluate of one recipe.")
     from udrl import progress
     from udrl.evaluate import stage as evaluate
     from udrl.generate import stage as generate

@@ -3,14 +3,12 @@
 import sys
 from collections.abc import Sequence
 
+from udrl.command_line import parse_recipe
 from udrl.errors import exit_code
-from udrl.recipe import from_command_line
 
 
 def main(argv: Sequence[str]) -> None:
-    recipe = from_command_line(
-        argv, "Train the student by upside-down reinforcement learning, in rounds if the recipe has any."
-    )
+    recipe = parse_recipe(argv, "Train the student by upside-down reinforcement learning, in rounds if the recipe has any.")
     from udrl.train import stage as rounds
 
     print(rounds.describe(rounds.run(recipe)))

@@ -20,9 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from serve.guard import is_loopback
 from serve.keys import KeyRing
 from udrl import cluster, commands, storage
+from udrl.command_line import load, parse_recipe
 from udrl.commands import CommandVocabulary
 from udrl.errors import UserError, exit_code
-from udrl.recipe import Recipe, from_command_line, load, problem_line
+from udrl.recipe import Recipe, problem_line
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -156,7 +157,7 @@ def curl_line(url: str, vocabulary: CommandVocabulary) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    recipe = from_command_line(argv, "Serve a run's student over HTTP, with a playground page.")
+    recipe = parse_recipe(argv, "Serve a run's student over HTTP, with a playground page.")
     student = student_uri(recipe.storage)
     _, vocabulary = inspect_student(recipe, student)
     host, port = recipe.serve.host, recipe.serve.port

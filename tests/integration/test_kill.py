@@ -11,12 +11,12 @@ import yaml
 from killing import HERE, WAIT, Killable, gone, wait
 
 from udrl import storage
+from udrl.command_line import load
 from udrl.episodes import iter_tables
 from udrl.generate.prepare import prepare
 from udrl.policies.backpressure import UNWRITTEN
 from udrl.policies.ledger import list_parts, read_shard
 from udrl.policies.stage import _tasks_in_flight
-from udrl.recipe import load
 
 SHARD, SEQS, INTENTS, SAMPLES = 8, 8, 20, 4
 REQUESTS = INTENTS * SAMPLES

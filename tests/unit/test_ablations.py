@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from udrl import commands, recipe, storage
+from udrl import command_line, commands, storage
 from udrl.commands import ANY
 from udrl.errors import UserError
 from udrl.evaluate import evaluated_policies as contenders
@@ -110,7 +110,7 @@ def test_intents_of_a_longer_source_are_drawn_from_all_of_it() -> None:
 
 @pytest.mark.parametrize("name", ["ablation-sft", "ablation-sft-top", "rounds"])
 def test_the_ablations_differ_from_quickstart_where_they_say(name: str) -> None:
-    ours, base = (recipe.load(str(ROOT / "recipes" / f"{n}.yaml")).model_dump() for n in (name, "quickstart"))
+    ours, base = (command_line.load(str(ROOT / "recipes" / f"{n}.yaml")).model_dump() for n in (name, "quickstart"))
     changed = {key for key in ours if ours[key] != base[key]}
     assert changed == {"name", "storage", *({"rounds", "explore"} if name == "rounds" else {"episodes_from", "train"})}
     tuned = {key for key in ours["train"] if ours["train"][key] != base["train"][key]}

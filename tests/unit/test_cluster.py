@@ -9,7 +9,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-import udrl.recipe
+import udrl.command_line
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster.yaml"
@@ -54,7 +54,7 @@ def test_only_the_teacher_is_spot(cluster: dict[str, Any]) -> None:
 
 def test_the_llama_recipe_fits_the_node_types(cluster: dict[str, Any]) -> None:
     accelerators = {"teacher": ("L40S", 4), "trainer": ("A100", 8), "server": ("A10G", 1)}
-    recipe = udrl.recipe.load(str(ROOT / "recipes/llama3-8b.yaml"))
+    recipe = udrl.command_line.load(str(ROOT / "recipes/llama3-8b.yaml"))
     asked = {
         "teacher": (recipe.teacher.placement.accelerator, recipe.teacher.placement.replicas * recipe.teacher.placement.gpus),
         "trainer": (recipe.train.accelerator, recipe.train.workers * recipe.train.gpus_per_worker),

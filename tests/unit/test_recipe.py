@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import udrl.recipe
+from scripts import recipe_reference
+from udrl import command_line
 from udrl.errors import UserError, exit_code
-from udrl.recipe import Recipe
+from udrl.recipe import Recipe, Section
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -29,7 +32,7 @@ def path(tmp_path: Path) -> str:
 def refusal(path: str, *overrides: str) -> list[str]:
     """The lines that a user reads when this recipe is refused."""
     with pytest.raises(UserError) as error:
-        udrl.recipe.load(path, overrides)
+        command_line.load(path, overrides)
     return str(error.value).splitlines()
 
 
@@ -38,7 +41,7 @@ def refusal(path: str, *overrides: str) -> list[str]:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_every_shipped_recipe_validates(recipe: Path) -> None:
-    assert udrl.recipe.load(str(recipe)).name == recipe.stem
+    assert command_line.load(str(recipe)).name == recipe.stem
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
@@ -56,19 +59,19 @@ def test_the_recipes_of_the_readme_are_there() -> None:
 
 
 def test_what_is_not_given_has_its_default(path: str) -> None:
-    recipe = udrl.recipe.load(path)
+    recipe = command_line.load(path)
     assert recipe.intents.limit == 10
     assert recipe.teacher == udrl.recipe.Teacher()
 
 
 def test_an_override_reaches_a_nested_key_and_leaves_its_neighbours(path: str) -> None:
-    recipe = udrl.recipe.load(path, ["teacher.placement.replicas=4", "intents.limit=100"])
+    recipe = command_line.load(path, ["teacher.placement.replicas=4", "intents.limit=100"])
     assert (recipe.teacher.placement.replicas, recipe.intents.limit) == (4, 100)
     assert recipe.teacher.placement.cpus == udrl.recipe.Placement().cpus
 
 
 def test_override_values_are_yaml(path: str) -> None:
-    recipe = udrl.recipe.load(
+    recipe = command_line.load(
         path, ["tasks=[a, b]", "train.lr=1e-3", "teacher.revision=null", "teacher.engine.kwargs={seed: 1}"]
     )
     assert (recipe.tasks, recipe.train.lr, recipe.teacher.revision) == (["a", "b"], 0.001, None)
@@ -76,12 +79,12 @@ def test_override_values_are_yaml(path: str) -> None:
 
 
 def test_the_last_override_of_a_key_wins(path: str) -> None:
-    assert udrl.recipe.load(path, ["seed=1", "seed=2"]).seed == 2
+    assert command_line.load(path, ["seed=1", "seed=2"]).seed == 2
 
 
 def test_a_section_given_in_part_keeps_the_defaults_of_its_place(path: str) -> None:
     # serve.engine's default length is a student's, not the teacher's; another key beside it must not reset that.
-    recipe = udrl.recipe.load(path, ["serve.engine.eager=false", "evaluate.sampling.min_p=0.1"])
+    recipe = command_line.load(path, ["serve.engine.eager=false", "evaluate.sampling.min_p=0.1"])
     assert recipe.serve.engine == udrl.recipe.Serve().engine.model_copy(update={"eager": False})
     assert recipe.evaluate.sampling.temperature == udrl.recipe.Evaluate().sampling.temperature
 
@@ -89,13 +92,40 @@ def test_a_section_given_in_part_keeps_the_defaults_of_its_place(path: str) -> N
 def test_an_override_fills_a_section_that_the_file_leaves_empty(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text("name: r\nstorage: runs/r\ntasks: [a]\nintents:\n")
-    assert udrl.recipe.load(str(file), ["intents.limit=5"]).intents.limit == 5
+    assert command_line.load(str(file), ["intents.limit=5"]).intents.limit == 5
 
 
 def test_the_resolved_recipe_reads_back_as_itself(path: str, tmp_path: Path) -> None:
-    recipe = udrl.recipe.load(path, ["train.lr=0.002", "tasks=[größe]"])
+    recipe = command_line.load(path, ["train.lr=0.002", "tasks=[größe]"])
     (tmp_path / "resolved.yaml").write_text(udrl.recipe.dump(recipe), encoding="utf-8")
-    assert udrl.recipe.load(str(tmp_path / "resolved.yaml")) == recipe
+    assert command_line.load(str(tmp_path / "resolved.yaml")) == recipe
+
+
+def test_a_key_by_its_former_name_still_works_and_is_reported(path: str, caplog: pytest.LogCaptureFixture) -> None:
+    recipe = command_line.load(path, ["evaluate.yardsticks=[echo]"])
+    assert recipe.evaluate.trivial_baselines == ["echo"]
+    assert "yardsticks is now called trivial_baselines" in caplog.text
+
+
+# Documentation
+
+
+def leaf_keys(section: type[Section] = Recipe, prefix: str = "") -> Iterator[tuple[str, str | None]]:
+    """Every key that holds a value, with its description."""
+    for name, field in section.model_fields.items():
+        inner = recipe_reference.section_type(field)
+        if inner:
+            yield from leaf_keys(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field.description
+
+
+def test_every_key_has_a_description() -> None:
+    assert [key for key, description in leaf_keys() if not description] == []
+
+
+def test_the_key_reference_is_current() -> None:
+    assert (ROOT / "docs/recipe.md").read_text(encoding="utf-8") == recipe_reference.render(), "run: make docs"
 
 
 # Mistakes
@@ -217,7 +247,7 @@ def test_a_file_that_holds_no_recipe_is_one_line(tmp_path: Path, content: bytes,
 
 def test_a_missing_file_and_a_folder_are_one_line(tmp_path: Path) -> None:
     assert refusal("recipes/absent.yaml") == [
-        "recipe recipes/absent.yaml: No such file or directory; recipes shipped here lie in recipes/"
+        "recipe recipes/absent.yaml: No such file or directory; the shipped recipes are in recipes/"
     ]
     assert "Is a directory" in refusal(str(tmp_path))[0]
 
@@ -246,7 +276,7 @@ def test_whatever_is_given_is_a_recipe_or_lines_that_name_the_origin(given: dict
 def test_print_shows_the_resolved_recipe_wherever_it_stands(path: str, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["--print", path, "seed=3"], [path, "--print", "seed=3"], [path, "seed=3", "--print"]):
         with pytest.raises(SystemExit) as stop:
-            udrl.recipe.from_command_line(arguments, "a job")
+            command_line.parse_recipe(arguments, "a job")
         assert stop.value.code == 0
         shown = yaml.safe_load(capsys.readouterr().out)
         assert shown["seed"] == 3
@@ -258,7 +288,7 @@ def test_local_storage_becomes_absolute_and_a_uri_stays(path: str, tmp_path: Pat
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
     def storage(*overrides: str) -> str:
-        return udrl.recipe.from_command_line([path, *overrides], "a job").storage
+        return command_line.parse_recipe([path, *overrides], "a job").storage
 
     assert storage() == str(tmp_path / "runs/small")
     assert storage("storage=~/runs") == str(tmp_path / "home/runs")
@@ -266,7 +296,7 @@ def test_local_storage_becomes_absolute_and_a_uri_stays(path: str, tmp_path: Pat
 
 
 def test_a_refused_recipe_exits_2_with_one_line_a_problem(path: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code = exit_code(lambda argv: print(udrl.recipe.from_command_line(argv, "a job")), [path, "train.workers=0", "sed=1"])
+    code = exit_code(lambda argv: print(command_line.parse_recipe(argv, "a job")), [path, "train.workers=0", "sed=1"])
     captured = capsys.readouterr()
     assert code == 2
     assert captured.out == ""
@@ -275,6 +305,6 @@ def test_a_refused_recipe_exits_2_with_one_line_a_problem(path: str, capsys: pyt
 
 def test_reading_a_recipe_imports_nothing_heavy() -> None:
     heavy = ["torch", "ray", "vllm", "transformers", "deepspeed", "pyarrow", "numpy", "sentence_transformers"]
-    code = f"import sys, udrl.recipe; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, udrl.command_line; print([name for name in {heavy} if name in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert loaded.strip() == "[]"

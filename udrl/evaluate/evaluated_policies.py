@@ -137,9 +137,9 @@ def judged_texts(recipe: Recipe, contenders: Sequence[EvaluatedPolicy], tasks: i
     rows = sum(row["probe"] in ("default", "reward") for c in contenders for row in c.requests)
     intents_ = len({row["intent_id"] for c in contenders for row in c.requests})
     teachers = sum(len(c.requests) for c in contenders if c.kind == "teacher")
-    cheap = ("echo" in config.yardsticks) * intents_ * tasks + ("shuffled" in config.yardsticks) * teachers
+    cheap = ("echo" in config.trivial_baselines) * intents_ * tasks + ("shuffled" in config.trivial_baselines) * teachers
     controls = CONTROLLED * len(KINDS) * tasks
-    others = len(contenders) - 1 + len(config.yardsticks)
+    others = len(contenders) - 1 + len(config.trivial_baselines)
     return {
         False: rows + cheap + controls,
         True: 2 * (min(config.pairs, intents_ * config.samples) * tasks * others + controls),
@@ -153,7 +153,7 @@ def yardsticks(recipe: Recipe, outputs: pa.Table, relevance: Relevance) -> list[
     one of the teacher's N draws with the highest training reward. None is rejected for what it is: it shows how much a
     judge gives for nothing. Without the teacher's outputs there is only ``echo``. ``relevance`` may give NaN.
     """
-    wanted = recipe.evaluate.yardsticks
+    wanted = recipe.evaluate.trivial_baselines
     rows = [row for row in outputs.to_pylist() if row["probe"] == "default"]
     written = [row for row in rows if row["policy"] == TEACHER and row["prompt"]]
     found: list[Row] = []

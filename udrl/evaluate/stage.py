@@ -128,7 +128,7 @@ def without_commands(measured: dict[str, Any], vocabulary: CommandVocabulary) ->
 def _intents(recipe: Recipe) -> tuple[list[Intent], str]:
     """Intents to evaluate on, and where they come from: ``evaluate.source``, or an ``intents.source`` that the run was not
     made with, else the run's held-out ones, drawn by seed."""
-    config, run = recipe.evaluate, recipe.episodes_of()
+    config, run = recipe.evaluate, recipe.episodes_storage()
     source, column = config.source, config.column
     ours = recipe.intents.source
     if source is None and not ours.startswith("builtin:") and storage.absolute(ours) != storage.absolute(_source_of(run)):
@@ -186,7 +186,7 @@ def _plan(
         answered, rate = judges.known(judge, work, tasks)
         # Outputs that were rejected are not judged, so all may be answered with fewer: then none is there to write, either.
         left = max(0, asked[judge.kind == "pairwise"] - answered) if any(missing.values()) or not answered else 0
-        judging.append(speed.Judging(judge.called, left, rate))
+        judging.append(speed.Judging(judge.display_name, left, rate))
     return speed.plan(contenders, missing, speeds, judging)
 
 
@@ -310,7 +310,7 @@ class _Embedding:
 
 def _training(recipe: Recipe) -> Iterator[pa.Table] | None:
     """Tables of task, prompt and policy of all episodes that the student may have seen: the teacher's and each round's."""
-    folders = [storage.join(recipe.episodes_of(), "episodes")]
+    folders = [storage.join(recipe.episodes_storage(), "episodes")]
     rounds = storage.join(recipe.storage, "rounds")
     folders += [storage.join(rounds, name, "episodes") for name in storage.list_folders(rounds)]
     there = [folder for folder in folders if storage.list_files(folder)]

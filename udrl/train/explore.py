@@ -157,7 +157,7 @@ def plan(recipe: Recipe, round_: int, student: str, folder: str) -> Plan:
 
 def training_intents(recipe: Recipe) -> str:
     """The Parquet file of the run's training intents, grown ones included."""
-    run = recipe.episodes_of()
+    run = recipe.episodes_storage()
     summary = storage.join(run, "generate.json")
     name = storage.read_json(summary).get("intents") if storage.exists(summary) else None
     for file in (TRAIN, "train.parquet"):

@@ -62,7 +62,7 @@ def first(recipe: Recipe, target: str) -> Training:
     Raises:
         UserError: there is no finished generate stage.
     """
-    run = recipe.episodes_of()
+    run = recipe.episodes_storage()
     if not storage.exists(storage.join(run, "generate.json")):
         raise UserError(f"{run}: no finished generate stage; run jobs.generate with this recipe first")
     made = storage.read_json(storage.join(run, "generate.json"))
@@ -134,7 +134,7 @@ def _fit(recipe: Recipe, training: Training, data: str, mark: str) -> None:
     # Beside the driver: on another node it might be lost with it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = ray.remote(num_cpus=0, scheduling_strategy=here)(ProgressActor).remote()
-    made = storage.join(recipe.episodes_of(), "generate.json")
+    made = storage.join(recipe.episodes_storage(), "generate.json")
     sent = recipe.model_dump(mode="json")
     # Ray Train's workers have another working folder.
     if place.deepspeed:

@@ -97,7 +97,7 @@ def _target(recipe: Recipe) -> str:
 
 
 def _episodes(recipe: Recipe, k: int) -> str:
-    return storage.join(_folder(recipe, k) if k else recipe.episodes_of(), "episodes")
+    return storage.join(_folder(recipe, k) if k else recipe.episodes_storage(), "episodes")
 
 
 def _fingerprint(student: str) -> str | None:
@@ -136,7 +136,7 @@ def copy_student(source: str, target: str) -> None:
 
 def _first(recipe: Recipe, begin: Training) -> dict[str, Any]:
     """The line of round 0."""
-    made = storage.read_json(storage.join(recipe.episodes_of(), "generate.json"))
+    made = storage.read_json(storage.join(recipe.episodes_storage(), "generate.json"))
     before = storage.join(_folder(recipe, 0), ROUND)
     origin = fingerprint(begin.origin)
     if storage.exists(before) and (known := storage.read_json(before))["origin"] == origin:

@@ -47,10 +47,10 @@ ENGINES: dict[str, type] = {"vllm": LoggedEngine, "dummy": LoggedDummy, "stuck":
 
 def main(argv: list[str]) -> None:
     from udrl import cluster
+    from udrl.command_line import load
     from udrl.generate import stage as generate
     from udrl.generate.prepare import prepare
     from udrl.policies.stage import complete
-    from udrl.recipe import load
 
     recipe, engine = load(argv[0]), ENGINES[argv[1]]
     if "all" in argv:

@@ -67,8 +67,8 @@ def ask(recipe: Recipe, tasks: Sequence[Task], outputs: pa.Table, work: str) -> 
             compared.append(table)
         else:
             column, found = _score(judge, recipe, tasks, rows, true, made, work)
-            outputs = outputs.append_column(JUDGE + judge.called, pa.array(column, pa.float32()))
-        facts[judge.called] = {**what, **found, "of_teacher": of_teacher}
+            outputs = outputs.append_column(JUDGE + judge.display_name, pa.array(column, pa.float32()))
+        facts[judge.display_name] = {**what, **found, "of_teacher": of_teacher}
     return outputs, pa.concat_tables(compared), facts
 
 
@@ -123,7 +123,7 @@ def _compare(
     first[undecided], second[undecided], parsed[undecided] = (values[:n] for values in said)
     names = ("task", "intent_id", "policy", "variation")
     rows = [
-        {"judge": judge.called, **{name: mine[name] for name in names}, "other": other["policy"]}
+        {"judge": judge.display_name, **{name: mine[name] for name in names}, "other": other["policy"]}
         | {"first": first[i], "second": second[i], "parsed": bool(parsed[i])}
         for i, (mine, other) in enumerate(pairs)
     ]

@@ -50,7 +50,7 @@ def answers(
 
 def folder_of(judge: Judge, work: str, tasks: Sequence[Task]) -> str:
     """Where the questions and answers of a judge lie, named after all that its answers depend on."""
-    return storage.join(work, f"judge-{judge.called}-{fingerprint(_depends_on(judge, tasks))}")
+    return storage.join(work, f"judge-{judge.display_name}-{fingerprint(_depends_on(judge, tasks))}")
 
 
 def known(judge: Judge, work: str, tasks: Sequence[Task]) -> tuple[int, float | None]:
@@ -84,7 +84,7 @@ def _engine_pass(judge: Judge, folder: str, tasks: Sequence[Task], context: Stag
         policy, read, shown = pairwise.policy(judge, tasks), pairwise.preference, pairwise.SHOWN
     else:
         config = RubricJudge(**{name: getattr(judge, name) for name in RubricJudge.model_fields})
-        policy, shown = rubric.rubric_policy(config, tasks, f"judge {judge.called}"), rubric.JUDGED
+        policy, shown = rubric.rubric_policy(config, tasks, f"judge {judge.display_name}"), rubric.JUDGED
         read = rubric.reader(policy)
     asked, scores = store.asked(folder), store.scores(folder)
     rubric.answer(asked, scores, policy, read, column="score", shown=shown, context=context)
@@ -97,14 +97,14 @@ def _pass(judge: Judge, folder: str, todo: list[str], context: StageContext) -> 
     cluster.silence_ray_data()
     place = judge.placement
     cluster.require_resources(
-        f"evaluate.judges: {judge.called}: placement", place.cpus * place.replicas, place.gpus * place.replicas
+        f"evaluate.judges: {judge.display_name}: placement", place.cpus * place.replicas, place.gpus * place.replicas
     )
     options: dict[str, Any] = {"num_cpus": place.cpus, "num_gpus": place.gpus or None, "concurrency": place.replicas}
     if place.accelerator:
         options["accelerator_type"] = place.accelerator
     parts = ray.data.from_items([{"part": name} for name in todo], override_num_blocks=len(todo))
     dataset = parts.map_batches(_Parts, batch_size=1, fn_constructor_kwargs={"judge": judge, "folder": folder}, **options)
-    what = f"judge {judge.called}"
+    what = f"judge {judge.display_name}"
     sizes = [storage.read_table(storage.join(store.asked(folder), name), []).num_rows for name in todo]
     bar, done = Progress(what, sum(sizes), "pairs"), 0
     bar.update(0, "loading the model", force=True)

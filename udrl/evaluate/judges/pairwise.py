@@ -78,7 +78,7 @@ def policy(judge: Judge, tasks: Sequence[Task]) -> Policy:
     """The judge as a policy of the shared stage; a request row carries the prompts as ``judged`` and ``against``."""
     path = models.resolve(judge.model)
     return Policy(
-        name=f"judge {judge.called}",
+        name=f"judge {judge.display_name}",
         model=judge.model,
         path=path,
         revision=models.revision(judge.model, judge.revision),
