@@ -9,7 +9,7 @@ import pytest
 from udrl import storage
 from udrl.evaluate.judges import ask, embedding, judge_pairwise, judge_pointwise
 from udrl.evaluate.judges.validation import controls, shuffled, validate
-from udrl.evaluate.outputs import OUTPUTS, columns, where
+from udrl.evaluate.outputs import OUTPUTS, columns, select
 from udrl.recipe import Judge, Recipe
 from udrl.tasks import load_tasks
 
@@ -80,8 +80,8 @@ def asked(recipe: Recipe, outputs: pa.Table) -> Asked:
 @pytest.mark.parametrize("name", ["likelihood", "embedding"])
 def test_the_mean_of_a_judge_rises_as_better_prompts_are_mixed_in(asked: Asked, name: str) -> None:
     rows = columns(asked[0])
-    true = where(rows, rows["policy"] == "teacher")["judge_" + name]
-    student = where(rows, rows["policy"] == "student")["judge_" + name]
+    true = select(rows, rows["policy"] == "teacher")["judge_" + name]
+    student = select(rows, rows["policy"] == "student")["judge_" + name]
     assert not np.isnan([*true, *student]).any()
     wrong = student[1::2]
     means = [np.mean([*wrong, *true[:n]]) for n in (0, 5, 10, 20)]
@@ -102,7 +102,7 @@ def test_every_judge_says_how_well_it_tells_true_pairs_from_controls(asked: Aske
         assert facts[name]["believable"]
         assert facts[name]["auc"]["echo"] < 0.5, "neither sees that an echo adds nothing"
         assert facts[name]["ratio"]
-        scores = where(rows := columns(asked[0]), rows["policy"] == "teacher")["judge_" + name]
+        scores = select(rows := columns(asked[0]), rows["policy"] == "teacher")["judge_" + name]
         assert 0 < facts[name]["unrelated"] < scores.mean() / 2, "it lies low, but nothing says that it lies at 0"
     assert facts["rubric"]["parse_failures"] < 0.1
     assert facts["pairwise"]["parse_failures"] < 0.1

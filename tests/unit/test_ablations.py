@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import evaluation_made_up as made_up
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -78,13 +79,13 @@ def test_its_report_is_whole_without_control_curves(tmp_path: Path) -> None:
     outputs = pa.Table.from_pylist(rows, schema=OUTPUTS)
     measured = metrics.compute(outputs, tasks=tasks, judges={}, pairwise=None, training=None, embed=None, bootstrap=100, seed=0)
     evaluate.without_commands(measured, vocabulary("sft"))
-    policies = {name: {"kind": name, "model": "m"} for name in ("student", "teacher")}
-    document = {"name": "x", "source": "held out", **measured, "policies": policies, "judges": {}}
-    written = report.write(str(tmp_path / "evaluation"), outputs, document)
-    told = storage.read_bytes(written["files"]["report.md"]).decode()
+    policies = {name: name for name in ("student", "teacher")}
+    document = made_up.document(("image_search",), policies, judges={}, **dict(measured))
+    files = report.write(str(tmp_path / "evaluation"), outputs, document)
+    told = storage.read_bytes(files["report.md"]).decode()
     assert evaluate.NO_COMMANDS in told
-    assert evaluate.NO_COMMANDS in report.short_table(written)
-    assert not [name for name in written["files"] if "control" in name]
+    assert evaluate.NO_COMMANDS in report.short_table(document)
+    assert not [name for name in files if "control" in name]
 
 
 def test_intents_that_the_run_was_not_made_with_are_evaluated_on(tmp_path: Path) -> None:

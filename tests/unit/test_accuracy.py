@@ -1,6 +1,5 @@
-"""Whether prompts are recognised as their task's, and keep its rules."""
+"""Whether prompts are recognized as their task's, and keep its rules."""
 
-import math
 from typing import Any
 
 import numpy as np
@@ -8,6 +7,7 @@ import pyarrow as pa
 import pytest
 from evaluation_made_up import row, table
 
+from udrl.evaluate.document import Accuracy, ClassifierAccuracy
 from udrl.evaluate.metrics import accuracy
 from udrl.evaluate.outputs import columns
 from udrl.tasks import load_task
@@ -21,8 +21,8 @@ def written(task: str, noun: str) -> str:
     return f"a watercolor painting of {noun} in soft light" if task == IMAGE else f"stock photo {noun} white background"
 
 
-def shares(rows: list[dict[str, Any]], training: accuracy.Texts | None = None) -> dict[str, Any]:
-    return accuracy.table(*accuracy.mark(columns(table(*rows)), TASKS, training or {}))
+def shares(rows: list[dict[str, Any]], training: accuracy.Texts | None = None) -> Accuracy:
+    return accuracy.accuracy_by_policy(*accuracy.add_accuracy_columns(columns(table(*rows)), TASKS, training or {}))
 
 
 def outputs(policy: str, swap: bool = False) -> list[dict[str, Any]]:
@@ -30,37 +30,37 @@ def outputs(policy: str, swap: bool = False) -> list[dict[str, Any]]:
     return [row(t, i, policy, prompt=written(other[t], noun)) for t in other for i, noun in enumerate(NOUNS)]
 
 
-def test_prompts_that_read_like_their_task_are_recognised_and_those_of_another_are_not() -> None:
-    found = shares([*outputs("teacher"), *outputs("student"), *outputs("llama", swap=True)])["classifier"]
-    assert found == {"n": 20, "teacher_holdout": 1, "policies": {"teacher": 1, "student": 1, "llama": 0}}
+def test_prompts_that_read_like_their_task_are_recognized_and_those_of_another_are_not() -> None:
+    found = shares([*outputs("teacher"), *outputs("student"), *outputs("llama", swap=True)]).classifier
+    assert found == ClassifierAccuracy(n=20, teacher_holdout=1, policies={"teacher": 1, "student": 1, "llama": 0})
 
 
-def test_training_prompts_teach_where_they_cover_the_tasks() -> None:
+def test_the_classifier_is_trained_on_training_prompts_if_they_cover_the_tasks() -> None:
     training = {task: [written(task, f"thing {i}") for i in range(30)] for task in (IMAGE, SEARCH, "unused")}
-    found = shares([*outputs("student"), *outputs("llama", swap=True)], training)["classifier"]
-    assert found["policies"] == {"student": 1, "llama": 0}
-    assert found["n"] == 60
-    assert math.isnan(found["teacher_holdout"])
-    assert shares(outputs("teacher"), {IMAGE: ["a"]})["classifier"]["n"] == 20  # one task is not covered: the outputs teach
+    found = shares([*outputs("student"), *outputs("llama", swap=True)], training).classifier
+    assert found.policies == {"student": 1, "llama": 0}
+    assert found.n == 60
+    assert found.teacher_holdout is None
+    assert shares(outputs("teacher"), {IMAGE: ["a"]}).classifier.n == 20  # one task is not covered
 
 
-def test_a_rejected_output_is_neither_recognised_nor_well_formed() -> None:
+def test_a_rejected_output_is_neither_recognized_nor_well_formed() -> None:
     rows = [*outputs("teacher"), row(IMAGE, 0, prompt=written(IMAGE, "owl")), row(IMAGE, 1, prompt="", reason="echo")]
     found = shares(rows)
-    assert found["classifier"]["policies"]["student"] == 0.5
-    assert found["format"]["policies"]["student"] == 0.5
+    assert found.classifier.policies["student"] == 0.5
+    assert found.format.policies["student"] == 0.5
 
 
-def test_nobody_is_judged_by_a_classifier_that_saw_a_prompt_for_the_intent() -> None:
-    # Every prompt has words of its own: who learnt it by heart is right always, who did not can only guess.
+def test_no_prompt_is_judged_by_a_classifier_that_saw_one_for_its_intent() -> None:
+    # Every prompt has words of its own: a classifier that saw it is always right, one that did not can only guess.
     def rows(policy: str) -> list[dict[str, Any]]:
         return [row(t, i, policy, prompt=f"{t}{i}a {t}{i}b {t}{i}c {t}{i}d") for t in (IMAGE, SEARCH) for i in range(50)]
 
     elsewhere = [{**r, "intent_id": s["intent_id"], "policy": "shuffled"} for r, s in zip(rows(""), rows("")[1:], strict=False)]
-    found = shares([*rows("teacher"), *rows("student"), *elsewhere])["classifier"]
-    assert found["teacher_holdout"] < 0.7
-    assert found["policies"]["student"] == found["teacher_holdout"]
-    assert found["policies"]["shuffled"] < 0.7
+    found = shares([*rows("teacher"), *rows("student"), *elsewhere]).classifier
+    assert found.teacher_holdout < 0.7
+    assert found.policies["student"] == found.teacher_holdout
+    assert found.policies["shuffled"] < 0.7
 
 
 @pytest.mark.parametrize(
@@ -68,16 +68,16 @@ def test_nobody_is_judged_by_a_classifier_that_saw_a_prompt_for_the_intent() -> 
     [[row(IMAGE, i, p) for i in range(9) for p in ("teacher", "student")], outputs("student"), outputs("teacher")[:1]],
     ids=["one task", "no teacher", "one row"],
 )
-def test_without_two_tasks_of_the_teacher_recognition_is_not_known(rows: list[dict[str, Any]]) -> None:
-    found = shares(rows)["classifier"]
-    assert found["n"] == 0
-    assert all(math.isnan(share) for share in found["policies"].values())
+def test_without_two_tasks_of_the_teacher_recognition_is_unknown(rows: list[dict[str, Any]]) -> None:
+    found = shares(rows).classifier
+    assert found.n == 0
+    assert set(found.policies.values()) == {None}
 
 
-def test_well_formed_is_what_the_task_s_rules_say() -> None:
+def test_well_formed_prompts_keep_the_task_s_rules() -> None:
     rows = [row(IMAGE, 0, prompt="a soft golden owl at night"), row(IMAGE, 1, prompt="owl"), row("unknown", 2, prompt="owl")]
-    assert shares(rows[:2])["format"]["policies"]["student"] == 0.5
-    assert math.isnan(shares(rows[2:])["format"]["policies"]["student"])
+    assert shares(rows[:2]).format.policies["student"] == 0.5
+    assert shares(rows[2:]).format.policies["student"] is None
 
 
 def stream(n: int, parts: int) -> list[pa.Table]:
@@ -89,21 +89,21 @@ def stream(n: int, parts: int) -> list[pa.Table]:
     ]
 
 
-def test_listening_passes_everything_on_and_keeps_a_bounded_sample_of_the_teacher_s() -> None:
-    kept: accuracy.Texts = {}
+def test_sampling_passes_all_tables_on_and_keeps_a_bounded_sample_of_the_teacher_s() -> None:
+    sample: accuracy.Texts = {}
     parts = stream(100, 4)
-    assert list(accuracy.listen(parts, kept, limit=60)) == parts
-    assert len(set(kept[IMAGE])) == 60
-    assert all(int(prompt.split()[1]) % 2 == 0 for prompt in kept[IMAGE])  # the student's have odd numbers
+    assert list(accuracy.sample_teacher_prompts(parts, sample, limit=60)) == parts
+    assert len(set(sample[IMAGE])) == 60
+    assert all(int(prompt.split()[1]) % 2 == 0 for prompt in sample[IMAGE])  # the student's have odd numbers
     again: accuracy.Texts = {}
-    list(accuracy.listen(stream(100, 4), again, limit=60))
-    assert again == kept
+    list(accuracy.sample_teacher_prompts(stream(100, 4), again, limit=60))
+    assert again == sample
 
 
 def test_the_sample_is_drawn_evenly_from_the_whole_stream() -> None:
     counts = np.zeros(4)
     for seed in range(30):
-        kept: accuracy.Texts = {}
-        list(accuracy.listen(stream(100, 4), kept, limit=40, seed=seed))
-        counts += np.bincount([int(prompt.split()[0]) for prompt in kept[IMAGE]], minlength=4)
+        sample: accuracy.Texts = {}
+        list(accuracy.sample_teacher_prompts(stream(100, 4), sample, limit=40, seed=seed))
+        counts += np.bincount([int(prompt.split()[0]) for prompt in sample[IMAGE]], minlength=4)
     assert counts / counts.sum() == pytest.approx([0.25] * 4, abs=0.05)

@@ -1,145 +1,151 @@
 """The verdicts: what is met, what is missed, and what the numbers leave open."""
 
-import math
 from typing import Any
 
 import pytest
-from evaluation_made_up import interval, outputs
+from evaluation_made_up import TASKS, document, interval, judge, outputs
 from hypothesis import given
 from hypothesis import strategies as st
 
+from udrl.evaluate.document import (
+    Claim,
+    ClaimPart,
+    DiversityRatios,
+    Interval,
+    JudgeComparison,
+    RelevanceComparison,
+    Scope,
+    Target,
+)
 from udrl.evaluate.metrics import claim
 from udrl.evaluate.metrics import compute as metrics
 
-RUBRIC = {"ratio": True, "believable": True, "of_teacher": False, "auc": {"shuffled": 0.9}}
+RUBRIC = judge(kind="rubric")
 FIT = {"rubric": RUBRIC}
 
 
-def overall(
-    relevance: dict,
-    rubric: dict | None = None,
-    varied: dict | None = None,
-    others: tuple[str, ...] = ("llama3-8b",),
+def scope(
+    relevance: Interval,
+    rubric: Interval | None = None,
+    diversity: Interval | None = None,
+    rivals: tuple[str, ...] = ("llama3-8b",),
     fewest: int = 20,
-) -> dict:
-    judges = {"rubric": {"ratio": rubric}} if rubric else {}
-    return {
-        "policies": dict.fromkeys(("student", *others)),
-        "against": {name: {"relevance": {"ratio": relevance}, "judges": judges} for name in others},
-        "diversity": {
-            "ratios": {name: dict.fromkeys(("distinct_2", "vendi"), varied or interval(1)) for name in others},
-            "fewest": fewest,
-        },
-    }
+) -> Scope:
+    """All tasks together: the same ratios to each of ``rivals``; by the rubric judge only if it has one."""
+    whole = document(TASKS, dict.fromkeys(("student", *rivals), "baseline")).overall
+    for comparison in whole.comparisons.values():
+        comparison.relevance = RelevanceComparison(difference=relevance, ratio=relevance, ratio_accepted=relevance)
+        comparison.judges = {"rubric": JudgeComparison(difference=rubric, ratio=rubric)} if rubric else {}
+    ratio = diversity or interval(1)
+    whole.diversity.ratios = {name: DiversityRatios(distinct_2=ratio, vendi=ratio) for name in rivals}
+    whole.diversity.fewest = fewest
+    return whole
 
 
-def met(found: dict[str, Any]) -> list[bool | None]:
-    return [part["met"] for part in found["parts"]]
+def verdicts(decided: Claim) -> list[bool | None]:
+    return [part.met for part in decided.parts]
 
 
 @pytest.mark.parametrize(
     ("ratio", "verdict"),
     [
         (interval(0.97, 0.02), True),
-        ({"value": 0.95, "low": 0.94, "high": 0.96}, True),
+        (Interval(value=0.95, low=0.94, high=0.96), True),
         (interval(0.96, 0.03), None),
         (interval(0.93, 0.03), None),
         (interval(0.9, 0.02), False),
-        (interval(math.nan), None),
+        (interval(None), None),
     ],
 )
-def test_the_whole_interval_decides(ratio: dict[str, float], verdict: bool | None) -> None:
-    assert met(claim.claim(overall(interval(1), ratio, ratio), FIT)) == [verdict] * 3
+def test_the_whole_interval_decides(ratio: Interval, verdict: bool | None) -> None:
+    assert verdicts(claim.decide_claim(scope(interval(1), ratio, ratio), FIT)) == [verdict] * 3
 
 
 @given(st.lists(st.sampled_from([0.8, 0.94, 0.99]), min_size=1, max_size=3))
 def test_the_claim_is_met_by_all_parts_and_missed_by_one(ratios: list[float]) -> None:
     names = tuple(f"model-{i}" for i in range(len(ratios)))
-    found = overall(interval(1, 0), interval(1, 0), others=names)
+    overall = scope(interval(1, 0), interval(1, 0), rivals=names)
     for name, ratio in zip(names, ratios, strict=True):
-        found["against"][name]["judges"] = {"rubric": {"ratio": interval(ratio, 0)}}
-    assert claim.claim(found, FIT)["met"] is (min(ratios) >= claim.BOUND)
+        overall.comparisons[name].judges["rubric"].ratio = interval(ratio, 0)
+    assert claim.decide_claim(overall, FIT).met is (min(ratios) >= claim.BOUND)
 
 
 def test_diversity_counts_by_its_interval() -> None:
-    found = claim.claim(overall(interval(1), interval(1), interval(0.9)), FIT)
-    assert met(found) == [True, False, False]
-    assert found["met"] is False
-    assert "diversity (Vendi) against llama3-8b is 90.0% (88.0% to 92.0%)" in found["text"]
-    assert "relevance (" not in found["text"]  # only what missed
+    decided = claim.decide_claim(scope(interval(1), interval(1), interval(0.9)), FIT)
+    assert verdicts(decided) == [True, False, False]
+    assert decided.met is False
+    assert "diversity (Vendi) against llama3-8b is 90.0% (88.0% to 92.0%)" in decided.text
+    assert "relevance (" not in decided.text  # only the parts that missed
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.95, 2.0])
 def test_diversity_of_few_prompts_decides_nothing(ratio: float) -> None:
-    found = claim.claim(overall(interval(1), interval(1), interval(ratio, 0), fewest=19), FIT)
-    assert (met(found), found["met"]) == ([True, None, None], None)
-    assert "diversity (Vendi, of 19 prompts only) against llama3-8b is " in found["text"]
+    decided = claim.decide_claim(scope(interval(1), interval(1), interval(ratio, 0), fewest=19), FIT)
+    assert (verdicts(decided), decided.met) == ([True, None, None], None)
+    assert "diversity (Vendi, of 19 prompts only) against llama3-8b is " in decided.text
 
 
-def test_a_policy_without_figures_of_diversity_leaves_the_claim_open() -> None:
-    lacking = overall(interval(1), interval(1))
-    lacking["diversity"] = {"ratios": {}, "fewest": 0}
-    found = claim.claim(lacking, FIT)
-    assert met(found) == [True, None, None]
-    assert "diversity (distinct-2) against llama3-8b was not measured" in found["text"]
+def test_a_policy_without_diversity_figures_leaves_the_claim_open() -> None:
+    overall = scope(interval(1), interval(1), fewest=0)
+    overall.diversity.ratios = {}
+    decided = claim.decide_claim(overall, FIT)
+    assert verdicts(decided) == [True, None, None]
+    assert "diversity (distinct-2) against llama3-8b was not measured" in decided.text
 
 
 def test_an_independent_judge_decides_before_the_training_s_scorer() -> None:
-    found = claim.claim(overall(interval(1.0), interval(0.8)), FIT)
-    assert found["parts"][0] == {
-        "what": "relevance (judge rubric) against llama3-8b",
-        "interval": interval(0.8),
-        "met": False,
-    }
+    decided = claim.decide_claim(scope(interval(1.0), interval(0.8)), FIT)
+    name = "relevance (judge rubric) against llama3-8b"
+    assert decided.parts[0] == ClaimPart(name=name, interval=interval(0.8), met=False)
 
 
 @pytest.mark.parametrize(("ratio", "verdict"), [(1.0, None), (0.94, None), (0.8, False)])
-def test_what_the_student_was_trained_towards_can_be_missed_but_never_met(ratio: float, verdict: bool | None) -> None:
-    for told, asked in ((FIT, None), ({}, interval(1))):  # a fit judge that was not asked here, or none
-        found = claim.claim(overall(interval(ratio), asked), told)
-        assert found["parts"][0]["what"].startswith("relevance (the scorer that made the training reward, ")
-        assert (found["parts"][0]["met"], found["met"]) == (verdict, verdict)
-        assert "relevance (the scorer that made the training reward, " in found["text"]
-        assert ("can be missed, but not met" in found["text"]) is (verdict is None)
-        assert "embedder" not in found["text"]
+def test_the_scorer_of_the_training_can_miss_the_claim_but_never_meet_it(ratio: float, verdict: bool | None) -> None:
+    for judges, by_rubric in ((FIT, None), ({}, interval(1))):  # a fit judge that did not score this policy, or none
+        decided = claim.decide_claim(scope(interval(ratio), by_rubric), judges)
+        assert decided.parts[0].name.startswith("relevance (the scorer that made the training reward, because ")
+        assert (decided.parts[0].met, decided.met) == (verdict, verdict)
+        assert "relevance (the scorer that made the training reward, because " in decided.text
+        assert ("can be missed, but not met" in decided.text) is (verdict is None)
+        assert "embedder" not in decided.text
 
 
-@pytest.mark.parametrize("flaw", [{"believable": False}, {"ratio": False}, {"of_teacher": True}])
-def test_a_judge_that_is_not_fit_does_not_decide(flaw: dict[str, Any]) -> None:
+@pytest.mark.parametrize("flaw", [{"validated": False}, {"ratio_scale": False}, {"is_teacher": True}])
+def test_a_judge_that_is_not_fit_does_not_decide(flaw: dict[str, bool]) -> None:
     assert claim.judge_of_claim(FIT) == "rubric"
-    assert claim.judge_of_claim({"rubric": {**RUBRIC, **flaw}}) is None
-    better = {**RUBRIC, "auc": {"shuffled": 0.95}}
-    assert claim.judge_of_claim({"rubric": RUBRIC, "better": better}) == "better"
-    assert claim.judge_of_claim({"rubric": RUBRIC, "better": {**better, **flaw}}) == "rubric"
+    assert claim.judge_of_claim({"rubric": judge(kind="rubric", **flaw)}) is None
+    sharper = {"kind": "rubric", "auc": {"shuffled": 0.95}}
+    assert claim.judge_of_claim({"rubric": RUBRIC, "sharper": judge(**sharper)}) == "sharper"
+    assert claim.judge_of_claim({"rubric": RUBRIC, "sharper": judge(**sharper, **flaw)}) == "rubric"
 
 
 def test_the_claim_is_about_the_baselines_and_the_teacher() -> None:
-    assert claim.others(["echo", "best-of-4", "llama3-8b", "shuffled", "student", "teacher"]) == ["llama3-8b", "teacher"]
-    assert claim.others(["echo", "best-of-4", "student", "teacher"]) == ["teacher"]
-    nothing = claim.claim(overall(interval(1), others=("echo",)), FIT)
-    assert (nothing["met"], nothing["parts"]) == (None, [])
-    both = overall(interval(1), interval(1), others=("llama3-8b", "qwen3-8b", "teacher"))
-    found = claim.claim(both, FIT)
-    assert (found["met"], len(found["parts"])) == (True, 9)
-    assert "within 6% of llama3-8b, qwen3-8b and the teacher in" in found["text"]
-    both["against"]["teacher"]["judges"] = {"rubric": {"ratio": interval(0.8)}}
-    assert claim.claim(both, FIT)["met"] is False
-    alone = claim.claim(overall(interval(1), interval(1), others=("teacher",)), FIT)
-    assert "within 6% of the teacher (no baseline wrote) in" in alone["text"]
+    assert claim.rivals(["echo", "best-of-4", "llama3-8b", "shuffled", "student", "teacher"]) == ["llama3-8b", "teacher"]
+    assert claim.rivals(["echo", "best-of-4", "student", "teacher"]) == ["teacher"]
+    without_rival = claim.decide_claim(scope(interval(1), rivals=("echo",)), FIT)
+    assert (without_rival.met, without_rival.parts) == (None, [])
+    three = scope(interval(1), interval(1), rivals=("llama3-8b", "qwen3-8b", "teacher"))
+    decided = claim.decide_claim(three, FIT)
+    assert (decided.met, len(decided.parts)) == (True, 9)
+    assert "within 6% of llama3-8b, qwen3-8b and the teacher in" in decided.text
+    three.comparisons["teacher"].judges["rubric"].ratio = interval(0.8)
+    assert claim.decide_claim(three, FIT).met is False
+    teacher_only = claim.decide_claim(scope(interval(1), interval(1), rivals=("teacher",)), FIT)
+    assert "within 6% of the teacher (no baseline wrote) in" in teacher_only.text
 
 
-def computed(policies: tuple[str, ...], **changes: Any) -> list[dict[str, Any]]:
+def targets(policies: tuple[str, ...], **changes: Any) -> list[Target]:
     table = outputs(policies={name: name for name in policies})
     rows = [{**r, **changes} if r["policy"] == "student" and r["task"] == "image_search" else r for r in table.to_pylist()]
-    given: dict[str, Any] = {"tasks": [], "judges": {}, "pairwise": None, "training": None, "embed": None}
-    return metrics.compute(type(table).from_pylist(rows, schema=table.schema), **given, bootstrap=100)["targets"]
+    nothing: dict[str, Any] = {"tasks": [], "judges": {}, "pairwise": None, "training": None, "embed": None}
+    return metrics.compute(type(table).from_pylist(rows, schema=table.schema), **nothing, bootstrap=100).targets
 
 
-def test_targets_say_met_missed_and_not_measured() -> None:
-    assert [t["met"] for t in computed(("teacher", "student"))] == [True] * 6
-    alone = computed(("student",))
-    assert [t["met"] for t in alone] == [None, None, None, True, True, True]
-    assert [t["measured"] for t in alone][:3] == ["-"] * 3
-    bad = computed(("teacher", "student"), relevance=0.1, n_words=40)
-    assert [t["met"] for t in bad] == [False, False, False, False, False, False]
-    assert bad[2]["measured"] == "2 of 3 tasks; missed by image_search"
+def test_targets_are_met_missed_or_not_measured() -> None:
+    assert [t.met for t in targets(("teacher", "student"))] == [True] * 6
+    without_teacher = targets(("student",))
+    assert [t.met for t in without_teacher] == [None, None, None, True, True, True]
+    assert [t.measured for t in without_teacher][:3] == ["-"] * 3
+    bad = targets(("teacher", "student"), relevance=0.1, n_words=40)
+    assert [t.met for t in bad] == [False, False, False, False, False, False]
+    assert bad[2].measured == "2 of 3 tasks; missed by image_search"

@@ -361,7 +361,7 @@ def test_a_thresholds_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 def big(folder: Path, seed: int) -> str:
     """An evaluation of three tasks; its own folder's name is long."""
     table = made_up.outputs(seed=seed)
-    document = made_up.document()
+    document = made_up.document().model_dump(mode="json")
     run = folder / f"{'a-long-name-' * 8}{seed}"
     storage.write_table(str(run / "evaluation" / "outputs.parquet"), table)
     storage.write_json(str(run / "evaluation" / "metrics.json"), {**document, "rows": table.num_rows, "bootstrap": 100})

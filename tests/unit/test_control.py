@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 from evaluation_made_up import row, table
 
+from udrl.evaluate.document import LengthControl, RewardControl
 from udrl.evaluate.metrics import control
+from udrl.evaluate.metrics.intervals import Bootstrap
 from udrl.evaluate.outputs import columns
 
 
@@ -13,40 +15,44 @@ def lengths(achieved: dict[int, list[int]], probe: str = "length") -> list[dict[
     return [row(probe=probe, command_words=c, n_words=n) for c, all_n in achieved.items() for n in all_n]
 
 
-def test_length_table_against_hand_counts() -> None:
+def measure(rows: list[dict[str, Any]]) -> LengthControl:
+    return control.length_control(columns(table(*rows)))
+
+
+def test_length_control_against_hand_counts() -> None:
     rows = lengths({6: [6, 7, 9], 12: [12, 12, 10]})
     rows.append(row(probe="length", command_words=12, n_words=0, prompt="", reason="empty"))  # a refusal is a miss
-    found = control.length_table(columns(table(*rows)))
-    six, twelve = found["levels"]
-    assert (six["words"], six["n"], six["mean"], six["mae"]) == (6, 3, pytest.approx(22 / 3), pytest.approx(4 / 3))
-    assert [six[s] for s in ("exact", "within_1", "within_2")] == pytest.approx([1 / 3, 2 / 3, 2 / 3])
-    assert [twelve[s] for s in ("exact", "within_1", "within_2")] == pytest.approx([2 / 4, 2 / 4, 3 / 4])
-    assert found["within_2"] == pytest.approx(5 / 7)
-    assert found["rises"] is True
+    found = measure(rows)
+    six, twelve = found.levels or ()
+    assert (six.words, six.n, six.mean, six.mae) == (6, 3, pytest.approx(22 / 3), pytest.approx(4 / 3))
+    assert [six.exact, six.within_1, six.within_2] == pytest.approx([1 / 3, 2 / 3, 2 / 3])
+    assert [twelve.exact, twelve.within_1, twelve.within_2] == pytest.approx([2 / 4, 2 / 4, 3 / 4])
+    assert found.within_2 == pytest.approx(5 / 7)
+    assert found.rises is True
 
 
-def test_bias_tells_too_long_from_too_short() -> None:
-    found = control.length_table(columns(table(*lengths({10: [12, 13, 10], 20: [15, 19, 20]}))))
-    assert [level["bias"] for level in found["levels"]] == pytest.approx([5 / 3, -2])
-    assert found["bias"] == pytest.approx(-1 / 6)
-    assert found["mae"] == pytest.approx(11 / 6)
+def test_bias_has_the_sign_of_the_error() -> None:
+    found = measure(lengths({10: [12, 13, 10], 20: [15, 19, 20]}))
+    assert [level.bias for level in found.levels or ()] == pytest.approx([5 / 3, -2])
+    assert found.bias == pytest.approx(-1 / 6)
+    assert found.mae == pytest.approx(11 / 6)
 
 
 def test_within_ten_per_cent_is_of_the_commanded_words() -> None:
-    found = control.length_table(columns(table(*lengths({9: [9, 10], 10: [9, 11, 12], 30: [27, 33, 34]}))))
-    assert [level["within_10pct"] for level in found["levels"]] == pytest.approx([1 / 2, 2 / 3, 2 / 3])
+    found = measure(lengths({9: [9, 10], 10: [9, 11, 12], 30: [27, 33, 34]}))
+    assert [level.within_10pct for level in found.levels or ()] == pytest.approx([1 / 2, 2 / 3, 2 / 3])
 
 
 def test_over_tasks_the_length_rises_only_if_it_does_on_every_task() -> None:
-    up, down = (control.length_table(columns(table(*lengths(a)))) for a in ({6: [6], 12: [12]}, {6: [9], 12: [8]}))
+    up, down = measure(lengths({6: [6], 12: [12]})), measure(lengths({6: [9], 12: [8]}))
     rows = columns(table(*lengths({6: [6, 9], 12: [12, 8]})))
-    assert control.over_tasks(rows, [up, up])["rises"] is True
-    assert control.over_tasks(rows, [up, down])["rises"] is False
-    assert control.over_tasks(rows, [])["rises"] is None
-    assert "levels" not in control.over_tasks(rows, [up])
+    assert control.length_control_over_tasks(rows, [up, up]).rises is True
+    assert control.length_control_over_tasks(rows, [up, down]).rises is False
+    assert control.length_control_over_tasks(rows, []).rises is None
+    assert control.length_control_over_tasks(rows, [up]).levels is None
 
 
-def rewards(*means: float, **by_judge: list[float]) -> dict[str, Any]:
+def rewards(*means: float, **by_judge: list[float]) -> RewardControl:
     rows = [
         row(
             intent=i,
@@ -58,35 +64,35 @@ def rewards(*means: float, **by_judge: list[float]) -> dict[str, Any]:
         for b, m in enumerate(means)
         for i in range(3)
     ]
-    rows += [row(intent=9, probe="reward", command_reward=-1, relevance=1.0)]  # "any" is no bin
-    return control.reward_table(columns(table(*rows, judges=tuple(by_judge))), resamples=100)
+    rows += [row(intent=9, probe="reward", command_reward=-1, relevance=1.0)]  # "any" is not a bin
+    return control.reward_control(columns(table(*rows, judges=tuple(by_judge))), Bootstrap(100))
 
 
-def test_reward_table_says_whether_the_curve_rises_and_whether_at_every_step() -> None:
+def test_reward_control_says_whether_the_curve_rises_and_whether_at_every_step() -> None:
     up, bent, down = rewards(0.1, 0.2, 0.3), rewards(0.1, 0.4, 0.3), rewards(0.3, 0.2)
-    assert [(t["rises"], t["monotone"]) for t in (up, bent, down)] == [(True, True), (True, False), (False, False)]
-    assert up["spearman"] == pytest.approx(1)
-    assert up["difference"]["value"] == pytest.approx(0.2)
-    assert [level["relevance"]["value"] for level in bent["levels"]] == pytest.approx([0.1, 0.4, 0.3])
-    assert (rewards(0.3)["rises"], rewards(0.3)["monotone"]) == (None, None)
+    assert [(t.rises, t.monotone) for t in (up, bent, down)] == [(True, True), (True, False), (False, False)]
+    assert up.spearman == pytest.approx(1)
+    assert up.difference.value == pytest.approx(0.2)
+    assert [level.relevance.value for level in bent.levels] == pytest.approx([0.1, 0.4, 0.3])
+    assert (rewards(0.3).rises, rewards(0.3).monotone) == (None, None)
 
 
 def test_a_judge_sees_a_reward_curve_of_its_own() -> None:
     found = rewards(0.1, 0.2, 0.3, agrees=[1.0, 2.0, 4.0], differs=[0.5, 0.3, 0.4])
-    agrees, differs = found["judges"]["agrees"], found["judges"]["differs"]
-    assert (agrees["difference"]["value"], agrees["monotone"]) == (pytest.approx(3), True)
-    assert (differs["difference"]["value"], differs["monotone"]) == (pytest.approx(-0.1), False)
-    assert agrees["spearman"] == pytest.approx(1)
-    assert differs["spearman"] == pytest.approx(-0.5)
-    assert [level["judges"]["agrees"]["value"] for level in found["levels"]] == pytest.approx([1, 2, 4])
+    agrees, differs = found.judges["agrees"], found.judges["differs"]
+    assert (agrees.difference.value, agrees.monotone) == (pytest.approx(3), True)
+    assert (differs.difference.value, differs.monotone) == (pytest.approx(-0.1), False)
+    assert agrees.spearman == pytest.approx(1)
+    assert differs.spearman == pytest.approx(-0.5)
+    assert [level.judges["agrees"].value for level in found.levels] == pytest.approx([1, 2, 4])
 
 
 def test_a_top_bin_that_refuses_does_not_rise() -> None:
     rows = [row(intent=i, probe="reward", command_reward=0, relevance=0.4, judge_x=0.4) for i in range(4)]
     rows += [row(intent=i, probe="reward", command_reward=1, prompt="", reason="echo") for i in range(3)]
     rows += [row(intent=3, probe="reward", command_reward=1, relevance=0.9, judge_x=0.9)]
-    found = control.reward_table(columns(table(*rows, judges=("x",))), resamples=100)
-    assert found["levels"][1]["relevance"]["value"] == pytest.approx(0.9)
-    assert found["levels"][1]["judges"]["x"]["value"] == pytest.approx(0.9)  # of accepted prompts, as relevance is
-    assert found["levels"][1]["rejected"] == 0.75
-    assert found["rises"] is False
+    found = control.reward_control(columns(table(*rows, judges=("x",))), Bootstrap(100))
+    assert found.levels[1].relevance.value == pytest.approx(0.9)
+    assert found.levels[1].judges["x"].value == pytest.approx(0.9)  # of accepted prompts, as relevance is
+    assert found.levels[1].rejected == 0.75
+    assert found.rises is False

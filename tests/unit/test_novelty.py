@@ -1,6 +1,4 @@
-"""What is copied from training prompts, against the definition."""
-
-import math
+"""Shares copied from training prompts, against their definition."""
 
 import pyarrow as pa
 import pytest
@@ -8,6 +6,7 @@ from evaluation_made_up import row, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from udrl.evaluate.document import CopiedShares, Novelty
 from udrl.evaluate.metrics import novelty
 from udrl.evaluate.outputs import columns
 
@@ -20,28 +19,28 @@ def training(*prompts: str) -> pa.Table:
     )
 
 
-def measured(prompts: list[str], *parts: pa.Table) -> dict[str, float]:
+def measured(prompts: list[str], *parts: pa.Table) -> CopiedShares:
     rows = columns(table(*(row(intent=i, prompt=prompt) for i, prompt in enumerate(prompts))))
-    return novelty.table(rows, parts)["policies"]["student"]
+    return novelty.copied_shares(rows, parts).policies["student"]
 
 
 def test_copied_runs_against_hand_counts() -> None:
     found = measured(["one two three four five six", "a b c d e"], training("zero one two three four five", "four five six"))
-    assert found["copied_5"] == pytest.approx((1 / 2 + 0) / 2)  # of "one..five" and "two..six" the first
-    assert math.isnan(found["copied_8"])  # no prompt has eight words
-    assert found["exact"] == 0
+    assert found.copied_5 == pytest.approx((1 / 2 + 0) / 2)  # of "one..five" and "two..six" the first
+    assert found.copied_8 is None  # no prompt has eight words
+    assert found.exact == 0
 
 
-def test_a_run_does_not_go_on_into_the_next_prompt() -> None:
-    assert measured(["a b c d e"], training("a b c", "d e"))["copied_5"] == 0
+def test_an_n_gram_does_not_cross_into_the_next_prompt() -> None:
+    assert measured(["a b c d e"], training("a b c", "d e")).copied_5 == 0
 
 
-def test_whole_prompts_are_found_whatever_their_case_and_white_space() -> None:
+def test_whole_prompts_match_regardless_of_case_and_white_space() -> None:
     found = measured(["A  soft Light", "another"], training("x"), training("a soft light "))
-    assert found["exact"] == 0.5
+    assert found.exact == 0.5
 
 
-def test_each_policy_is_told_apart_and_rejected_prompts_are_left_out() -> None:
+def test_each_policy_has_its_own_shares_and_rejected_prompts_are_left_out() -> None:
     rows = columns(
         table(
             row(prompt="a b c d e f g h"),
@@ -49,29 +48,29 @@ def test_each_policy_is_told_apart_and_rejected_prompts_are_left_out() -> None:
             row(policy="teacher", prompt="h g f e d c b a"),
         )
     )
-    found = novelty.table(rows, iter([training("a b c d e f g h i", "else")]))
-    assert found["training"] == 2
-    assert found["policies"]["student"] == {"exact": 0, "copied_5": 1, "copied_8": 1}
-    assert found["policies"]["teacher"] == {"exact": 0, "copied_5": 0, "copied_8": 0}
+    found = novelty.copied_shares(rows, iter([training("a b c d e f g h i", "else")]))
+    assert found.training == 2
+    assert found.policies["student"] == CopiedShares(exact=0, copied_5=1, copied_8=1)
+    assert found.policies["teacher"] == CopiedShares(exact=0, copied_5=0, copied_8=0)
 
 
-def test_without_training_prompts_nothing_is_known() -> None:
-    assert novelty.table(columns(table(row())), None) == {"policies": {}, "training": 0}
-    assert novelty.table(columns(table()), [training("a")]) == {"policies": {}, "training": 1}
+def test_without_training_prompts_novelty_is_unknown() -> None:
+    assert novelty.copied_shares(columns(table(row())), None) == Novelty(policies={}, training=0)
+    assert novelty.copied_shares(columns(table()), [training("a")]) == Novelty(policies={}, training=1)
 
 
 @settings(deadline=None, max_examples=60)
 @given(lines.filter(bool), lines, st.integers(0, 8))
-def test_copied_shares_are_their_definition_however_training_is_cut(prompts: list[str], taught: list[str], at: int) -> None:
-    def runs(prompt: str, n: int) -> list[tuple[str, ...]]:
+def test_copied_shares_are_their_definition_for_any_batches(prompts: list[str], texts: list[str], at: int) -> None:
+    def grams(prompt: str, n: int) -> list[tuple[str, ...]]:
         words = prompt.lower().split()
         return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
-    found = measured(prompts, training(*taught[:at]), training(*taught[at:]))
+    found = measured(prompts, training(*texts[:at]), training(*texts[at:]))
     for n in (5, 8):
-        known = {run for prompt in taught for run in runs(prompt, n)}
-        shares = [sum(run in known for run in runs(p, n)) / len(runs(p, n)) for p in prompts if runs(p, n)]
-        expected = sum(shares) / len(shares) if shares else math.nan
-        assert found[f"copied_{n}"] == pytest.approx(expected, nan_ok=True)
-    exact = {prompt.lower() for prompt in taught}
-    assert found["exact"] == pytest.approx(sum(prompt.lower() in exact for prompt in prompts) / len(prompts))
+        known = {gram for prompt in texts for gram in grams(prompt, n)}
+        shares = [sum(gram in known for gram in grams(p, n)) / len(grams(p, n)) for p in prompts if grams(p, n)]
+        expected = sum(shares) / len(shares) if shares else None
+        assert getattr(found, f"copied_{n}") == pytest.approx(expected)
+    exact = {prompt.lower() for prompt in texts}
+    assert found.exact == pytest.approx(sum(prompt.lower() in exact for prompt in prompts) / len(prompts))

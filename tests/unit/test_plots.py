@@ -2,6 +2,7 @@
 
 import io
 import re
+from typing import Any
 from xml.etree import ElementTree
 
 import evaluation_made_up as made_up
@@ -13,6 +14,10 @@ from hypothesis import strategies as st
 from udrl.evaluate.report import plots
 
 
+def as_json(*arguments: Any) -> dict[str, Any]:
+    return made_up.document(*arguments).model_dump(mode="json")
+
+
 def _grey(png: bytes) -> np.ndarray:
     from matplotlib.image import imread
 
@@ -21,7 +26,7 @@ def _grey(png: bytes) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def drawn() -> dict[str, plots.Drawing]:
-    return plots.draw(made_up.document(), ["likelihood"])
+    return plots.draw(as_json(), ["likelihood"])
 
 
 def test_a_full_document_has_every_plot_each_with_a_line_on_how_to_read_it(drawn: dict[str, plots.Drawing]) -> None:
@@ -51,15 +56,15 @@ def test_an_svg_is_one_element_with_ids_of_its_own_and_nothing_to_load(drawn: di
 
 
 def test_the_same_numbers_draw_the_same_picture() -> None:
-    document = {"losses": [[1, 2.0], [2, 1.5]], "tasks": made_up.document(("one",))["tasks"]}
+    document = {"losses": [[1, 2.0], [2, 1.5]], "tasks": as_json(("one",))["tasks"]}
     first, second = (plots.draw(document) for _ in range(2))
     assert {name: one.svg for name, one in first.items()} == {name: one.svg for name, one in second.items()}
 
 
 def test_plots_without_numbers_are_not_drawn() -> None:
     assert plots.draw({}) == {}
-    assert list(plots.draw(made_up.bare())) == ["relevance"]
-    document = made_up.document(("one",))
+    assert list(plots.draw(made_up.bare().model_dump(mode="json"))) == ["relevance"]
+    document = as_json(("one",))
     for task in document["tasks"].values():
         task["length"]["levels"] = []  # out-of-range commands alone still make a plot
     document["losses"] = [[1, 2.0]]
@@ -70,7 +75,7 @@ def test_plots_without_numbers_are_not_drawn() -> None:
 
 
 def test_cost_is_dollars_else_core_seconds_else_time() -> None:
-    document = made_up.document()
+    document = as_json()
     for key, said in (("dollars_per_1000", "dollars"), ("core_seconds_per_1000", "core-seconds")):
         assert plots._cost(document)[0] == f"{said} per 1,000 prompts"
         for told in document["policies"].values():
@@ -82,7 +87,7 @@ def test_cost_is_dollars_else_core_seconds_else_time() -> None:
 
 
 def test_a_name_with_mathematics_in_it_is_drawn_as_it_is() -> None:
-    assert plots.draw(made_up.document(("$x_y$",)), ["likelihood"]).keys() == plots.CAPTIONS.keys()
+    assert plots.draw(as_json(("$x_y$",)), ["likelihood"]).keys() == plots.CAPTIONS.keys()
 
 
 def test_a_long_history_of_losses_is_thinned_and_keeps_its_ends() -> None:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from udrl.evaluate.document import EvaluationDocument
 from udrl.evaluate.judges.validation import BELIEVED_FROM, ENOUGH
 from udrl.evaluate.metrics.intervals import GROUPS
 from udrl.evaluate.outputs import OUTPUTS, PAIRWISE
@@ -58,12 +59,17 @@ class Page(HTMLParser):
             self.cells[-1] += data
 
 
+def as_json(document: EvaluationDocument) -> dict[str, Any]:
+    return document.model_dump(mode="json")
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("report") / "evaluation"
     pair = {"judge": "duel", "policy": "student", "other": "teacher", "first": 0.5, "second": 0.5, "parsed": True}
     pairwise = pa.Table.from_pylist([pair], schema=PAIRWISE)
-    return folder, report.write(str(folder), made_up.outputs(), made_up.document(), pairwise)
+    files = report.write(str(folder), made_up.outputs(), made_up.document(), pairwise)
+    return folder, {**as_json(made_up.document()), "files": files}
 
 
 def test_all_files_are_written_and_named(written: tuple[Path, dict[str, Any]]) -> None:
@@ -81,7 +87,7 @@ def test_all_files_are_written_and_named(written: tuple[Path, dict[str, Any]]) -
 def test_a_second_report_leaves_nothing_of_the_first(tmp_path: Path) -> None:
     for name in ("pairwise.parquet", "training_loss.png"):
         (tmp_path / name).write_text("of the first")
-    report.write(str(tmp_path), made_up.outputs(), {**made_up.document(), "losses": []}, PAIRWISE.empty_table())
+    report.write(str(tmp_path), made_up.outputs(), made_up.document(losses=[]), PAIRWISE.empty_table())
     assert not (tmp_path / "pairwise.parquet").exists()
     assert not (tmp_path / "training_loss.png").exists()
 
@@ -92,7 +98,7 @@ def test_metrics_json_is_strict_and_holds_the_document_with_none_for_what_is_unk
     folder, document = written
     stored = json.loads((folder / "metrics.json").read_text(), parse_constant=pytest.fail)  # no bare NaN
     assert stored == {name: part for name, part in document.items() if name != "files"}
-    assert stored["overall"]["against"]["teacher"]["judges"]["rubric"]["ratio"]["value"] is None
+    assert stored["overall"]["comparisons"]["teacher"]["judges"]["rubric"]["ratio"]["value"] is None
     assert stored["claim"]["parts"][0]["interval"]["low"] == pytest.approx(0.92)
 
 
@@ -172,7 +178,7 @@ def test_text_keeps_its_contrast_in_light_and_dark() -> None:
 
 
 def test_what_is_said_of_judges_and_intervals_is_how_they_are_made() -> None:
-    text = markdown.render(content.blocks(made_up.document(), made_up.outputs(), [])).replace("\\", "")
+    text = markdown.render(content.blocks(as_json(made_up.document()), made_up.outputs(), [])).replace("\\", "")
     for said in (
         "for a judge as a prompt for another intent",
         f"at least {BELIEVED_FROM} on shuffled, from at least {ENOUGH} scored pairs",
@@ -185,7 +191,7 @@ def test_what_is_said_of_judges_and_intervals_is_how_they_are_made() -> None:
 
 
 def test_the_zero_of_a_judge_s_scale_and_the_pairs_it_never_saw_are_shown() -> None:
-    blocks = content.blocks(made_up.document(), made_up.outputs(), [])
+    blocks = content.blocks(as_json(made_up.document()), made_up.outputs(), [])
     tables = {tuple(map(plain, block.heads)): block for block in blocks if isinstance(block, Table)}
     judges = next(table for heads, table in tables.items() if "score of shuffled" in heads)
     heads = list(map(plain, judges.heads))
@@ -198,35 +204,35 @@ def test_the_zero_of_a_judge_s_scale_and_the_pairs_it_never_saw_are_shown() -> N
 
 def test_yardsticks_are_marked_and_the_student_stands_first() -> None:
     names = list(made_up.POLICIES)
-    assert in_order(set(names), made_up.document()["policies"]) == names
-    blocks = content.blocks(made_up.document(), made_up.outputs(), [])
+    assert in_order(set(names), as_json(made_up.document())["policies"]) == names
+    blocks = content.blocks(as_json(made_up.document()), made_up.outputs(), [])
     side_by_side = next(b for b in blocks if isinstance(b, Table) and b.heads[:2] == ["policy", "kind"])
     shown = {plain(line[0]): line[1] for line in side_by_side.lines}
-    assert shown["echo *"] == shown["best-of-2 *"] == "yardstick"
+    assert shown["echo *"] == shown["best-of-2 *"] == "trivial baseline"
     assert [plain(line[0]) for line in side_by_side.lines][:2] == ["student", "teacher"]
 
 
 def test_the_judge_to_read_is_the_best_that_is_believed_and_not_the_teachers_own() -> None:
-    document = made_up.document()
+    document = as_json(made_up.document())
     assert best_judge(document) == "likelihood"
     assert pointwise(document) == ["likelihood", "rubric"]
-    document["judges"]["rubric"] |= {"believable": True, "auc": {"shuffled": 0.99}}
+    document["judges"]["rubric"] |= {"validated": True, "auc": {"shuffled": 0.99}}
     assert best_judge(document) == "likelihood"  # the rubric's model is the teacher's
-    document["judges"]["rubric"]["of_teacher"] = False
+    document["judges"]["rubric"]["is_teacher"] = False
     assert best_judge(document) == "rubric"
     for told in document["judges"].values():
-        told["believable"] = False
+        told["validated"] = False
     assert best_judge(document) is None
 
 
 def test_without_a_teacher_the_student_is_held_against_the_first_baseline() -> None:
-    policies = {"student": "student", "qwen3-8b": "baseline", "llama3-8b": "baseline", "echo": "yardstick"}
-    document = made_up.document(policies=policies)
+    policies = {"student": "student", "qwen3-8b": "baseline", "llama3-8b": "baseline", "echo": "trivial baseline"}
+    document = as_json(made_up.document(made_up.TASKS, policies))
     assert reference(document) == "llama3-8b"
     text = markdown.render(content.blocks(document, made_up.outputs(policies=policies), []))
     assert "student / llama3-8b" in text
     assert "The teacher was not asked" in text
-    assert reference(made_up.bare()) is None
+    assert reference(as_json(made_up.bare())) is None
 
 
 @pytest.mark.parametrize(
@@ -234,18 +240,16 @@ def test_without_a_teacher_the_student_is_held_against_the_first_baseline() -> N
     [
         (made_up.bare(), made_up.table(made_up.row(), made_up.row(variation=1))),
         (made_up.bare(), made_up.table(made_up.row(prompt="", reason="engine_error", relevance=None))),
-        ({}, OUTPUTS.empty_table()),
-        ({"overall": None, "tasks": {"x": {}}, "policies": {"student": {}}}, OUTPUTS.empty_table()),
         (made_up.document(("one",), {"student": "student"}), made_up.outputs(("one",), {"student": "student"}, judges=())),
     ],
-    ids=["bare", "all rejected", "nothing", "empty parts", "student alone"],
+    ids=["bare", "all rejected", "student alone"],
 )
-def test_missing_parts_leave_dashes_and_no_error(document: dict[str, Any], outputs: Any, tmp_path: Path) -> None:
-    found = report.write(str(tmp_path), outputs, document)
+def test_missing_parts_leave_dashes_and_no_error(document: EvaluationDocument, outputs: Any, tmp_path: Path) -> None:
+    report.write(str(tmp_path), outputs, document)
     for name in ("report.md", "report.html"):
         text = (tmp_path / name).read_text()
         assert not re.search(r"\b(nan|None)\b", Page(text).text if name.endswith("html") else text)
-    assert report.short_table(found).startswith("claim: open")
+    assert report.short_table(document).startswith("claim: open")
 
 
 def test_a_prompt_is_shown_as_it_is_and_never_read_as_markup(tmp_path: Path) -> None:
@@ -255,7 +259,7 @@ def test_a_prompt_is_shown_as_it_is_and_never_read_as_markup(tmp_path: Path) -> 
         for p in ("student", "teacher")
     ]
     outputs = made_up.table(*({k: v for k, v in r.items() if k != "intent_text"} | {"intent": HOSTILE} for r in rows))
-    document = made_up.document(("a|b",)) | {"recipe": f"name: '{HOSTILE}'\n```\n# not a heading", "name": HOSTILE}
+    document = made_up.document(("a|b",), recipe=f"name: '{HOSTILE}'\n```\n# not a heading", name=HOSTILE)
     report.write(str(tmp_path), outputs, document)
     page = Page((tmp_path / "report.html").read_text())
     assert "script" not in {tag for tag, _ in page.elements}
@@ -364,7 +368,7 @@ def test_examples_show_every_writer_to_the_same_intent_and_its_first_prompt() ->
 
 def test_the_short_table_fits_a_terminal_starts_with_the_claim_and_names_what_missed() -> None:
     document = made_up.document(("text_to_template", "a task with a very long name indeed", "x"))
-    document["policies"]["student"]["model"] = "runs/" + "long/" * 30
+    document.policies["student"].model = "runs/" + "long/" * 30
     lines = report.short_table(document).splitlines()
     assert max(map(len, lines)) <= report.WIDTH
     assert lines[0].startswith("claim: open. Relevance is within 6%")

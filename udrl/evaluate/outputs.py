@@ -70,8 +70,8 @@ def judge_columns(outputs: pa.Table) -> list[str]:
     return [name for name in outputs.column_names if name.startswith(JUDGE)]
 
 
-def where(rows: Columns, keep: np.ndarray) -> Columns:
-    """The rows that ``keep`` (rows,) marks."""
+def select(rows: Columns, keep: np.ndarray) -> Columns:
+    """Return the rows for which ``keep``, bool (rows,), is true."""
     return {name: column[keep] for name, column in rows.items()}
 
 

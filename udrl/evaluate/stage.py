@@ -23,6 +23,7 @@ from udrl.episodes import iter_tables
 from udrl.errors import StalledError, UserError
 from udrl.evaluate import evaluated_policies as who
 from udrl.evaluate import judges, speed
+from udrl.evaluate.document import Environment, EvaluationDocument, JudgeProfile, Measurements, PolicyProfile
 from udrl.evaluate.evaluated_policies import EvaluatedPolicy, Intent
 from udrl.evaluate.metrics import compute as metrics
 from udrl.evaluate.outputs import OUTPUTS
@@ -45,7 +46,7 @@ SHARD = 128
 DRAWN_FROM = 1_000_000  # intents of a source: reading tells repeated ones by a hash each, which must fit in memory
 
 
-def run(recipe: Recipe) -> dict[str, Any]:
+def run(recipe: Recipe) -> EvaluationDocument:
     """Evaluate the run's student; return what ``metrics.json`` of the recipe's ``evaluate.folder`` holds.
 
     Raises:
@@ -85,15 +86,16 @@ def run(recipe: Recipe) -> dict[str, Any]:
     embedder = _Embedding(recipe)
     extra = who.yardsticks(recipe, outputs, embedder.relevance)
     outputs = pa.concat_tables([outputs, pa.Table.from_pylist(extra, schema=OUTPUTS)])
-    policies |= {name: {"kind": "yardstick", "model": "-"} for name in dict.fromkeys(row["policy"] for row in extra)}
+    policies |= {name: {"kind": "trivial baseline", "model": "-"} for name in dict.fromkeys(row["policy"] for row in extra)}
     embedder.rest()  # a judge may need its place
     lap("yardsticks")
     outputs, pairwise, judged = judges.ask(recipe, tasks, outputs, work)
     lap("judges")
+    profiles = {name: JudgeProfile.model_validate(facts) for name, facts in judged.items()}
     measured = metrics.compute(
         outputs,
         tasks=tasks,
-        judges=judged,
+        judges=profiles,
         pairwise=pairwise,
         training=_training(recipe),
         embed=embedder.embed,
@@ -102,27 +104,28 @@ def run(recipe: Recipe) -> dict[str, Any]:
     )
     lap("numbers")
     without_commands(measured, vocabulary)
-    document = {
-        "name": recipe.name,
-        "source": source,
-        **measured,
-        "policies": policies,
-        "judges": judged,
-        "losses": storage.read_json(storage.join(recipe.storage, "student", TRAINING)).get("history", []),
-        "commands": vocabulary.model_dump(),
-        "environment": where,
-        "recipe": dump(recipe),
-        "seconds": seconds,
-    }
-    return report.write(storage.join(recipe.storage, config.folder), outputs, document, pairwise)
+    document = EvaluationDocument(
+        **dict(measured),
+        name=recipe.name,
+        source=source,
+        policies={name: PolicyProfile.model_validate(facts, extra="ignore") for name, facts in policies.items()},
+        judges=profiles,
+        losses=storage.read_json(storage.join(recipe.storage, "student", TRAINING)).get("history", []),
+        commands=vocabulary,
+        environment=Environment.model_validate(where),
+        recipe=dump(recipe),
+        seconds=seconds,
+    )
+    report.write(storage.join(recipe.storage, config.folder), outputs, document, pairwise)
+    return document
 
 
-def without_commands(measured: dict[str, Any], vocabulary: CommandVocabulary) -> None:
+def without_commands(measured: Measurements, vocabulary: CommandVocabulary) -> None:
     """Where a student takes no commands, the targets of control say so."""
     if not who.takes_commands(vocabulary):
-        for target in measured["targets"]:
-            if "commanded" in target["target"]:
-                target["measured"] = NO_COMMANDS
+        for target in measured.targets:
+            if "commanded" in target.name:
+                target.measured = NO_COMMANDS
 
 
 def _intents(recipe: Recipe) -> tuple[list[Intent], str]:
@@ -333,7 +336,9 @@ def environment() -> dict[str, Any]:
     return {"python": platform.python_version(), "cores": cluster.cpu_count(), "machine": platform.machine(), **found}
 
 
-def describe(document: dict[str, Any]) -> str:
+def describe(document: EvaluationDocument) -> str:
     """The lines that end the job: the short table and where the report lies."""
-    files = document["files"]
-    return f"{report.short_table(document)}\n\nreport: {files['report.md']}\n        {files['report.html']}"
+    recipe = yaml.safe_load(document.recipe)
+    folder = storage.join(recipe["storage"], recipe["evaluate"]["folder"])
+    files = [storage.join(folder, name) for name in ("report.md", "report.html")]
+    return f"{report.short_table(document)}\n\nreport: {files[0]}\n        {files[1]}"

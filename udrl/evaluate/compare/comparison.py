@@ -18,7 +18,7 @@ import yaml
 from udrl import storage
 from udrl.errors import UserError
 from udrl.evaluate.compare.paired import JUDGED, MEASURED, SPEEDS, Metric, scopes
-from udrl.evaluate.outputs import JUDGE, OUTPUTS, STUDENT, Columns, columns, where
+from udrl.evaluate.outputs import JUDGE, OUTPUTS, STUDENT, Columns, columns, select
 
 FOLDER = "evaluation"  # where a run's evaluation lies by default
 SHOWN = 3  # examples in a warning
@@ -84,13 +84,13 @@ def compare(runs: Sequence[Run], policy: str = STUDENT) -> dict[str, Any]:
         if policy not in run.rows["policy"]:
             names = ", ".join(sorted(set(run.rows["policy"]))) or "nobody"
             raise UserError(f"{run.uri}: policy {policy!r} wrote nothing there; who did: {names}")
-    sides = {run.label: where(run.rows, run.rows["policy"] == policy) for run in runs}
+    sides = {run.label: select(run.rows, run.rows["policy"] == policy) for run in runs}
     warnings: list[str] = []
     tasks = _shared("task", "tasks", sides, {}, warnings)
-    sides = {label: where(rows, np.isin(rows["task"], tasks)) for label, rows in sides.items()}
+    sides = {label: select(rows, np.isin(rows["task"], tasks)) for label, rows in sides.items()}
     texts = {key: text for run in runs for key, text in run.intents.items()}
     shared = _shared("intent_id", "intents", sides, texts, warnings)
-    sides = {label: where(rows, np.isin(rows["intent_id"], shared)) for label, rows in sides.items()}
+    sides = {label: select(rows, np.isin(rows["intent_id"], shared)) for label, rows in sides.items()}
     judges, left_out = _judges(runs, warnings)
     left_out |= _scorers(runs, warnings)
     _sweeps(sides, warnings)
@@ -152,7 +152,7 @@ def _judges(runs: Sequence[Run], warnings: list[str]) -> tuple[list[str], dict[s
             )
         else:
             names.append(name)
-            doubted = [label for label, facts in told.items() if facts.get("believable") is False]
+            doubted = [label for label, facts in told.items() if facts.get("validated", facts.get("believable")) is False]
             if doubted:
                 warnings.append(f"judge.{name}: did not prove itself on the controls in {', '.join(doubted)}: don't lean on it")
             continue
@@ -189,7 +189,7 @@ def _sweeps(sides: dict[str, Columns], warnings: list[str]) -> None:
     ):
         asked: dict[str, set[tuple[str, int]]] = {}
         for label, rows in sides.items():
-            here = where(rows, (rows["probe"] == probe) & (rows[column] >= 0))
+            here = select(rows, (rows["probe"] == probe) & (rows[column] >= 0))
             asked[label] = set(zip(here["task"].tolist(), here[column].tolist(), strict=True))
         known = [commands for commands in asked.values() if commands]
         tasks = sorted({task for commands in known for task, _ in commands ^ known[0]})

@@ -8,12 +8,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from udrl.evaluate.metrics import control, diversity, intervals
-from udrl.evaluate.metrics.intervals import UNKNOWN, Interval
-from udrl.evaluate.outputs import JUDGE, Columns, where
+from udrl.evaluate.document import UNKNOWN, Interval
+from udrl.evaluate.metrics import control, diversity
+from udrl.evaluate.metrics.intervals import Bootstrap, Sample
+from udrl.evaluate.outputs import JUDGE, Columns, select
 
 ALL = "all"  # the scope of all shared tasks together
-Rows = tuple[np.ndarray, np.ndarray]  # values and the intents that they belong to, (rows,) each
+Rows = Sample
 
 
 class Metric(NamedTuple):
@@ -58,13 +59,13 @@ def scopes(
         speeds: by label what was timed, NaN where it was not.
         options: ``resamples`` and ``seed`` of the intervals.
     """
-    by_task = {task: {label: where(rows, rows["task"] == task) for label, rows in sides.items()} for task in tasks}
+    by_task = {task: {label: select(rows, rows["task"] == task) for label, rows in sides.items()} for task in tasks}
     points = {task: _points(mine, options["seed"]) for task, mine in by_task.items()}
     found = {task: _scope(mine, points[task], metrics, options) for task, mine in by_task.items()}
     # Texts of different tasks, and ranks of their bins, are not pooled: over all tasks these are the mean of the tasks.
     over_all = {
         label: {
-            name: _point(float(np.mean([points[task][label][name].value for task in tasks])))
+            name: _point(float(np.mean(np.array([points[task][label][name].value for task in tasks], dtype=float))))
             for name in points[tasks[0]][label]
         }
         | {name: _point(value) for name, value in speeds[label].items()}
@@ -82,11 +83,11 @@ def _scope(
     for name in metrics:
         if name in means[first]:
             mine = {label: means[label][name] for label in sides}
-            values = {label: intervals.mean(*mine[label], **options) for label in sides}
-            differences = {label: intervals.difference(*mine[label], *mine[first], **options) for label in others}
+            values = {label: Bootstrap(**options).mean(mine[label]) for label in sides}
+            differences = {label: Bootstrap(**options).difference(mine[label], mine[first]) for label in others}
         else:
             values = {label: points[label].get(name, UNKNOWN) for label in sides}
-            differences = {label: _point(values[label].value - values[first].value) for label in others}
+            differences = {label: _point(_gap(values[label], values[first])) for label in others}
         found[name] = {
             "values": {label: _plain(value) for label, value in values.items()},
             "differences": {label: _plain(value) for label, value in differences.items()},
@@ -96,16 +97,16 @@ def _scope(
 
 def _means(rows: Columns) -> dict[str, Rows]:
     """The metrics that are means over rows, and so have intervals."""
-    default = where(rows, rows["probe"] == "default")
-    swept = where(rows, (rows["probe"] == "length") & (rows["command_words"] >= 1))
+    default = select(rows, rows["probe"] == "default")
+    swept = select(rows, (rows["probe"] == "length") & (rows["command_words"] >= 1))
     error = np.abs(swept["n_words"] - swept["command_words"])
     judged = {f"judge.{name.removeprefix(JUDGE)}": default[name] for name in rows if name.startswith(JUDGE)}
     of_default = {"relevance": default["relevance"], **judged, "rejected": default["rejected"].astype(float)}
     of_swept = {"length.mae": error, "length.exact": error == 0, "length.within_2": error <= 2}
     return {
-        **{name: (values, default["intent_id"]) for name, values in of_default.items()},
-        **{name: (values.astype(float), swept["intent_id"]) for name, values in of_swept.items()},
-        "reward.difference": _gains(where(rows, rows["probe"] == "reward")),
+        **{name: Sample(values, default["intent_id"]) for name, values in of_default.items()},
+        **{name: Sample(values.astype(float), swept["intent_id"]) for name, values in of_swept.items()},
+        "reward.difference": _gains(select(rows, rows["probe"] == "reward")),
     }
 
 
@@ -117,36 +118,39 @@ def _gains(rows: Columns) -> Rows:
         bins = rows["command_reward"][(rows["task"] == task) & (rows["command_reward"] >= 0)]
         if not len(bins) or bins.min() == bins.max():
             continue
-        mine = where(rows, (rows["task"] == task) & ~rows["rejected"])
+        mine = select(rows, (rows["task"] == task) & ~rows["rejected"])
         for intent in np.unique(mine["intent_id"]):
             ours = mine["intent_id"] == intent
             top, bottom = (mine["relevance"][ours & (mine["command_reward"] == end)] for end in (bins.max(), bins.min()))
             if len(top) and len(bottom):
                 gains.append(top.mean() - bottom.mean())
                 owners.append(intent)
-    return np.array(gains, dtype=float), np.array(owners, dtype=np.int64)
+    return Sample(np.array(gains, dtype=float), np.array(owners, dtype=np.int64))
 
 
 def _points(sides: dict[str, Columns], seed: int) -> dict[str, dict[str, Interval]]:
     """One task's metrics that have no interval. All runs are cut to one length and number of prompts, as policies are in an
     evaluation; the Vendi score is over word pairs, so that no model is loaded."""
-    default = {label: where(rows, rows["probe"] == "default") for label, rows in sides.items()}
+    default = {label: select(rows, rows["probe"] == "default") for label, rows in sides.items()}
     named = [{**rows, "policy": np.full(len(rows["policy"]), label, dtype=object)} for label, rows in default.items()]
     columns = ("policy", "rejected", "prompt", "intent_id", "variation")
     together = {name: np.concatenate([rows[name] for rows in named]) for name in columns}
-    varied = diversity.table(together, writers=list(sides), seed=seed)["policies"]
+    varied = diversity.measure_task(together, list(sides), seed=seed).diversity.policies
     found = {}
     for label, rows in sides.items():
-        swept = where(rows, (rows["probe"] == "reward") & (rows["command_reward"] >= 0) & ~rows["rejected"])
-        found[label] = {f"diversity.{figure}": _point(value) for figure, value in varied[label].items()}
+        swept = select(rows, (rows["probe"] == "reward") & (rows["command_reward"] >= 0) & ~rows["rejected"])
+        found[label] = {f"diversity.{figure}": _point(value) for figure, value in varied[label]}
         found[label]["reward.spearman"] = _point(control.spearman(swept["command_reward"], swept["relevance"]))
     return found
 
 
-def _point(value: float) -> Interval:
-    return Interval(float(value), np.nan, np.nan)
+def _gap(one: Interval, base: Interval) -> float | None:
+    return None if one.value is None or base.value is None else one.value - base.value
+
+
+def _point(value: float | None) -> Interval:
+    return Interval(value=value)
 
 
 def _plain(interval: Interval) -> dict[str, float | None]:
-    """For strict JSON: None where unknown."""
-    return {name: None if np.isnan(value) else value for name, value in interval.plain().items()}
+    return dict(interval)

@@ -1,7 +1,7 @@
-"""Does a prompt serve its task: is it recognised as the task's by a classifier, and does it keep the task's format rules?
+"""Whether a prompt serves its task: a classifier recognizes it as the task's, and it keeps the task's format rules.
 
-The classifier learns from the teacher's prompts. It says whether the student kept the tasks apart as the teacher did, not
-whether a prompt is good. A rejected output is neither recognised nor well-formed.
+The classifier is trained on the teacher's prompts. It says whether the student keeps the tasks apart as the teacher does, not
+whether a prompt is good. A rejected output is neither recognized nor well-formed.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,110 +11,106 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from udrl.evaluate.document import Accuracy, ClassifierAccuracy, FormatAccuracy
 from udrl.evaluate.metrics.control import average
-from udrl.evaluate.outputs import TEACHER, Columns, where
+from udrl.evaluate.outputs import TEACHER, Columns
 from udrl.tasks import Task
 
 SAMPLE = 4000  # training prompts a task
 FOLDS = 5
-RECOGNISED, WELL_FORMED = "recognised", "well_formed"  # float columns (rows,), NaN where not known
+RECOGNIZED, WELL_FORMED = "recognized", "well_formed"  # float columns (rows,), NaN if unknown
 Texts = dict[str, list[str]]  # task -> prompts
 
 
-def listen(training: Iterable[pa.Table], into: Texts, *, limit: int = SAMPLE, seed: int = 0) -> Iterator[pa.Table]:
-    """Pass tables (task, prompt, policy) on, and put at most ``limit`` of the teacher's prompts a task in ``into``.
+def sample_teacher_prompts(
+    training: Iterable[pa.Table], sample: Texts, *, limit: int = SAMPLE, seed: int = 0
+) -> Iterator[pa.Table]:
+    """Pass tables (task, prompt, policy) on, and collect at most ``limit`` of the teacher's prompts a task in ``sample``.
 
-    Every prompt draws a number, and the smallest numbers stay: a uniform sample of a stream whose length is not known. It is
-    whole once the stream has ended.
+    Every prompt gets a random key, and the smallest keys stay: a uniform sample of a stream of unknown length. It is complete
+    when the stream has ended.
     """
     rng = np.random.default_rng(seed)
-    numbers: dict[str, np.ndarray] = {}
+    keys: dict[str, np.ndarray] = {}
     for part in training:
         yield part
-        written = part.filter(pc.equal(part["policy"], TEACHER))
-        for task in pc.unique(written["task"]).to_pylist():
-            prompts = written.filter(pc.equal(written["task"], task))["prompt"]
-            drawn = rng.random(len(prompts))
-            before = numbers.get(task, np.zeros(0))
-            if len(before) == limit:
-                keep = np.flatnonzero(drawn < before.max())
-                drawn, prompts = drawn[keep], prompts.take(pa.array(keep))
-            merged, texts = np.concatenate([before, drawn]), [*into.get(task, []), *prompts.to_pylist()]
-            chosen = np.argsort(merged)[:limit]
-            numbers[task], into[task] = merged[chosen], [texts[i] for i in chosen]
+        by_teacher = part.filter(pc.equal(part["policy"], TEACHER))
+        for task in pc.unique(by_teacher["task"]).to_pylist():
+            prompts = by_teacher.filter(pc.equal(by_teacher["task"], task))["prompt"]
+            new_keys = rng.random(len(prompts))
+            old_keys = keys.get(task, np.zeros(0))
+            if len(old_keys) == limit:
+                smaller = np.flatnonzero(new_keys < old_keys.max())
+                new_keys, prompts = new_keys[smaller], prompts.take(pa.array(smaller))
+            all_keys, texts = np.concatenate([old_keys, new_keys]), [*sample.get(task, []), *prompts.to_pylist()]
+            smallest = np.argsort(all_keys)[:limit]
+            keys[task], sample[task] = all_keys[smallest], [texts[i] for i in smallest]
 
 
-def mark(rows: Columns, tasks: Sequence[Task], training: Texts, *, seed: int = 0) -> tuple[Columns, int]:
-    """The rows with the columns :data:`RECOGNISED` and :data:`WELL_FORMED`, and how many prompts taught the classifier.
+def add_accuracy_columns(rows: Columns, tasks: Sequence[Task], training: Texts, *, seed: int = 0) -> tuple[Columns, int]:
+    """Return the rows with :data:`RECOGNIZED` and :data:`WELL_FORMED`, and how many prompts the classifier was trained on.
 
     Args:
         rows: of the default probe.
-        training: prompts of the teacher from training. Where they don't cover two tasks and all that are here, the teacher's
-            outputs teach instead, in folds: nobody's prompt is judged by a classifier that saw a prompt for its intent.
+        training: the teacher's prompts from training. If they cover fewer than two tasks, or not all tasks of ``rows``, the
+            teacher's outputs are used instead, in folds: no prompt is judged by a classifier that saw one for its intent.
     """
     by_name = {task.name: task for task in tasks}
-    formed = np.full(len(rows["prompt"]), np.nan)
+    well_formed = np.full(len(rows["prompt"]), np.nan)
     for i, (task, prompt) in enumerate(zip(rows["task"], rows["prompt"], strict=True)):
         if task in by_name:
-            formed[i] = by_name[task].malformed(prompt) is None
-    formed = np.where(rows["rejected"] & ~np.isnan(formed), 0.0, formed)
-    recognised, taught = _recognised(rows, training, seed)
-    return {**rows, RECOGNISED: recognised, WELL_FORMED: formed}, taught
+            well_formed[i] = by_name[task].malformed(prompt) is None
+    well_formed = np.where(rows["rejected"] & ~np.isnan(well_formed), 0.0, well_formed)
+    recognized, n_training = _recognize(rows, training, seed)
+    return {**rows, RECOGNIZED: recognized, WELL_FORMED: well_formed}, n_training
 
 
-def table(rows: Columns, taught: int) -> dict[str, Any]:
-    """The shares of some of the rows of :func:`mark`.
-
-    Returns:
-        ``classifier``: ``n``, ``teacher_holdout`` (right among the teacher's accepted prompts for intents that taught
-        nothing), ``policies`` (share of a policy's outputs recognised as their task); ``format``: ``policies`` (share of its
-        outputs that keep the task's rules).
-    """
-    policies = sorted(set(rows["policy"]))
-    of = {policy: where(rows, rows["policy"] == policy) for policy in policies}
-    holdout = rows[RECOGNISED][(rows["policy"] == TEACHER) & ~rows["rejected"]]
-    return {
-        "classifier": {
-            "n": taught,
-            "teacher_holdout": average(holdout),
-            "policies": {policy: average(mine[RECOGNISED]) for policy, mine in of.items()},
-        },
-        "format": {"policies": {policy: average(mine[WELL_FORMED]) for policy, mine in of.items()}},
-    }
+def accuracy_by_policy(rows: Columns, n_training: int) -> Accuracy:
+    """Return the shares of some of the rows of :func:`add_accuracy_columns`."""
+    by_policy = {policy: rows["policy"] == policy for policy in sorted(set(rows["policy"]))}
+    recognized, well_formed = rows[RECOGNIZED], rows[WELL_FORMED]
+    return Accuracy(
+        classifier=ClassifierAccuracy(
+            n=n_training,
+            teacher_holdout=average(recognized[(rows["policy"] == TEACHER) & ~rows["rejected"]]),
+            policies={policy: average(recognized[here]) for policy, here in by_policy.items()},
+        ),
+        format=FormatAccuracy(policies={policy: average(well_formed[here]) for policy, here in by_policy.items()}),
+    )
 
 
-def _recognised(rows: Columns, training: Texts, seed: int) -> tuple[np.ndarray, int]:
-    """Whether each output is recognised as its task (rows,), NaN without a classifier, and the prompts that taught one."""
-    here, accepted = set(rows["task"]), ~rows["rejected"]
-    found = np.full(len(accepted), np.nan)
+def _recognize(rows: Columns, training: Texts, seed: int) -> tuple[np.ndarray, int]:
+    """Return whether each output is recognized, (rows,), NaN without a classifier; and the number of training prompts."""
+    tasks, accepted = set(rows["task"]), ~rows["rejected"]
+    unknown = np.full(len(accepted), np.nan)
     texts, labels = rows["prompt"], rows["task"]
-    if len(here) < 2:
-        return found, 0
-    found[~accepted] = 0.0
-    if all(training.get(task) for task in here):
-        lines = [prompt for task in sorted(here) for prompt in training[task]]
-        model = _fit(lines, [task for task in sorted(here) for _ in training[task]])
+    if len(tasks) < 2:
+        return unknown, 0
+    recognized = np.where(accepted, np.nan, 0.0)
+    if all(training.get(task) for task in tasks):
+        prompts = [prompt for task in sorted(tasks) for prompt in training[task]]
+        model = _fit(prompts, [task for task in sorted(tasks) for _ in training[task]])
         if accepted.any():
-            found[accepted] = model.predict(texts[accepted]) == labels[accepted]
-        return found, len(lines)
-    written = accepted & (rows["policy"] == TEACHER)
-    fold = _folds(rows, written, seed)
+            recognized[accepted] = model.predict(texts[accepted]) == labels[accepted]
+        return recognized, len(prompts)
+    by_teacher = accepted & (rows["policy"] == TEACHER)
+    fold = _folds(rows, by_teacher, seed)
     for k in range(FOLDS):
-        taught, asked = written & (fold != k), accepted & (fold == k)
-        if len(set(labels[taught])) < len(here):
-            return np.full(len(accepted), np.nan), 0  # too few of the teacher's prompts to hold any out
-        if asked.any():
-            found[asked] = _fit(texts[taught], labels[taught]).predict(texts[asked]) == labels[asked]
-    return found, int(written.sum())
+        train, test = by_teacher & (fold != k), accepted & (fold == k)
+        if len(set(labels[train])) < len(tasks):
+            return unknown, 0  # too few of the teacher's prompts to hold any out
+        if test.any():
+            recognized[test] = _fit(texts[train], labels[train]).predict(texts[test]) == labels[test]
+    return recognized, int(by_teacher.sum())
 
 
-def _folds(rows: Columns, written: np.ndarray, seed: int) -> np.ndarray:
-    """Fold of each row (rows,): its intent's; that of the teacher's intent where it repeats a prompt of the teacher."""
+def _folds(rows: Columns, by_teacher: np.ndarray, seed: int) -> np.ndarray:
+    """Return the fold of each row, (rows,): its intent's, or the teacher's if it repeats a prompt of the teacher."""
     intents = np.unique(rows["intent_id"])
-    of_intent = np.random.default_rng(seed).permutation(len(intents)) % FOLDS
-    fold = of_intent[np.searchsorted(intents, rows["intent_id"])]
-    first = dict(zip(rows["prompt"][written], fold[written], strict=True))
-    return np.array([first.get(prompt, mine) for prompt, mine in zip(rows["prompt"], fold, strict=True)], dtype=int)
+    fold_of_intent = np.random.default_rng(seed).permutation(len(intents)) % FOLDS
+    folds = fold_of_intent[np.searchsorted(intents, rows["intent_id"])]
+    teachers = dict(zip(rows["prompt"][by_teacher], folds[by_teacher], strict=True))
+    return np.array([teachers.get(prompt, fold) for prompt, fold in zip(rows["prompt"], folds, strict=True)], dtype=int)
 
 
 def _fit(texts: Sequence[str], tasks: Sequence[str]) -> Any:
@@ -123,6 +119,6 @@ def _fit(texts: Sequence[str], tasks: Sequence[str]) -> Any:
     from sklearn.pipeline import make_pipeline
 
     weights = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\S+")
-    # saga: under a second for 16,000 prompts, where lbfgs took many times that for the same held-out accuracy.
+    # saga fits 16,000 prompts in under a second; lbfgs took many times that for the same held-out accuracy.
     model = LogisticRegression(C=10, solver="saga", tol=0.01, max_iter=300, random_state=0)
     return make_pipeline(weights, model).fit(texts, tasks)

@@ -1,139 +1,131 @@
-"""Does the student do as it is told: what was commanded against what was achieved, by task.
+"""How well the student follows its commands: commanded against achieved length and reward.
 
-Length tables count every row as it stands (a refusal has the words of the text it has, or none). Reward tables describe
-accepted prompts, with the share of rejected ones beside them: a bottom bin full of refusals counted as zero would draw a
-slope that is not control. That ``rises`` must hold both ways keeps a top bin from gaining by refusing.
+Length counts every output (a rejected one has the words of its text, or none). Reward counts accepted prompts, and shows the
+rejected share next to them: with refusals as 0, a bottom bin full of them would draw a slope that is not control. ``rises``
+must hold both ways, so that a top bin can't gain by refusing.
 """
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from scipy import stats
 
-from udrl.evaluate.metrics import intervals
-from udrl.evaluate.outputs import JUDGE, Columns
+from udrl.evaluate.document import (
+    UNKNOWN,
+    Interval,
+    LengthControl,
+    LengthErrors,
+    LengthLevel,
+    Number,
+    RewardControl,
+    RewardCurve,
+    RewardLevel,
+)
+from udrl.evaluate.metrics.intervals import Bootstrap, Sample
+from udrl.evaluate.outputs import JUDGE, Columns, select
 
 
-def length_table(rows: Columns) -> dict[str, Any]:
-    """Words commanded against words achieved for one task's rows of the probe ``length`` or ``reach``.
-
-    Returns:
-        ``levels`` (one dict a commanded length: words, n, mean, p10, p90, mae, bias, exact, within_1, within_2, within_10pct),
-        the same figures over all rows, ``spearman``, and ``rises``: the mean achieved grows at every step (None with fewer
-        than two lengths). ``bias`` is the mean of achieved minus commanded; ``within_10pct`` is of the commanded words.
-    """
+def length_control(rows: Columns) -> LengthControl:
+    """Compare commanded with achieved words; ``rows`` are one task's of the probe ``length`` or ``reach``."""
+    rows = select(rows, rows["command_words"] >= 1)
     commanded, achieved = rows["command_words"], rows["n_words"]
-    keep = commanded >= 1
-    commanded, achieved = commanded[keep], achieved[keep]
-    levels = [
-        {
-            "words": int(level),
-            **_length_errors(commanded[commanded == level], achieved[commanded == level]),
-            "p10": float(np.quantile(achieved[commanded == level], 0.1)),
-            "p90": float(np.quantile(achieved[commanded == level], 0.9)),
-        }
-        for level in np.unique(commanded)
-    ]
-    return {
-        **_length_errors(commanded, achieved),
-        "spearman": spearman(commanded, achieved),
-        "rises": steadily([level["mean"] for level in levels]),
-        "levels": levels,
-    }
+    levels = [_length_level(int(words), achieved[commanded == words]) for words in np.unique(commanded)]
+    return LengthControl(
+        **_length_errors(commanded, achieved).model_dump(),
+        spearman=spearman(commanded, achieved),
+        rises=rises_steadily([level.mean for level in levels]),
+        levels=levels,
+    )
 
 
-def over_tasks(rows: Columns, of_tasks: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The length table of all tasks together, without levels. It rises if every task's does: their levels differ."""
-    found = {name: value for name, value in length_table(rows).items() if name != "levels"}
-    return {**found, "rises": every(task["rises"] for task in of_tasks)}
+def length_control_over_tasks(rows: Columns, by_task: Iterable[LengthControl]) -> LengthControl:
+    """Compare words over all tasks. The mean rises if it does on every task, because commanded lengths differ by task."""
+    return length_control(rows).model_copy(update={"rises": all_met(task.rises for task in by_task), "levels": None})
 
 
-def _length_errors(commanded: np.ndarray, achieved: np.ndarray) -> dict[str, float]:
+def _length_level(words: int, achieved: np.ndarray) -> LengthLevel:
+    errors = _length_errors(np.full(len(achieved), words), achieved)
+    p10, p90 = (float(np.quantile(achieved, q)) for q in (0.1, 0.9))
+    return LengthLevel(**errors.model_dump(), words=words, p10=p10, p90=p90)
+
+
+def _length_errors(commanded: np.ndarray, achieved: np.ndarray) -> LengthErrors:
     error = np.abs(achieved - commanded)
-    shares = {name: average(error <= most) for name, most in (("exact", 0), ("within_1", 1), ("within_2", 2))}
-    shares["within_10pct"] = average(10 * error <= commanded)  # in whole numbers: 2 of 20 words is within
-    return {
-        "n": len(error),
-        "mean": average(achieved),
-        "mae": average(error),
-        "bias": average(achieved - commanded),
-        **shares,
-    }
+    return LengthErrors(
+        n=len(error),
+        mean=average(achieved),
+        mae=average(error),
+        bias=average(achieved - commanded),
+        exact=average(error <= 0),
+        within_1=average(error <= 1),
+        within_2=average(error <= 2),
+        within_10pct=average(10 * error <= commanded),  # in integers, so that 2 of 20 words is within
+    )
 
 
-def reward_table(rows: Columns, *, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """Reward bin commanded against what was achieved for one task's rows of the probe ``reward``.
-
-    Returns:
-        ``levels`` (one dict a bin: bin, n, rejected, relevance, reward and ``judges`` with intervals), ``spearman`` of bin
-        and relevance, ``difference`` (top bin's mean relevance minus bottom's, paired by intent), ``rises`` (top above
-        bottom, among accepted prompts and with rejected ones as 0), ``monotone`` (every step up), and under ``judges`` the
-        spearman, difference and monotone of each judge: it did not make the reward.
-    """
-    rows = {name: column[rows["command_reward"] >= 0] for name, column in rows.items()}
+def reward_control(rows: Columns, bootstrap: Bootstrap) -> RewardControl:
+    """Compare commanded bins with relevance, reward and judges; ``rows`` are one task's of the probe ``reward``."""
+    rows = select(rows, rows["command_reward"] >= 0)
     bins, intents, accepted = rows["command_reward"], rows["intent_id"], ~rows["rejected"]
-    options: dict[str, Any] = {"resamples": resamples, "seed": seed}
     judges = {name.removeprefix(JUDGE): name for name in rows if name.startswith(JUDGE)}
-    kept = {name: np.where(accepted, rows[name], np.nan) for name in ("relevance", "reward", *judges.values())}
-    levels: list[dict[str, Any]] = []
+    scores = {name: np.where(accepted, rows[name], np.nan) for name in ("relevance", "reward", *judges.values())}
+    levels = []
     for level in np.unique(bins):
         here = bins == level
-        means = {name: intervals.mean(kept[name][here], intents[here], **options).plain() for name in kept}
+        means = {name: bootstrap.mean(Sample(values[here], intents[here])) for name, values in scores.items()}
         levels.append(
-            {
-                "bin": int(level),
-                "n": int(here.sum()),
-                "rejected": average(~accepted[here]),
-                "relevance": means["relevance"],
-                "reward": means["reward"],
-                "judges": {judge: means[name] for judge, name in judges.items()},
-            }
+            RewardLevel(
+                bin=int(level),
+                n=int(here.sum()),
+                rejected=average(~accepted[here]),
+                relevance=means["relevance"],
+                reward=means["reward"],
+                judges={judge: means[name] for judge, name in judges.items()},
+            )
         )
-    top, bottom = (bins == bins.max(), bins == bins.min()) if len(bins) else (bins > 0, bins > 0)
+    top, bottom = (bins == levels[-1].bin, bins == levels[0].bin) if levels else (bins > 0, bins > 0)
 
-    def seen_by(name: str, means: list[float]) -> dict[str, Any]:
-        values = kept[name]
+    def curve(values: np.ndarray, means: Sequence[Interval]) -> RewardCurve:
         known = ~np.isnan(values)
-        gain = intervals.difference(values[top], intents[top], values[bottom], intents[bottom], **options)
-        return {
-            "spearman": spearman(bins[known], values[known]),
-            "difference": (intervals.UNKNOWN if len(levels) < 2 else gain).plain(),
-            "monotone": steadily(means),
-        }
+        gain = bootstrap.difference(Sample(values[top], intents[top]), Sample(values[bottom], intents[bottom]))
+        return RewardCurve(
+            spearman=spearman(bins[known], values[known]),
+            difference=gain if len(levels) > 1 else UNKNOWN,
+            monotone=rises_steadily([mean.value for mean in means]),
+        )
 
-    found = seen_by("relevance", [level["relevance"]["value"] for level in levels])
-    gain, gain_of_all = found["difference"]["value"], average(rows["relevance"][top]) - average(rows["relevance"][bottom])
-    return {
-        "n": len(bins),
-        **found,
-        "rises": None if np.isnan(gain) else bool(gain > 0 and gain_of_all > 0),
-        "levels": levels,
-        "judges": {
-            judge: seen_by(name, [level["judges"][judge]["value"] for level in levels]) for judge, name in judges.items()
-        },
-    }
+    relevance = curve(scores["relevance"], [level.relevance for level in levels])
+    gain = relevance.difference.value
+    gain_with_rejected = average(rows["relevance"][top]) - average(rows["relevance"][bottom])
+    return RewardControl(
+        **dict(relevance),
+        rises=None if gain is None else bool(gain > 0 and gain_with_rejected > 0),
+        levels=levels,
+        judges={judge: curve(scores[name], [level.judges[judge] for level in levels]) for judge, name in judges.items()},
+    )
 
 
 def spearman(commanded: np.ndarray, achieved: np.ndarray) -> float:
-    """Rank correlation over rows; NaN where either side does not vary."""
+    """Return the rank correlation over rows, NaN if either side is constant."""
     if len(commanded) < 2 or np.ptp(commanded) == 0 or np.ptp(achieved) == 0:
         return float("nan")
     return float(stats.spearmanr(commanded, achieved).statistic)
 
 
-def steadily(means: list[float]) -> bool | None:
-    """Does every step go up? None with fewer than two known levels."""
-    known = [m for m in means if not np.isnan(m)]
+def rises_steadily(means: Iterable[Number]) -> bool | None:
+    """Whether every step goes up; None with fewer than two known means."""
+    known = [mean for mean in means if mean is not None]
     return None if len(known) < 2 else bool(np.all(np.diff(known) > 0))
 
 
-def every(met: Iterable[bool | None]) -> bool | None:
-    """False if one is, else None if one is not known or there is none, else True."""
-    known = list(met)
-    return False if False in known else None if None in known or not known else True
+def all_met(verdicts: Iterable[bool | None]) -> bool | None:
+    """Return False if one is, else None if one is unknown or there is none, else True."""
+    verdicts = list(verdicts)
+    if False in verdicts:
+        return False
+    return None if None in verdicts or not verdicts else True
 
 
 def average(values: np.ndarray) -> float:
-    """Mean, NaN of nothing."""
+    """Return the mean, NaN of an empty array."""
     return float(np.mean(values)) if len(values) else float("nan")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from udrl.evaluate.metrics.claim import SCORER, VARIED
+from udrl.evaluate.metrics.claim import DIVERSITY_LABELS, SCORER
 from udrl.evaluate.metrics.intervals import GROUPS
 from udrl.evaluate.outputs import STUDENT, TEACHER
 from udrl.evaluate.report import examples, plots
@@ -61,7 +61,7 @@ def _claim(document: dict[str, Any]) -> list[Block]:
     met, bound = claim.get("met"), claim.get("bound")
     word = {True: Span("Yes.", "good"), False: Span("No.", "bad"), None: Span("Open.", "open")}[met]
     lines = [
-        [part["what"], VERDICTS[part.get("met")], span(part.get("interval"), _tenths)] for part in claim.get("parts") or ()
+        [part["name"], VERDICTS[part.get("met")], span(part.get("interval"), _tenths)] for part in claim.get("parts") or ()
     ]
     found: list[Block] = [
         Heading(2, "Is the claim met?"),
@@ -84,9 +84,9 @@ def _headline(document: dict[str, Any]) -> list[Block]:
     heads += ["within 2 words", "length, reward rise", "rejected", "distinct-2, Vendi ratio"]
     lines: list[Sequence[Text]] = []
     for task, scope in scopes(document):
-        policies, against = at(scope, "policies") or {}, at(scope, "against", name) or {}
+        policies, against = at(scope, "policies") or {}, at(scope, "comparisons", name) or {}
         student, peer = policies.get(STUDENT) or {}, policies.get(name) or {}
-        ratios = [percent(at(scope, "diversity", "ratios", name, f, "value")) for f in VARIED]
+        ratios = [percent(at(scope, "diversity", "ratios", name, f, "value")) for f in DIVERSITY_LABELS]
         lines.append(
             [
                 task,
@@ -107,7 +107,7 @@ def _headline(document: dict[str, Any]) -> list[Block]:
 
 def _policies(document: dict[str, Any]) -> list[Block]:
     facts, overall = at(document, "policies") or {}, at(document, "overall") or {}
-    measured, against = at(overall, "policies") or {}, at(overall, "against") or {}
+    measured, against = at(overall, "policies") or {}, at(overall, "comparisons") or {}
     names = in_order(set(measured) | set(facts), facts)
     asked = {j: told for j, told in (at(document, "judges") or {}).items() if j in pointwise(document)}
     paired = [j for j, told in (at(document, "judges") or {}).items() if told.get("kind") == "pairwise"]
@@ -118,7 +118,9 @@ def _policies(document: dict[str, Any]) -> list[Block]:
     for name in names:
         told, found = facts.get(name) or {}, measured.get(name) or {}
         kind = told.get("kind") or (name if name in (STUDENT, TEACHER) else "-")
-        shown: Text = Span(f"{name} *", "soft") if kind == "yardstick" else Span(name, "strong") if name == STUDENT else name
+        shown: Text = (
+            Span(f"{name} *", "soft") if kind == "trivial baseline" else Span(name, "strong") if name == STUDENT else name
+        )
         judged = [span(at(found, "judges", judge)) for judge in asked]
         preferred = [span(at(against, name, "pairwise", judge, "preferred"), percent) for judge in paired]
         row = [span(found.get("relevance")), *judged, *preferred, number(found.get("words"), ".1f")]
@@ -193,7 +195,7 @@ def _beside(against: dict[str, Any], asked: Sequence[str], paired: Sequence[str]
 
 def _targets(document: dict[str, Any]) -> list[Block]:
     told = {**VERDICTS, None: Span("not measured", "open")}
-    lines = [[t["target"], told[t["met"]], t["measured"]] for t in at(document, "targets") or ()]
+    lines = [[t["name"], told[t["met"]], t["measured"]] for t in at(document, "targets") or ()]
     return [Heading(2, "Targets"), Table(["target", "verdict", "measured"], lines, left=3)]
 
 
@@ -211,7 +213,7 @@ def _writers(document: dict[str, Any]) -> list[str]:
     """The policies whose examples are shown: all but yardsticks."""
     facts = at(document, "policies") or {}
     names = in_order(set(facts) | set(at(document, "overall", "policies") or {}), facts)
-    return [name for name in names if at(facts, name, "kind") != "yardstick"]
+    return [name for name in names if at(facts, name, "kind") != "trivial baseline"]
 
 
 def _limits(document: dict[str, Any]) -> list[Text]:
@@ -233,15 +235,15 @@ def _limits(document: dict[str, Any]) -> list[Text]:
     if not found:
         lines.append("No independent judge was asked: nothing here is free of the training's own scorer.")
     for name, told in found.items():
-        if told.get("believable") is False:
+        if told.get("validated") is False:
             lines.append(["Judge ", Span(name, "code"), " did not prove itself on the controls: do not lean on it."])
-        if told.get("of_teacher"):
+        if told.get("is_teacher"):
             said = "'s model is the teacher's own: a leaning towards the teacher's wording is to be expected."
             lines.append(["Judge ", Span(name, "code"), said])
         if told.get("kind") in ("likelihood", "embedding"):
             lines.append(["Judge ", Span(name, "code"), " sees whether the subject is kept, not whether the prompt is good."])
     kinds = {told.get("kind") for told in (at(document, "policies") or {}).values()}
-    if "yardstick" in kinds:
+    if "trivial baseline" in kinds:
         lines.append(
             "Yardsticks show what a metric lets through: echo repeats the intent, shuffled answers another intent, best-of-N "
             "picks by the training reward and pays for N draws."

@@ -33,9 +33,9 @@ def judges(document: dict[str, Any]) -> list[Block]:
         believed = {True: Span("believed", "good"), False: Span("not believed", "bad"), None: Span("-", "open")}
         model = f"{told.get('model') or '-'}{' (the teacher)' if told.get('of_teacher') else ''}"
         aucs = [number(at(told, "auc", control)) for control in CONTROLS]
-        after = [number(told.get("pairs"), ",.0f"), number(told.get("unrelated"))]
+        after = [number(told.get("pairs"), ",.0f"), number(told.get("unrelated_score"))]
         after += [percent(told.get("parse_failures")), signed(told.get("position_bias"))]
-        lines.append([name, told.get("kind") or "-", model, believed[told.get("believable")], *aucs, *after])
+        lines.append([name, told.get("kind") or "-", model, believed[told.get("validated")], *aucs, *after])
     heads = ["judge", "kind", "model", "verdict", *CONTROLS, "pairs", "score of shuffled", "unread answers", "position bias"]
     caption = (
         "Under each control the AUC: how often a true pair of intent and prompt scores above one of that control, or a "

@@ -239,8 +239,11 @@ def _looks(policy: str, policies: Sequence[str], facts: dict[str, Any]) -> tuple
     if own == TEACHER:
         return "o", {"color": MIDDLE, "markersize": 7, "markerfacecolor": "white"}
     peers = [p for p in policies if kind(p, facts) == own]
-    markers = "x+12" if own == "yardstick" else "D^vPp*"
-    return markers[peers.index(policy) % len(markers)], {"color": "#555" if own == "yardstick" else "black", "markersize": 7}
+    markers = "x+12" if own == "trivial baseline" else "D^vPp*"
+    return markers[peers.index(policy) % len(markers)], {
+        "color": "#555" if own == "trivial baseline" else "black",
+        "markersize": 7,
+    }
 
 
 def _cost(document: dict[str, Any]) -> tuple[str, dict[str, float]] | None:

@@ -18,7 +18,7 @@ def at(found: Any, *path: str) -> Any:
 
 def in_order(names: set[str], facts: dict[str, Any]) -> list[str]:
     """The policies as the report lists them: student, teacher, baselines, yardsticks; by name within a kind."""
-    place = {kind: i for i, kind in enumerate((STUDENT, TEACHER, "baseline", "yardstick"))}
+    place = {kind: i for i, kind in enumerate((STUDENT, TEACHER, "baseline", "trivial baseline"))}
     return sorted(names, key=lambda name: (place.get(kind(name, facts), 2), name))
 
 
@@ -41,14 +41,14 @@ def pointwise(document: dict[str, Any]) -> list[str]:
 
     def worth(name: str) -> tuple[bool, bool, float]:
         told = judges[name]
-        return not told.get("believable"), bool(told.get("of_teacher")), -(at(told, "auc", "shuffled") or 0.0)
+        return not told.get("validated"), bool(told.get("is_teacher")), -(at(told, "auc", "shuffled") or 0.0)
 
     return sorted(judges, key=worth)
 
 
 def best_judge(document: dict[str, Any]) -> str | None:
     """The pointwise judge to read beside relevance; None where none proved itself."""
-    return next((name for name in pointwise(document) if at(document, "judges", name, "believable")), None)
+    return next((name for name in pointwise(document) if at(document, "judges", name, "validated")), None)
 
 
 def seconds(value: float | None) -> str:

@@ -1,13 +1,12 @@
 """The report of an evaluation in one folder: ``report.html`` and ``report.md``, which say the same, and what they rest on."""
 
-import math
 import textwrap
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from udrl import storage
+from udrl.evaluate.document import EvaluationDocument
 from udrl.evaluate.outputs import STUDENT, TEACHER
 from udrl.evaluate.report import content, html, markdown, plots
 from udrl.evaluate.report.markdown import count, number, percent, span, yes
@@ -17,17 +16,16 @@ WIDTH = 110  # of the short table, in columns
 MARKS = {True: "met", False: "MISSED", None: "-"}
 
 
-def write(folder_uri: str, outputs: pa.Table, document: dict[str, Any], pairwise: pa.Table | None = None) -> dict[str, Any]:
-    """Write all files of the report under ``folder_uri``; ``report.md`` comes last, so where it is, all is.
+def write(
+    folder_uri: str, outputs: pa.Table, evaluation: EvaluationDocument, pairwise: pa.Table | None = None
+) -> dict[str, str]:
+    """Write all files of the report under ``folder_uri``, and return their URIs by name.
 
-    ``outputs`` is a table of :data:`udrl.evaluate.outputs.OUTPUTS` with the judges' columns, ``pairwise`` one of
-    ``PAIRWISE``. Any part of ``document`` may be missing or NaN.
-
-    Returns:
-        The document as ``metrics.json`` holds it (NaN as None), and ``files`` (name -> URI).
+    ``report.md`` is written last: if it is there, the report is complete. ``outputs`` is a table of
+    :data:`udrl.evaluate.outputs.OUTPUTS` with the judges' columns, ``pairwise`` one of ``PAIRWISE``.
     """
-    document = _plain(document)
-    drawn = plots.draw(document, [j for j in pointwise(document) if at(document, "judges", j, "believable")])
+    document = evaluation.model_dump(mode="json")
+    drawn = plots.draw(document, [j for j in pointwise(document) if at(document, "judges", j, "validated")])
     blocks = content.blocks(document, outputs, list(drawn))
     tables = {"outputs.parquet": outputs} | ({"pairwise.parquet": pairwise} if pairwise and pairwise.num_rows else {})
     for name, table in tables.items():
@@ -42,19 +40,20 @@ def write(folder_uri: str, outputs: pa.Table, document: dict[str, Any], pairwise
     for name in ("pairwise.parquet", *(f"{plot}.png" for plot in plots.CAPTIONS)):
         if name not in names:  # an earlier report's
             storage.remove(storage.join(folder_uri, name))
-    return {**document, "files": {name: storage.join(folder_uri, name) for name in names}}
+    return {name: storage.join(folder_uri, name) for name in names}
 
 
-def short_table(document: dict[str, Any]) -> str:
+def short_table(evaluation: EvaluationDocument) -> str:
     """The evaluation in plain text of at most :data:`WIDTH` columns: the claim, then a line a task, policy, judge, target."""
+    document = evaluation.model_dump(mode="json")
     claim = at(document, "claim") or {}
     word = {True: "met", False: "MISSED", None: "open"}[claim.get("met")]
     lines = [f"claim: {word}. {claim.get('text') or ''}", *_tasks(document), *_policies(document)]
     for name, told in (at(document, "judges") or {}).items():
-        belief = {True: "believed", False: "NOT BELIEVED", None: "-"}[told.get("believable")]
+        belief = {True: "believed", False: "NOT BELIEVED", None: "-"}[told.get("validated")]
         aucs = ", ".join(f"{against} {number(auc)}" for against, auc in (told.get("auc") or {}).items())
         lines.append(f"judge {name}: {belief}; AUC {aucs or '-'}")
-    lines += [f"{MARKS[t['met']]:<10} {t['target']}: {t['measured']}" for t in at(document, "targets") or ()]
+    lines += [f"{MARKS[t['met']]:<10} {t['name']}: {t['measured']}" for t in at(document, "targets") or ()]
     return "\n".join(piece for line in lines for piece in _wrapped(line))
 
 
@@ -64,7 +63,7 @@ def _tasks(document: dict[str, Any]) -> list[str]:
     heads = ["task", _cut(other, 7), "student (95%)", "ratio", "within2", "len up", "rew up", "rejected", "judge"]
     rows = [heads]
     for name, scope in scopes(document):
-        against = at(scope, "against", other) or {}
+        against = at(scope, "comparisons", other) or {}
         rows.append(
             [
                 _cut(name.text, 16),
@@ -92,7 +91,7 @@ def _policies(document: dict[str, Any]) -> list[str]:
         f"{number(told.get('tokens_per_second'), ',.0f')} tokens/s, "
         f"latency p50 {seconds(told.get('latency_p50'))}, {told.get('model', '-')}"
         for name, told in ((name, facts[name]) for name in in_order(set(facts), facts))
-        if kind(name, facts) != "yardstick"
+        if kind(name, facts) != "trivial baseline"
     ]
 
 
@@ -103,14 +102,3 @@ def _wrapped(line: str) -> list[str]:
 
 def _cut(name: str, most: int) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}~"
-
-
-def _plain(value: Any) -> Any:
-    """For strict JSON: NaN becomes None, numpy numbers become Python's."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
