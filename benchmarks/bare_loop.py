@@ -34,16 +34,18 @@ def train(recipe: Recipe, data: str, precision: str) -> dict[str, Any]:
     import torch
 
     from udrl import tokenizer
-    from udrl.train import dataset
+    from udrl.run import PackedDataPaths, PackedDataSummary
     from udrl.train import gpt2 as model
+    from udrl.train.packed_data import load_packed_rows
     from udrl.train.schedule import Plan, batch_rows
     from udrl.train.worker import TOLD_EVERY  # as seldom as the stage, since reading a loss waits for the device
 
     device = "cuda" if recipe.train.gpus_per_worker else "cpu"
     if device == "cpu" and recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
-    rows = dataset.load_rows(data, "train")
-    plan = Plan.of(recipe.student, recipe.train, len(rows), dataset.facts(data)["budget_rows"], 1)
+    paths = PackedDataPaths(data)
+    rows, summary = load_packed_rows(paths, "train"), PackedDataSummary.load(paths.summary)
+    plan = Plan.of(recipe.student, recipe.train, len(rows), summary.budget_rows, 1)
     network = model.build(recipe.student, recipe.train, tokenizer.load(f"{data}/tokenizer"), recipe.seed).to(device)
     if precision == "master":
         network.to(torch.bfloat16)

@@ -37,8 +37,9 @@ def train(recipe: Recipe, data: str, grouped: bool) -> dict[str, Any]:
     from transformers.utils import logging
 
     from udrl import tokenizer
-    from udrl.train import dataset
+    from udrl.run import PackedDataPaths, PackedDataSummary
     from udrl.train import gpt2 as model
+    from udrl.train.packed_data import load_packed_rows
     from udrl.train.schedule import Plan
 
     logging.set_verbosity_error()
@@ -46,8 +47,9 @@ def train(recipe: Recipe, data: str, grouped: bool) -> dict[str, Any]:
     if on_cpu and recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     words = tokenizer.load(f"{data}/tokenizer")
-    rows = dataset.load_rows(data, "train")
-    plan = Plan.of(recipe.student, recipe.train, len(rows), dataset.facts(data)["budget_rows"], 1)
+    paths = PackedDataPaths(data)
+    rows, summary = load_packed_rows(paths, "train"), PackedDataSummary.load(paths.summary)
+    plan = Plan.of(recipe.student, recipe.train, len(rows), summary.budget_rows, 1)
     examples = unpack(rows, words.pad_token_id)
     size = max(1, round(plan.rows * len(examples) / len(rows)))  # as many examples as a step's rows hold
     pad = DataCollatorForSeq2Seq(words, label_pad_token_id=IGNORED)

@@ -70,11 +70,13 @@ def made_student(folder: str, depth: int, width: int, pieces: int) -> str:
     from benchmarks.made_up import SYLLABLES
     from udrl import commands
     from udrl import tokenizer as tokenizers
+    from udrl.train.hindsight import count_episodes, fit_vocabulary
 
     rng = np.random.default_rng(0)
     columns = {"task": np.repeat(TASKS, 40), "intent_id": np.arange(80) // 4, "n_words": rng.integers(3, 40, 80)}
     columns |= {"reward": rng.random(80), "relevance": rng.random(80)}
-    vocabulary, _ = commands.learn(TASKS, columns, max_words=40, reward_bins=5, rank_within="task")
+    counts = count_episodes(columns, "task")
+    vocabulary = fit_vocabulary(counts, TASKS, max_words=40, reward_bins=5, rank_within="task")
     pool = ["".join(rng.choice(SYLLABLES, rng.integers(2, 5))) for _ in range(2 * pieces)]
     texts = (" " + " ".join(rng.choice(pool, 12)) for _ in range(pieces))
     tokenizer = tokenizers.train(texts, vocabulary, vocab_size=pieces)

@@ -50,11 +50,13 @@ def main() -> None:
 def describe(run: str) -> dict[str, Any]:
     """Where the newest packed rows of a local run lie, how many, their real tokens, and how many of them carry loss."""
     from udrl import tokenizer
-    from udrl.train import dataset
+    from udrl.run import PackedDataPaths, PackedDataSummary
+    from udrl.train.packed_data import load_packed_rows
 
     made = [os.path.dirname(path) for path in glob.glob(f"{run}/student_data/*/tokenizer")]
     data = max(made, key=os.path.getmtime)
-    rows = dataset.load_rows(data, "train")
+    paths = PackedDataPaths(data)
+    rows = load_packed_rows(paths, "train")
     pad = tokenizer.load(f"{data}/tokenizer").pad_token_id
     slots = tokens = targets = examples = squares = 0
     for first in range(0, len(rows), 1024):
@@ -69,7 +71,7 @@ def describe(run: str) -> dict[str, Any]:
     return {
         "data": data,
         "rows": len(rows),
-        "budget_rows": dataset.facts(data)["budget_rows"],
+        "budget_rows": PackedDataSummary.load(paths.summary).budget_rows,
         "examples": examples,
         "padding": 1 - tokens / slots,
         "mean_tokens": tokens / examples,

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from fakes.vocabularies import fit_to
 
 from udrl import commands, storage
 from udrl import tokenizer as student_tokenizer
@@ -38,7 +39,7 @@ def export_tiny_student(folder: Path, seed: int = 0) -> str:
         "reward": rng.random(80),
         "relevance": rng.random(80),
     }
-    vocabulary, _ = commands.learn(TASKS, columns, max_words=MAX_WORDS, reward_bins=5, rank_within="task")
+    vocabulary = fit_to(TASKS, columns, max_words=MAX_WORDS)
     words = ["watercolour", "dinosaur", "birthday", "card", "poster", "lighthouse", "soft", "morning", "light", "garden"]
     texts = [" " + " ".join(rng.choice(words, 6)) for _ in range(200)]
     tokenizer = student_tokenizer.train(texts, vocabulary, vocab_size=400)

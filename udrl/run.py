@@ -22,7 +22,7 @@ Layout under the storage URI::
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from udrl import storage
 from udrl.errors import UserError
@@ -393,6 +393,18 @@ class GenerationPlan(Document):
     dollars: Figure | None = None
 
 
+class EpisodeSource(Document):
+    """The episodes of one round in the replay buffer.
+
+    Reward bins are fitted to all of its episodes, and validation is on all of its validation intents, whatever ``keep`` is.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    folder: str
+    keep: float = Field(1.0, description="share that is trained on, selected by a hash of the episode ids")
+
+
 class PackedDataSummary(Document):
     """``done.json`` of packed data, written last."""
 
@@ -405,7 +417,26 @@ class PackedDataSummary(Document):
     episodes: int = Field(description="in the replay buffer")
     trained: int = Field(description="episodes that are trained on, without swapped copies")
     context: int = Field(description="tokens of a row")
-    sources: list[dict[str, JsonValue]] = Field(default_factory=list)
+    sources: list[EpisodeSource] = Field(default_factory=list, description="the replay buffer")
+
+
+class ValidationIntent(Document):
+    """A validation intent to write prompts for during training."""
+
+    task: str
+    intent: str
+
+
+class ValidationIntents(Document):
+    """``held.json`` of packed data: a few validation intents of each task."""
+
+    intents: list[ValidationIntent]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_list(cls, value: Any) -> Any:
+        """Runs made before 2026-11-25 have the bare list."""
+        return {"intents": value} if isinstance(value, list) else value
 
 
 class WorkerMemory(Document):

@@ -1,8 +1,7 @@
-"""The student's BPE tokenizer: trained on the episodes, with the control tokens first, or a pretrained GPT-2's own, with the
-control tokens last.
+"""The student's BPE tokenizer: one trained on the episodes, or that of a pretrained GPT-2 with control tokens added.
 
-User text is always encoded so that it can never produce a control token: ``<|reward:4|>`` typed by a user becomes
-ordinary byte-level pieces.
+User text is always encoded so that it can never produce a control token: ``<|reward:4|>`` typed by a user becomes ordinary
+byte-level pieces.
 """
 
 from collections.abc import Iterable
@@ -16,16 +15,15 @@ from udrl.errors import UserError
 def train(texts: Iterable[str], vocabulary: CommandVocabulary, vocab_size: int) -> Any:
     """Train a byte-level BPE tokenizer and return it as a ``PreTrainedTokenizerFast``.
 
-    Control tokens take the first ids, in the vocabulary's order. ``vocab_size`` counts them; it is an upper bound, since
-    little text has few merges.
+    Control tokens take the first ids, in the vocabulary's order. ``vocab_size`` includes them; it is an upper bound, because
+    a small corpus yields few merges.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     control = vocabulary.control_tokens()
     bpe = Tokenizer(models.BPE())
-    steps = [normalizers.NFC(), *([normalizers.Lowercase()] if vocabulary.lowercase else [])]
-    bpe.normalizer = normalizers.Sequence(steps)
+    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), *([normalizers.Lowercase()] if vocabulary.lowercase else [])])
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -46,13 +44,13 @@ def train(texts: Iterable[str], vocabulary: CommandVocabulary, vocab_size: int) 
 
 
 def extend(folder: str, vocabulary: CommandVocabulary) -> Any:
-    """The tokenizer of a pretrained GPT-2 with the control tokens added behind its own; ``folder`` may be a Hugging Face id.
+    """Load a pretrained GPT-2's tokenizer and add the control tokens after its own; ``folder`` may be a Hugging Face id.
 
-    Its pieces and their ids stay as they are, letter case with them. ``<|end|>`` and ``<|pad|>`` take the place of the
-    special tokens that it had for these.
+    Its pieces, their ids and their letter case do not change. ``<|end|>`` and ``<|pad|>`` become its end-of-text and padding
+    tokens.
 
     Raises:
-        UserError: there is no tokenizer, or it is no byte-level BPE.
+        UserError: the folder has no tokenizer, or one that is not a byte-level BPE.
     """
     from tokenizers import models
     from transformers import AutoTokenizer
@@ -62,15 +60,17 @@ def extend(folder: str, vocabulary: CommandVocabulary) -> Any:
     except (OSError, ValueError) as error:
         raise UserError(f"student.init: no tokenizer in {folder} ({' '.join(str(error).split())[:200]})") from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    # transformers makes an empty tokenizer where a GPT-2's folder has none; a byte-level one has a piece for each byte.
+    # transformers returns an empty tokenizer if a GPT-2's folder has none; a byte-level one has a piece for each byte.
     if backend is None or not isinstance(backend.model, models.BPE) or len(tokenizer) < 256:
-        raise UserError(f"student.init: the tokenizer of {folder} is no byte-level BPE; give a GPT-2 with its own tokenizer")
+        raise UserError(
+            f"student.init: the tokenizer is not a byte-level BPE ({folder}); give a GPT-2 folder that includes its tokenizer"
+        )
     control = vocabulary.control_tokens()
-    # The old ones stay special, so that text can't produce them and the student may not write them.
-    old = [t for t in tokenizer.all_special_tokens if t not in control]
-    others = [t for t in control if t not in (commands.END, commands.PAD)]
+    # The pretrained special tokens stay special: text can't produce them, and the student may not write them.
+    pretrained_special = [t for t in tokenizer.all_special_tokens if t not in control]
+    new_special = [t for t in control if t not in (commands.END, commands.PAD)]
     tokenizer.add_special_tokens({"eos_token": commands.END, "pad_token": commands.PAD})
-    tokenizer.add_special_tokens({"additional_special_tokens": [*others, *old]})
+    tokenizer.add_special_tokens({"additional_special_tokens": [*new_special, *pretrained_special]})
     tokenizer.split_special_tokens = True
     tokenizer.init_kwargs["split_special_tokens"] = True
     return tokenizer
@@ -84,19 +84,23 @@ def load(folder: str) -> Any:
 
 
 def encode_text(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Token ids of user or teacher text, never a control token's. Text before a prompt and prompts alike carry a leading
-    space, so that a word has one spelling wherever it stands."""
-    spaced = [" " + " ".join(text.split()) for text in texts]
-    return tokenizer(spaced, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    """Return the token ids of each text; they never include a control token."""
+    normalized = [normalize_spaces(text) for text in texts]
+    return tokenizer(normalized, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def normalize_spaces(text: str) -> str:
+    """Collapse white space and prepend a space, so that a word has the same tokens wherever it stands."""
+    return " " + " ".join(text.split())
 
 
 def control_ids(tokenizer: Any, tokens: list[str]) -> list[int]:
-    """Ids of control tokens."""
+    """Return the ids of control tokens."""
     return tokenizer.convert_tokens_to_ids(tokens)
 
 
 def encode_request(tokenizer: Any, vocabulary: CommandVocabulary, intent: str, command: Command) -> list[int]:
-    """What the student is given at inference: the intent, then the command. Shape (tokens,).
+    """Return the student's input at inference: the token ids of the intent, then of the command.
 
     Raises:
         ValueError: the command is not in the vocabulary.
@@ -105,6 +109,9 @@ def encode_request(tokenizer: Any, vocabulary: CommandVocabulary, intent: str, c
 
 
 def banned_ids(tokenizer: Any, vocabulary: CommandVocabulary) -> list[int]:
-    """Ids that a student may not write: every special token but ``<|end|>``, those of a pretrained tokenizer too."""
+    """Return the ids that a student may not write: every special token except ``<|end|>``, sorted.
+
+    Special tokens of a pretrained tokenizer are included.
+    """
     special = {*control_ids(tokenizer, vocabulary.control_tokens()), *tokenizer.all_special_ids}
     return sorted(special - set(control_ids(tokenizer, [commands.END])))

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from episodes_made_up import fill_with_episodes
+from fakes.episodes import fill_with_episodes
 
 
 @pytest.fixture(scope="module")

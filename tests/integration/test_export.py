@@ -8,10 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
+from fakes.vocabularies import fake_vocabulary
 
-from udrl import commands, recipe, tokenizer
+from udrl import recipe, tokenizer
 from udrl.commands import Command, CommandVocabulary
 from udrl.policies.engine_args import engine_kwargs, environment
 from udrl.policies.student import fit
@@ -39,15 +39,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny student with weights large enough that no two pieces are about as likely, and its export."""
     import torch
 
-    n = 40
-    columns = {
-        "task": np.array(TASKS * (n // 2)),
-        "intent_id": np.arange(n),
-        "n_words": np.arange(n) % 12 + 3,
-        "reward": np.linspace(0, 1, n),
-        "relevance": np.linspace(0, 1, n),
-    }
-    vocabulary, _ = commands.learn(TASKS, columns, max_words=16, reward_bins=5, rank_within="task")
+    vocabulary = fake_vocabulary(TASKS)
     words = tokenizer.train([" a red fox in deep snow", " poster of an owl"] * 9, vocabulary, 400)
     parts = str(tmp_path_factory.mktemp("tokenizer"))
     words.save_pretrained(parts)

@@ -10,10 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from fakes.vocabularies import fit_to
 from ray import cloudpickle
 
 from benchmarks.dummy_engine import DummyEngine
-from udrl import commands, storage, tokenizer
+from udrl import storage, tokenizer
 from udrl.commands import CommandVocabulary
 from udrl.episodes import iter_tables
 from udrl.errors import UserError
@@ -133,7 +134,7 @@ def pretend_a_student(settings: Recipe) -> str:
     first = train.first(settings, storage.join(settings.storage, "rounds", "0", "student"))
     table = pa.concat_tables(list(iter_tables(first.sources[0].folder)))
     columns = {name: table.column(name).to_numpy() for name in ("task", "intent_id", "n_words", "reward", "relevance")}
-    vocabulary, _ = commands.learn(settings.tasks, columns, max_words=40, reward_bins=5, rank_within="task")
+    vocabulary = fit_to(settings.tasks, columns, max_words=40)
     os.makedirs(first.target)
     tokenizer.train(table.column("prompt").to_pylist(), vocabulary, 500).save_pretrained(first.target)
     vocabulary.save(first.target)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from episodes_made_up import fill_with_episodes
+from fakes.episodes import fill_with_episodes
 
 from udrl import storage
 

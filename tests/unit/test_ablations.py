@@ -9,9 +9,10 @@ import evaluation_made_up as made_up
 import numpy as np
 import pyarrow as pa
 import pytest
+from fakes.vocabularies import fake_vocabulary
 
-from udrl import command_line, commands, storage
-from udrl.commands import ANY
+from udrl import command_line, storage
+from udrl.commands import ANY, CommandVocabulary
 from udrl.errors import UserError
 from udrl.evaluate import evaluated_policies as contenders
 from udrl.evaluate import stage as evaluate
@@ -30,16 +31,8 @@ def values(tmp_path: Path, **more: Any) -> Recipe:
     return Recipe.model_validate({**given, "evaluate": {"intents": 3, "samples": 2}, **more})
 
 
-def vocabulary(objective: str) -> commands.CommandVocabulary:
-    columns = {
-        "task": np.full(40, "image_search"),
-        "intent_id": np.arange(40),
-        "n_words": np.arange(40) % 9 + 3,
-        "reward": np.linspace(0, 1, 40),
-        "relevance": np.linspace(0, 1, 40),
-    }
-    settings: Any = {"max_words": 20, "reward_bins": 3, "rank_within": "task", "objective": objective}
-    return commands.learn(["image_search"], columns, **settings)[0]
+def vocabulary(objective: str) -> CommandVocabulary:
+    return fake_vocabulary(["image_search"], max_words=20, reward_bins=3, objective=objective)
 
 
 def test_heldout_intents_are_those_of_the_run_whose_episodes_are_used(tmp_path: Path) -> None:

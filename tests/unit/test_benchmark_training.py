@@ -5,9 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.hf_trainer import IGNORED, unpack
-from udrl.train import packed_rows as rows
-from udrl.train import packing
-from udrl.train.packing import Examples
+from udrl.train.packed_rows import PackedRows, write_rows
+from udrl.train.packing import Examples, pack
 
 PAD = 1
 
@@ -18,9 +17,9 @@ def test_unpacking_gives_every_example_back_with_its_targets_as_labels(tmp_path:
     starts = np.array([int(rng.integers(1, n)) for n in lengths])
     examples = Examples(rng.integers(2, 500, size=lengths.sum()).astype(np.int32), lengths, starts)
     path = str(tmp_path / "rows.arrow")
-    rows.write(path, packing.pack(examples, 32, PAD), 500)
+    write_rows(path, pack(examples, 32, PAD), 500)
 
-    found = unpack(rows.Rows([path], 32), PAD, chunk=16)
+    found = unpack(PackedRows([path], 32), PAD, chunk=16)
 
     ends = np.cumsum(lengths)
     wanted = []

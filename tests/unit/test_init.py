@@ -138,5 +138,5 @@ def test_what_cannot_be_started_from_is_a_user_s_error(pretrained: str, tmp_path
     GPT2Config(reorder_and_upcast_attn=True).save_pretrained(tmp_path / "upcast")
     with pytest.raises(UserError, match="reorder_and_upcast_attn"):
         model.Shape.of(student(str(tmp_path / "upcast")), Train())
-    with pytest.raises(UserError, match="is no byte-level BPE"):
+    with pytest.raises(UserError, match="is not a byte-level BPE"):
         tokenizer.extend(str(tmp_path / "upcast"), VOCABULARY)

@@ -6,28 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fakes.vocabularies import fake_vocabulary
 from transformers import GPT2Config
 
-from udrl import commands, tokenizer
-from udrl.commands import ANY, CommandVocabulary
+from udrl import tokenizer
+from udrl.commands import ANY
 from udrl.recipe import Student, Train
 from udrl.train import flops, monitor
 from udrl.train import gpt2 as model
 
 TEXTS = ["a red fox in deep snow, soft light", "poster of an owl", "jazz night flyer, bold type"]
 HELD = [{"task": task, "intent": intent} for task in ("paint", "find") for intent in ("an owl", "jazz night in deep snow")]
-
-
-def vocabulary() -> CommandVocabulary:
-    n = 40
-    columns = {
-        "task": np.array(["paint", "find"] * (n // 2)),
-        "intent_id": np.arange(n),
-        "n_words": np.arange(n) % 12 + 3,
-        "reward": np.linspace(0, 1, n),
-        "relevance": np.linspace(0, 1, n),
-    }
-    return commands.learn(["paint", "find"], columns, max_words=16, reward_bins=5, rank_within="task")[0]
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +28,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-VOCABULARY = vocabulary()
+VOCABULARY = fake_vocabulary()
 WORDS = tokenizer.train([" " + t for t in TEXTS * 3], VOCABULARY, 400)
 
 

@@ -8,11 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fakes.vocabularies import fit_to
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from udrl import commands, storage
-from udrl.commands import ANY
+from udrl import storage
+from udrl.commands import ANY, CommandVocabulary
 from udrl.episodes import EPISODES
 from udrl.errors import UserError
 from udrl.hashing import stable_id
@@ -26,6 +27,7 @@ from udrl.train import round_record as record
 from udrl.train import stage as run
 from udrl.train.explore import Draw, drawn_places, draws, requests
 from udrl.train.export import TRAINING
+from udrl.train.hindsight import count_episodes
 
 BLANK = {"string": "", "int64": 0, "int32": 0, "float": 0.5}
 
@@ -39,7 +41,7 @@ def write_episodes(folder: str, rows: list[dict[str, Any]], files: int = 1) -> s
     return folder
 
 
-def learnt(rewards: np.ndarray, words: np.ndarray, **more: Any) -> tuple[pa.Table, commands.CommandVocabulary]:
+def learnt(rewards: np.ndarray, words: np.ndarray, **more: Any) -> tuple[pa.Table, CommandVocabulary]:
     columns = {
         "task": np.full(len(rewards), "paint"),
         "intent_id": np.arange(len(rewards)) // 4,
@@ -47,8 +49,7 @@ def learnt(rewards: np.ndarray, words: np.ndarray, **more: Any) -> tuple[pa.Tabl
         "reward": rewards,
         "relevance": rewards,
     }
-    options: dict[str, Any] = {"max_words": 20, "reward_bins": 5, "rank_within": "task", **more}
-    return commands.tally(columns, "task"), commands.learn(["paint"], columns, **options)[0]
+    return count_episodes(columns, "task"), fit_to(["paint"], columns, **{"max_words": 20, **more})
 
 
 # --- what is commanded ---

@@ -1,4 +1,4 @@
-"""What episodes achieved, from counts by reward and length (``commands.tally``): nothing is kept of an episode."""
+"""What episodes achieved, from counts by reward and length (``hindsight.count_episodes``): nothing is kept of an episode."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -8,8 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from udrl import commands, storage
+from udrl import storage
 from udrl.episodes import EPISODES
+from udrl.train import hindsight
 
 COLUMNS = ["task", "intent_id", "n_words", "reward", "relevance"]
 THREADS = 16  # what they wait for is storage
@@ -30,17 +31,17 @@ def counted(folders: Sequence[str]) -> pa.Table:
     def some(mine: Sequence[str]) -> pa.Table:
         total = _tally(EPISODES.empty_table())
         for uri in mine:
-            total = commands.merge([total, _tally(storage.read_table(uri, COLUMNS))])
+            total = hindsight.merge_counts([total, _tally(storage.read_table(uri, COLUMNS))])
         return total
 
     # A total a thread, not a tally a file: those of thousands of files would fill the driver's memory.
     with ThreadPoolExecutor(THREADS) as pool:
-        return commands.merge(list(pool.map(some, [files[i::THREADS] for i in range(THREADS)])))
+        return hindsight.merge_counts(list(pool.map(some, [files[i::THREADS] for i in range(THREADS)])))
 
 
 def _tally(episodes: pa.Table) -> pa.Table:
     columns = {name: episodes.column(name).to_numpy() for name in COLUMNS}
-    return commands.tally(columns, rank_within="task")
+    return hindsight.count_episodes(columns, rank_within="task")
 
 
 def best(counts: pa.Table, task: str, share: float) -> Best:

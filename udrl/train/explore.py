@@ -15,7 +15,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
 from udrl import cluster, storage
-from udrl.commands import ANY, Command, CommandVocabulary, to_bin
+from udrl.commands import ANY, Command, CommandVocabulary
 from udrl.context import StageContext
 from udrl.errors import UserError
 from udrl.generate.expand import TRAIN
@@ -31,6 +31,7 @@ from udrl.policies.teacher import count_intents, key_columns, read_intents
 from udrl.recipe import Recipe
 from udrl.tasks import Task
 from udrl.train.achieved import best, counted
+from udrl.train.hindsight import find_bins
 
 DRAWS = "commands.json"
 
@@ -49,7 +50,7 @@ class Draw(BaseModel):
         """The command of the request that ``key`` names."""
         rng = np.random.default_rng(stable_id("command", task, *key))
         wanted, place = rng.uniform(self.mean, self.mean + self.sd), rng.random()
-        reward = int(to_bin(np.array([wanted]), self.edges)[0]) if self.edges else self.bins - 1
+        reward = int(find_bins(np.array([wanted]), self.edges)[0]) if self.edges else self.bins - 1
         up_to = np.cumsum(self.lengths)
         # A task whose best prompts are all over the longest command leaves the length open.
         words = 1 + int(np.searchsorted(up_to, place * up_to[-1], side="right")) if sum(self.lengths) else ANY

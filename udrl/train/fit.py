@@ -14,12 +14,12 @@ from udrl import cluster, models, storage, watchdog
 from udrl.errors import STALLED_EXIT_CODE, UserError
 from udrl.progress import Progress, duration
 from udrl.recipe import Recipe, dump
+from udrl.run import EpisodeSource, PackedDataPaths, PackedDataSummary, Run
 from udrl.tasks import load_tasks
-from udrl.train import checkpoint, dataset, tracking
+from udrl.train import checkpoint, packed_data, tracking
 from udrl.train import worker as loop
 from udrl.train.export import TRAINING
 from udrl.train.gpt2 import Shape
-from udrl.train.replay_buffer import Source
 from udrl.train.schedule import Plan, deepspeed_config, read_deepspeed
 
 # Settings of train that say where and how safely, not what: changing them neither retrains nor loses a checkpoint.
@@ -44,7 +44,7 @@ class Training:
     """One training of a student. ``origin`` is what its episodes depend on, as plain data; ``start`` is the folder of an
     exported student to go on from."""
 
-    sources: tuple[Source, ...]
+    sources: tuple[EpisodeSource, ...]
     target: str
     origin: list[Any]
     round: int = 0
@@ -67,7 +67,7 @@ def first(recipe: Recipe, target: str) -> Training:
         raise UserError(f"{run}: no finished generate stage; run jobs.generate with this recipe first")
     made = storage.read_json(storage.join(run, "generate.json"))
     origin = [made["ledger"], made["scoring"], made["accepted"]]
-    return Training((Source(storage.join(run, "episodes")),), target, origin)
+    return Training((EpisodeSource(folder=Run(run).scoring.episodes),), target, origin)
 
 
 def fit(recipe: Recipe, training: Training) -> dict[str, Any]:
@@ -94,11 +94,11 @@ def fit(recipe: Recipe, training: Training) -> dict[str, Any]:
     tracking.check(recipe.train.trackers)
     storage.write_bytes(storage.join(recipe.storage, "recipe.yaml"), dump(recipe).encode())
     cluster.connect()
-    data = storage.join(recipe.storage, "student_data", mark)
+    data = Run(recipe.storage).packed_data(mark)
     if recipe.resume == "never":
-        storage.remove(data)
-    if not storage.exists(storage.join(data, "done.json")):
-        dataset.prepare(recipe, training.sources, data, tasks, start=training.start)
+        storage.remove(data.folder)
+    if not storage.exists(data.summary):
+        packed_data.prepare_packed_data(recipe, training.sources, data, tasks, start=training.start)
     _fit(recipe, training, data, mark)
     return storage.read_json(finished)
 
@@ -117,7 +117,7 @@ def fingerprint(recipe: Recipe, training: Training) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _fit(recipe: Recipe, training: Training, data: str, mark: str) -> None:
+def _fit(recipe: Recipe, training: Training, data: PackedDataPaths, mark: str) -> None:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -143,7 +143,7 @@ def _fit(recipe: Recipe, training: Training, data: str, mark: str) -> None:
         sent["student"]["init"] = os.path.abspath(recipe.student.init)
     job = loop.Job(
         recipe=sent,
-        data=data,
+        data=data.folder,
         runs=runs,
         export=training.target,
         fingerprint=mark,
@@ -191,15 +191,15 @@ def _fit(recipe: Recipe, training: Training, data: str, mark: str) -> None:
         raise RuntimeError(f"training ended without an export in {training.target}")
 
 
-def _show(recipe: Recipe, data: str, runs: str) -> None:
+def _show(recipe: Recipe, data: PackedDataPaths, runs: str) -> None:
     """Say what is about to happen, and write DeepSpeed's settings beside the checkpoints."""
-    facts, train, world = dataset.facts(data), recipe.train, recipe.train.workers
-    plan = Plan.of(recipe.student, train, facts["rows"], facts["budget_rows"], world)
+    summary, train, world = PackedDataSummary.load(data.summary), recipe.train, recipe.train.workers
+    plan = Plan.of(recipe.student, train, summary.rows, summary.budget_rows, world)
     where = storage.join(runs, "deepspeed.json")
     storage.write_json(where, deepspeed_config(train, plan, world))
     print(
-        f"train: {facts['episodes']:,} episodes in {facts['rows']:,} rows of {recipe.student.context} tokens"
-        f" ({100 * facts['padding']:.1f}% padding); {plan.steps:,} steps of {plan.rows:,} rows; DeepSpeed: {where}",
+        f"train: {summary.episodes:,} episodes in {summary.rows:,} rows of {recipe.student.context} tokens"
+        f" ({100 * summary.padding:.1f}% padding); {plan.steps:,} steps of {plan.rows:,} rows; DeepSpeed: {where}",
         file=sys.stderr,
     )
 

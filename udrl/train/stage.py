@@ -14,6 +14,7 @@ from udrl.context import StageContext
 from udrl.errors import UserError
 from udrl.hashing import fingerprint
 from udrl.recipe import Recipe, dump
+from udrl.run import EpisodeSource
 from udrl.scoring.score import score
 from udrl.tasks import Task, load_tasks
 from udrl.train import diversity_guard as guard
@@ -24,7 +25,6 @@ from udrl.train.explore import Plan, explore, plan
 from udrl.train.export import TRAINING
 from udrl.train.fit import Training
 from udrl.train.gpt2 import Shape
-from udrl.train.replay_buffer import Source
 
 SUMMARY = "rounds.json"
 ROUND = "round.json"
@@ -202,10 +202,10 @@ def _training(recipe: Recipe, begin: Training, rounds: Sequence[dict[str, Any]],
     new ones as many as replay allows. Bins are computed over all of them."""
     *earlier, new = rounds
     k = new["round"]
-    sources = [Source(_episodes(recipe, one["round"])) for one in earlier]
+    sources = [EpisodeSource(folder=_episodes(recipe, one["round"])) for one in earlier]
     origin = [begin.origin, *([one["origin"], one["accepted"]] for one in rounds[1:]), last["fingerprint"]]
     return Training(
-        sources=(*sources, Source(_episodes(recipe, k), new["keep"])),
+        sources=(*sources, EpisodeSource(folder=_episodes(recipe, k), keep=new["keep"])),
         target=_student(recipe, k),
         origin=origin,
         round=k,

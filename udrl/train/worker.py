@@ -19,10 +19,12 @@ from udrl import cluster, storage, tokenizer
 from udrl.commands import CommandVocabulary
 from udrl.policies.student import fetch
 from udrl.recipe import Recipe
-from udrl.train import checkpoint, dataset, export, flops, monitor
+from udrl.run import PackedDataPaths, PackedDataSummary, ValidationIntents
+from udrl.train import checkpoint, export, flops, monitor
 from udrl.train import deepspeed_engine as engines
 from udrl.train import gpt2 as model
-from udrl.train.packed_rows import Rows
+from udrl.train.packed_data import load_packed_rows
+from udrl.train.packed_rows import PackedRows
 from udrl.train.schedule import Plan, batch_rows, deepspeed_config
 from udrl.train.tracking import Trackers
 
@@ -64,12 +66,13 @@ class _Worker:
         if not self.recipe.train.gpus_per_worker:
             # Ray's workers share the machine's cores; its own OMP_NUM_THREADS would be the actor's CPU share.
             torch.set_num_threads(self.recipe.train.threads or max(1, cluster.cpu_count() // context.get_local_world_size()))
-        self.rows, self.validation = (dataset.load_rows(job.data, split) for split in ("train", "validation"))
-        self.facts = dataset.facts(job.data)
-        self.folder = tokenizer_folder(job.data)
+        data = PackedDataPaths(job.data)
+        self.rows, self.validation = load_packed_rows(data, "train"), load_packed_rows(data, "validation")
+        self.data_summary = PackedDataSummary.load(data.summary)
+        self.folder = tokenizer_folder(data)
         self.words, self.vocabulary = tokenizer.load(self.folder), CommandVocabulary.load(self.folder)
         train, student = self.recipe.train, self.recipe.student
-        self.plan = Plan.of(student, train, len(self.rows), self.facts["budget_rows"], self.world)
+        self.plan = Plan.of(student, train, len(self.rows), self.data_summary.budget_rows, self.world)
         self.network = model.build(student, train, self.words, self.recipe.seed, start=fetch(job.start) if job.start else None)
         self.history: list[tuple[int, float]] = []
         self.step = self.resumed_at = 0
@@ -151,7 +154,7 @@ class _Worker:
         dtype = next(self.engine.module.parameters()).dtype
         mine = torch.tensor(flops.ceiling(self.engine.device, dtype), device=self.engine.device)
         share = float(self.rows.target_counts.mean()) / self.rows.context
-        self.tokens_a_step = self.plan.rows * self.rows.context * (1 - self.facts["padding"])
+        self.tokens_a_step = self.plan.rows * self.rows.context * (1 - self.data_summary.padding)
         per_token = flops.train_flops_per_token(self.network.config, self.rows.context, share)
         return float(self._summed(mine)) / per_token
 
@@ -177,7 +180,7 @@ class _Worker:
         total = max(int(self.rows.target_counts[chosen].sum()), 1)
         return total, [self._tensors(self.rows, part) for part in self.plan.share_of(chosen, self.rank, self.world)]
 
-    def _tensors(self, rows: Rows, part: np.ndarray) -> tuple[Any, Any, Any]:
+    def _tensors(self, rows: PackedRows, part: np.ndarray) -> tuple[Any, Any, Any]:
         import torch
 
         batch = rows.take(part if len(part) else np.array([0]))
@@ -260,10 +263,10 @@ class _Worker:
     def _held(self) -> list[dict[str, Any]]:
         """The first intents of each task that are written out."""
         held, taken = [], dict.fromkeys(self.vocabulary.tasks, 0)
-        for row in storage.read_json(storage.join(self.job.data, "held.json")):
-            if taken[row["task"]] < self.recipe.train.sample_intents:
-                taken[row["task"]] += 1
-                held.append(row)
+        for row in ValidationIntents.load(PackedDataPaths(self.job.data).validation_intents).intents:
+            if taken[row.task] < self.recipe.train.sample_intents:
+                taken[row.task] += 1
+                held.append({"task": row.task, "intent": row.intent})
         return held
 
     def _validation_loss(self) -> float | None:
@@ -324,7 +327,7 @@ class _Worker:
             **self.seen,
             "fingerprint": self.job.fingerprint,
             "shape": model.Shape.of(self.recipe.student, self.recipe.train).describe(),
-            "data": self.facts,
+            "data": self.data_summary.model_dump(mode="json"),
             "deepspeed": self.settings,
         }
         weights = export.weights(self.engine, self.network, self.rank)
@@ -336,6 +339,6 @@ class _Worker:
         export.export(weights, self.network, self.folder, self.job.export, training, self.job.lineage)
 
 
-def tokenizer_folder(data: str) -> str:
+def tokenizer_folder(data: PackedDataPaths) -> str:
     """Local copy of the run's tokenizer folder."""
-    return storage.download_folder(storage.join(data, "tokenizer"), tempfile.mkdtemp(prefix="udrl-tokenizer-"))
+    return storage.download_folder(data.tokenizer, tempfile.mkdtemp(prefix="udrl-tokenizer-"))

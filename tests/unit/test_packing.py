@@ -1,36 +1,24 @@
-"""The sequence format, packing, and the promise that user text can't become a command."""
+"""Tokenizer, sequence format and packing; user text can never become a command."""
 
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+from fakes.vocabularies import fake_vocabulary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from udrl import commands, tokenizer
-from udrl.commands import ANY, Command, CommandVocabulary
+from udrl import tokenizer
+from udrl.commands import ANY, Command
 from udrl.recipe import Student, Train
 from udrl.train import gpt2 as model
-from udrl.train.packing import Batch, Examples, assign, encode_examples, hindsight, pack
+from udrl.train.packing import Batch, Examples, assign_to_rows, encode_examples, pack
 
 TEXTS = ["a red fox in deep snow, soft light", "poster of an owl", "jazz night flyer, bold type", "Ünïcode café ☕"]
 
 
-def vocabulary(lowercase: bool = False) -> CommandVocabulary:
-    n = 40
-    columns = {
-        "task": np.array(["paint", "find"] * (n // 2)),
-        "intent_id": np.arange(n),
-        "n_words": np.arange(n) % 12 + 3,
-        "reward": np.linspace(0, 1, n),
-        "relevance": np.linspace(0, 1, n),
-    }
-    made, _ = commands.learn(["paint", "find"], columns, max_words=16, reward_bins=5, rank_within="task", lowercase=lowercase)
-    return made
-
-
-VOCABULARY = vocabulary()
+VOCABULARY = fake_vocabulary()
 WORDS = tokenizer.train([" " + t for t in TEXTS * 3], VOCABULARY, 400)
 CONTROL = set(tokenizer.control_ids(WORDS, VOCABULARY.control_tokens()))
 
@@ -42,10 +30,10 @@ def encode(texts: list[tuple[str, str, Command]]) -> Examples:
 
 
 def examples_of(lists: list[tuple[list[int], int]]) -> Examples:
-    """Examples from each one's token ids and where its targets begin."""
-    ids = [i for ids, _ in lists for i in ids]
+    """Make examples from pairs of token ids and the index of the first target."""
+    tokens = [i for ids, _ in lists for i in ids]
     lengths, starts = [len(ids) for ids, _ in lists], [start for _, start in lists]
-    return Examples(np.array(ids, dtype=np.int32), np.array(lengths, dtype=np.int64), np.array(starts, dtype=np.int64))
+    return Examples(np.array(tokens, dtype=np.int32), np.array(lengths, dtype=np.int64), np.array(starts, dtype=np.int64))
 
 
 def test_control_tokens_have_the_first_ids() -> None:
@@ -61,7 +49,7 @@ def test_control_tokens_in_user_text_stay_text(pieces: list[str]) -> None:
 
 @settings(deadline=None)
 @given(st.text(max_size=60))
-def test_any_text_encodes_without_control_tokens_and_comes_back(text: str) -> None:
+def test_any_text_encodes_without_control_tokens_and_decodes_to_itself(text: str) -> None:
     ids = tokenizer.encode_text(WORDS, [text])[0]
     assert not CONTROL & set(ids)
     import unicodedata
@@ -86,7 +74,7 @@ def test_a_request_is_the_intent_and_then_the_command() -> None:
 def test_a_training_sequence_is_a_request_its_prompt_and_the_end() -> None:
     label = Command(task="paint", words=6, reward=2)
     examples = encode([("an owl", "owl at night", label)])
-    ids, start = examples.tokens.tolist(), examples.starts[0]
+    ids, start = examples.tokens.tolist(), examples.target_starts[0]
     assert ids[:start] == tokenizer.encode_request(WORDS, VOCABULARY, "an owl", label)
     assert ids[start:] == [*tokenizer.encode_text(WORDS, ["owl at night"])[0], WORDS.eos_token_id]
 
@@ -98,47 +86,25 @@ LABELS = st.builds(
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from([*TEXTS, "", "a"]), st.sampled_from(TEXTS), LABELS), min_size=1, max_size=12))
-def test_sequences_of_many_episodes_are_each_episode_s_own(texts: list[tuple[str, str, Command]]) -> None:
+def test_episodes_encoded_together_have_the_sequences_of_episodes_encoded_singly(texts: list[tuple[str, str, Command]]) -> None:
     together = encode(texts)
     ends = np.cumsum(together.lengths)
     for i, (intent, prompt, label) in enumerate(texts):
         ids = together.tokens[ends[i] - together.lengths[i] : ends[i]].tolist()
         request = tokenizer.encode_request(WORDS, VOCABULARY, intent, label)
         assert ids == [*request, *tokenizer.encode_text(WORDS, [prompt])[0], WORDS.eos_token_id]
-        assert together.starts[i] == len(request)
+        assert together.target_starts[i] == len(request)
 
 
-def test_no_episode_makes_no_row() -> None:
-    nothing = np.array([], dtype=np.int64)
-    examples = encode_examples(WORDS, VOCABULARY, [], [], np.array([], dtype=str), nothing, nothing)
+def test_no_episodes_make_no_rows() -> None:
+    empty = np.array([], dtype=np.int64)
+    examples = encode_examples(WORDS, VOCABULARY, [], [], np.array([], dtype=str), empty, empty)
     assert pack(examples, 32, pad_id=1).tokens.shape == (0, 32)
 
 
-def test_lower_casing_belongs_to_the_tokenizer() -> None:
-    folded = tokenizer.train([" red fox"] * 3, vocabulary(lowercase=True), 400)
+def test_the_tokenizer_folds_case_if_the_vocabulary_says_so() -> None:
+    folded = tokenizer.train([" red fox"] * 3, fake_vocabulary(lowercase=True), 400)
     assert tokenizer.encode_text(folded, ["Red FOX"]) == tokenizer.encode_text(folded, ["red fox"])
-
-
-def test_command_dropout_drops_the_whole_and_each_half_at_its_rate() -> None:
-    rng = np.random.default_rng(0)
-    words, rewards = hindsight(VOCABULARY, np.full(5000, 9), np.full(5000, 3), 0.1, rng)
-    assert set(words) == {ANY, 9}
-    assert set(rewards) == {ANY, 3}
-    assert 0.09 < ((words == ANY) & (rewards == ANY)).mean() < 0.13
-    assert 0.17 < (words == ANY).mean() < 0.21
-
-
-def test_a_length_over_the_cap_is_commanded_as_any() -> None:
-    words, rewards = hindsight(VOCABULARY, np.array([0, 1, 16, 17]), np.arange(4), 0.0, np.random.default_rng(0))
-    assert words.tolist() == [ANY, 1, 16, ANY]
-    assert rewards.tolist() == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize("objective", ["sft", "sft_top"])
-def test_plain_fine_tuning_commands_the_task_alone(objective: str) -> None:
-    plain = VOCABULARY.model_copy(update={"objective": objective})
-    words, rewards = hindsight(plain, np.arange(1, 9), np.arange(8) % 5, 0.5, np.random.default_rng(0))
-    assert set(words) == set(rewards) == {ANY}
 
 
 @st.composite
@@ -149,7 +115,7 @@ def example_sets(draw: st.DrawFn) -> list[tuple[list[int], int]]:
 
 @settings(deadline=None)
 @given(example_sets())
-def test_packing_loses_nothing_and_marks_just_the_targets(examples: list[tuple[list[int], int]]) -> None:
+def test_packing_loses_no_token_and_marks_only_the_targets(examples: list[tuple[list[int], int]]) -> None:
     rows = pack(examples_of(examples), 32, pad_id=1)
     assert (rows.tokens >= 100).sum() == sum(len(ids) for ids, _ in examples)
     assert rows.targets.sum() == sum(len(ids) - start for ids, start in examples)
@@ -165,17 +131,17 @@ def test_packing_loses_nothing_and_marks_just_the_targets(examples: list[tuple[l
 
 @pytest.mark.parametrize("context", [192, 256])
 @pytest.mark.parametrize("shape", ["even", "peaked"])
-def test_packing_many_real_lengths_pads_little(context: int, shape: str) -> None:
+def test_packing_many_realistic_lengths_leaves_little_padding(context: int, shape: str) -> None:
     rng = np.random.default_rng(0)
     even, peaked = rng.integers(20, 71, 2000), np.clip(rng.normal(45, 8, 2000), 20, 70).astype(int)
     lengths = even if shape == "even" else peaked
-    *_, rows = assign(lengths, context)
+    *_, rows = assign_to_rows(lengths, context)
     assert 1 - lengths.sum() / (rows * context) < 0.01
 
 
 @pytest.fixture(scope="module")
 def network() -> Iterator[torch.nn.Module]:
-    """Small enough that threads would cost more than they bring."""
+    """A network so small that several threads would slow it down."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield model.build(Student(depth=2, width=64, heads=2, context=32), Train(), WORDS, seed=3).eval()
@@ -204,21 +170,21 @@ def test_a_packed_batch_has_the_summed_loss_and_gradients_of_its_examples(
     rows = pack(examples_of(examples), 32, pad_id=WORDS.pad_token_id)
     loss, gradients = loss_and_gradients(network, rows)
 
-    # One example alone, without padding and in a row of its own length.
-    alone = [loss_and_gradients(network, pack(examples_of([e]), len(e[0]), pad_id=WORDS.pad_token_id)) for e in examples]
-    assert loss == pytest.approx(sum(single for single, _ in alone), rel=1e-4)
-    assert torch.allclose(gradients, torch.stack([g for _, g in alone]).sum(dim=0), rtol=1e-3, atol=1e-4)
+    # Each example by itself, without padding, in a row of its own length.
+    singles = [loss_and_gradients(network, pack(examples_of([e]), len(e[0]), pad_id=WORDS.pad_token_id)) for e in examples]
+    assert loss == pytest.approx(sum(single for single, _ in singles), rel=1e-4)
+    assert torch.allclose(gradients, torch.stack([g for _, g in singles]).sum(dim=0), rtol=1e-3, atol=1e-4)
 
-    # Padding contributes nothing, whatever stands there.
+    # Padding contributes nothing, whichever tokens it has.
     others = np.where(rows.tokens == WORDS.pad_token_id, rng.integers(0, len(WORDS), rows.tokens.shape), rows.tokens)
     other_loss, other_gradients = loss_and_gradients(network, Batch(others, rows.positions, rows.targets))
     assert other_loss == pytest.approx(loss, rel=1e-5)
     assert torch.allclose(gradients, other_gradients, rtol=1e-4, atol=1e-5)
 
 
-def test_the_packed_loss_is_transformers_own_on_one_example(network: torch.nn.Module) -> None:
+def test_the_packed_loss_of_one_example_equals_that_of_transformers(network: torch.nn.Module) -> None:
     examples = encode([("an owl", "owl at night", Command(task="paint", words=3, reward=1))])
-    ids, start = examples.tokens.tolist(), int(examples.starts[0])
+    ids, start = examples.tokens.tolist(), int(examples.target_starts[0])
     labels = torch.tensor([[-100] * start + ids[start:]])
     with torch.no_grad():
         theirs = network(input_ids=torch.tensor([ids]), labels=labels).loss * (len(ids) - start)

@@ -1,4 +1,4 @@
-"""A run's storage filled with made-up episodes, as if a teacher had written them."""
+"""A run's storage filled with random episodes, as a finished generate stage leaves it."""
 
 import numpy as np
 import pyarrow as pa
@@ -6,27 +6,34 @@ import pyarrow as pa
 from udrl import storage
 from udrl.episodes import COMPONENTS, EPISODES
 from udrl.hashing import stable_id
+from udrl.run import GenerateSummary, Run
+from udrl.text import count_words
 
 SUBJECTS = "owl fox lynx otter heron newt violin kettle lantern bicycle".split()  # noqa: SIM905
 WORDS = "soft light snow night bold type wide shot gold blue quiet forest paper texture warm".split()  # noqa: SIM905
 
 
-def fill_with_episodes(uri: str, files: int = 3, rows: int = 80) -> None:
-    """Write a generate stage's outputs, two tasks, as if a teacher had made them."""
+def fill_with_episodes(uri: str, files: int = 3, rows: int = 80, rare_subjects: bool = False) -> None:
+    """Write the episodes of two tasks and ``generate.json``.
+
+    With ``rare_subjects`` few intents share a subject, so that episodes can have swapped copies.
+    """
+    run = Run(uri)
     rng = np.random.default_rng(0)
     blank = {"string": "", "int64": 0, "int32": 0, "float": 0.5}
     for part in range(files):
         table = []
         for i in range(rows):
             subject = SUBJECTS[i % len(SUBJECTS)]
+            if rare_subjects:
+                subject += f"{chr(97 + i // len(SUBJECTS) % 26)}{chr(97 + part)}"
             intent = f"poster of a {subject} {part} {i // 2}"
             prompt = " ".join([subject, *rng.choice(WORDS, rng.integers(3, 12))])
             row = {f.name: blank[str(f.type)] for f in EPISODES}
-            row |= {"intent": intent, "intent_id": stable_id(intent), "prompt": prompt, "n_words": len(prompt.split())}
+            row |= {"intent": intent, "intent_id": stable_id(intent), "prompt": prompt, "n_words": count_words(prompt)}
             row |= {"task": ["text_to_image", "image_search"][i % 2], "episode_id": part * rows + i}
             row |= {c: float(rng.random()) for c in COMPONENTS} | {"reward": float(rng.random())}
             table.append(row)
-        uri_part = storage.join(uri, "episodes", f"part-{part:08d}.parquet")
+        uri_part = storage.join(run.scoring.episodes, f"part-{part:08d}.parquet")
         storage.write_table(uri_part, pa.Table.from_pylist(table, schema=EPISODES))
-    summary = {"ledger": "made-up", "scoring": "made-up", "accepted": files * rows}
-    storage.write_json(storage.join(uri, "generate.json"), summary)
+    GenerateSummary(ledger="made-up", scoring="made-up", accepted=files * rows).save(run.generate_summary)
