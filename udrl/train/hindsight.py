@@ -1,8 +1,8 @@
 """Hindsight: label each episode with the command that it turned out to fulfill, and fit the reward bins that this needs.
 
 Bins are fitted to counts, so that no process holds all episodes: :func:`count_episodes` counts one file's episodes by task,
-cell of reward and length, :func:`merge_counts` adds the counts of all files, and :func:`fit_vocabulary` derives bin edges, means
-and default commands from the sum.
+cell of reward and length, :func:`merge_counts` adds the counts of all files, and :func:`fit_vocabulary` derives bin edges,
+means and default commands from the sum.
 """
 
 from collections.abc import Mapping, Sequence
