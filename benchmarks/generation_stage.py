@@ -63,21 +63,22 @@ def main(path: str, how: str = "vllm") -> None:
 
 
 def score(config: recipe.Recipe, work: Any) -> dict[str, Any]:
+    from udrl.run import Run
     from udrl.scoring.score import score as score_ledger
 
     begun = time.monotonic()
-    counts = score_ledger(work.ledger, config.storage, work.tasks, config.rewards)
+    scored = score_ledger(work.ledger, Run(config.storage).scoring, work.tasks, config.rewards)
     seconds = time.monotonic() - begun
     other = config.rewards.model_copy(update={"weights": config.rewards.weights.model_copy(update={"novelty": 0.5})})
     begun = time.monotonic()
-    score_ledger(work.ledger, config.storage, work.tasks, other)
+    score_ledger(work.ledger, Run(config.storage).scoring, work.tasks, other)
     reweigh = time.monotonic() - begun
     return {
-        "prompts": counts.total(),
-        "accepted": counts["accepted"],
+        "prompts": scored.total,
+        "accepted": scored.accepted,
         "seconds": round(seconds, 1),
-        "prompts_per_second": round(counts.total() / seconds, 1),
-        "texts_per_second": round((counts["accepted"] + work.n_train) / seconds, 1),
+        "prompts_per_second": round(scored.total / seconds, 1),
+        "texts_per_second": round((scored.accepted + work.n_train) / seconds, 1),
         "reweigh_seconds": round(reweigh, 1),
     }
 

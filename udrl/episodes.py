@@ -1,32 +1,11 @@
-"""Episodes and rejects: the one data type of the project, and its place in a run's storage.
+"""The schemas of completions, episodes and rejects: the one data type that flows through the project.
 
-Layout under the storage URI::
-
-    recipe.yaml                    the resolved recipe
-    README.md, card/               the dataset card and its pictures
-    plan.json                      what a dry run expected
-    intents/<source>/              train.parquet, heldout.parquet, rejects.parquet, expanded.parquet
-    expansion/<fingerprint>/       what the teacher wrote when it grew the intents
-    completions/<fingerprint>/     the ledger: every request that was paid for, raw; attempts/ says what each run cost
-    sifted/, relevance/            what scoring keeps between its passes
-    episodes/part-*.parquet        accepted and scored
-    rejects/part-*.parquet         the rest, each with its reason
-    generate.json                  what the generate stage counted
-    student_data/, checkpoints/    packed rows and training state, by fingerprint
-    student/                       the exported model: the last round's
-    rounds/<k>/                    of each round: completions/<mark>/, sifted/, relevance/, episodes/, rejects/ as above,
-                                   round.json (what was asked and achieved), student/; round 0 has the last two alone
-    rounds.json                    one entry a round, and whose student is in student/
-    evaluation/                    report.html, report.md with its plots, metrics.json, outputs.parquet, pairwise.parquet; work/
-                                   keeps completions and judgements
+:mod:`udrl.run` describes where a run stores them.
 """
 
-from collections.abc import Iterator
 from enum import StrEnum
 
 import pyarrow as pa
-
-from udrl import storage
 
 KEYS: list[tuple[str, pa.DataType]] = [
     ("episode_id", pa.int64()),
@@ -89,10 +68,3 @@ class Reason(StrEnum):
     FEW_SHOT_LEAK = "few_shot_leak"
     DUPLICATE = "duplicate"
     NEAR_DUPLICATE = "near_duplicate"
-
-
-def iter_tables(uri: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
-    """Yield the Parquet files of a folder one by one, in the order of their names."""
-    for name in storage.list_files(uri):
-        if name.endswith(".parquet"):
-            yield storage.read_table(storage.join(uri, name), columns)

@@ -49,6 +49,11 @@ class ScoringPaths:
         return storage.join(self.folder, "filtered")
 
     @property
+    def sifted(self) -> str:
+        """The name of ``filtered`` in runs made before 2026-11-25."""
+        return storage.join(self.folder, "sifted")
+
+    @property
     def relevance(self) -> str:
         return storage.join(self.folder, "relevance")
 
@@ -63,7 +68,7 @@ class ScoringPaths:
     @property
     def scored(self) -> list[str]:
         """The folders that scoring writes; all of them can be made again from the ledger."""
-        return [self.filtered, self.relevance, self.episodes, self.rejects]
+        return [self.filtered, self.sifted, self.relevance, self.episodes, self.rejects]
 
 
 @dataclass(frozen=True)
@@ -318,10 +323,25 @@ class Manifest(Document):
         """Read the manifest of ``folder``; None if there is none. Runs made before 2026-11-25 have ``about.json``."""
         manifest = cls.load_if_exists(storage.join(folder, "manifest.json"))
         old = storage.join(folder, "about.json")
-        return manifest or (cls.of(storage.read_json(old)) if storage.exists(old) else None)
+        if manifest or not storage.exists(old):
+            return manifest
+        inputs = storage.read_json(old)
+        inputs.pop("fingerprint", None)  # of the other inputs; some folders' about.json had it
+        return cls.of(inputs)
 
     def save_to(self, folder: str) -> None:
         self.save(storage.join(folder, "manifest.json"))
+
+    def matches(self, folder: str) -> bool:
+        """Return whether the rows in ``folder`` were made from the same inputs."""
+        other = self.load_from(folder)
+        return other is not None and other.fingerprint == self.fingerprint
+
+    def claim(self, folder: str) -> None:
+        """Write this manifest to ``folder``; delete the folder first if its rows were made from other inputs."""
+        if not self.matches(folder):
+            storage.remove(folder)
+            self.save_to(folder)
 
     def differences(self, other: "Manifest") -> list[str]:
         """Return a line for each input in which ``other`` differs from this one."""

@@ -119,7 +119,7 @@ def require_writable(uri: str) -> None:
 def write_bytes(uri: str, data: bytes) -> None:
     fs, path = open_filesystem(uri)
     if isinstance(fs, pafs.LocalFileSystem):
-        with whole_file(uri) as file:
+        with atomic_file(uri) as file:
             file.write(data)
     else:
         with fs.open_output_stream(path) as out:
@@ -127,7 +127,7 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def whole_file(uri: str) -> Iterator[BinaryIO]:
+def atomic_file(uri: str) -> Iterator[BinaryIO]:
     """A binary file to stream into, which appears at ``uri`` when the block ends and not at all when it raises."""
     fs, path = open_filesystem(uri)
     local = isinstance(fs, pafs.LocalFileSystem)
@@ -190,6 +190,11 @@ def map_files(function: Callable[[str], Result], uris: Sequence[str]) -> list[Re
 def parquet_files(uri: str) -> list[str]:
     """Return the URIs of the Parquet files directly under ``uri``, sorted by name."""
     return [join(uri, name) for name in list_files(uri) if name.endswith(".parquet")]
+
+
+def iter_tables(uri: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """Yield the Parquet files directly under ``uri`` one by one, sorted by name."""
+    return (read_table(file, columns) for file in parquet_files(uri))
 
 
 def upload_folder(local: str, uri: str) -> None:

@@ -12,7 +12,7 @@ from ray import cloudpickle
 
 from benchmarks.dummy_engine import DummyEngine
 from udrl import storage
-from udrl.episodes import EPISODES, REJECTS, iter_tables
+from udrl.episodes import EPISODES, REJECTS
 from udrl.errors import UserError
 from udrl.generate import dry_run
 from udrl.generate import stage as generate
@@ -66,7 +66,7 @@ def test_every_request_is_an_episode_or_a_reject(setup: dict[str, Any]) -> None:
     ids = [
         i
         for side in ("episodes", "rejects")
-        for t in iter_tables(storage.join(where, side))
+        for t in storage.iter_tables(storage.join(where, side))
         for i in t["episode_id"].to_pylist()
     ]
     assert len(ids) == len(set(ids)) == summary["requested"]
@@ -76,7 +76,7 @@ def test_episodes_have_the_schema_and_load_as_a_dataset(setup: dict[str, Any]) -
     from datasets import load_dataset
 
     where = storage.join(setup["values"]["storage"], "episodes")
-    table = pa.concat_tables(list(iter_tables(where)))
+    table = pa.concat_tables(list(storage.iter_tables(where)))
     assert table.schema.equals(EPISODES)
     assert table.num_rows, "the teacher wrote nothing usable"
     loaded = load_dataset("parquet", data_files=f"{where}/*.parquet", split="train")
@@ -117,9 +117,10 @@ def test_a_changed_recipe_never_mixes_with_old_rows(setup: dict[str, Any]) -> No
 
 
 def test_other_weights_rescore_and_pay_for_nothing(setup: dict[str, Any]) -> None:
-    before = pa.concat_tables(list(iter_tables(storage.join(setup["values"]["storage"], "episodes")))).sort_by("episode_id")
+    episodes = storage.join(setup["values"]["storage"], "episodes")
+    before = pa.concat_tables(storage.iter_tables(episodes)).sort_by("episode_id")
     again = run(setup, rewards={"weights": {"relevance": 0, "novelty": 1, "repetition": 0, "format": 0}})
-    after = pa.concat_tables(list(iter_tables(storage.join(setup["values"]["storage"], "episodes")))).sort_by("episode_id")
+    after = pa.concat_tables(storage.iter_tables(episodes)).sort_by("episode_id")
     assert again["generated_now"] == 0
     assert before["prompt"] == after["prompt"]
     assert after["reward"].to_pylist() == pytest.approx(after["novelty"].to_pylist())
@@ -217,7 +218,7 @@ def test_bad_rows_go_to_the_rejects_with_their_reason(tmp_path: Path) -> None:
     expected = Counter(40 * list(COMPLETIONS_OF_ALL_KINDS.values())) + Counter({"input_too_long": 40})
     found = Counter(summary["reasons"])
     assert {reason: n for reason, n in found.items() if "duplicate" not in reason and reason != "echo"} == expected
-    for table in iter_tables(storage.join(recipe.storage, "rejects")):
+    for table in storage.iter_tables(storage.join(recipe.storage, "rejects")):
         assert table.schema.equals(REJECTS)
 
     # The run is a data set with its card. A cache of its own: datasets' goes by a folder's last name and knows older runs.

@@ -12,7 +12,6 @@ from killing import HERE, WAIT, Killable, gone, wait
 
 from udrl import storage
 from udrl.command_line import load
-from udrl.episodes import iter_tables
 from udrl.generate.prepare import prepare
 from udrl.policies.backpressure import UNWRITTEN
 from udrl.policies.ledger import list_parts, read_shard
@@ -126,7 +125,7 @@ def test_a_driver_that_was_killed_goes_on_where_it_was(job: Callable[[str], Job]
     killed.assert_exactly_once(kills=1)
     where = killed.recipe.storage
     sides = [storage.join(where, side) for side in ("episodes", "rejects")]
-    ids = [i for side in sides for table in iter_tables(side, ["episode_id"]) for i in table["episode_id"].to_pylist()]
+    ids = [i for side in sides for table in storage.iter_tables(side, ["episode_id"]) for i in table["episode_id"].to_pylist()]
     assert len(ids) == len(set(ids)) == REQUESTS
 
 

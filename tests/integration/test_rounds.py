@@ -16,7 +16,6 @@ from ray import cloudpickle
 from benchmarks.dummy_engine import DummyEngine
 from udrl import storage, tokenizer
 from udrl.commands import CommandVocabulary
-from udrl.episodes import iter_tables
 from udrl.errors import UserError
 from udrl.hashing import stable_id
 from udrl.policies import stage as engine
@@ -59,7 +58,7 @@ def run(run_with_episodes: str) -> str:
 
 
 def rows(*folders: str) -> list[Row]:
-    return [row for folder in folders for part in iter_tables(folder) for row in part.to_pylist()]
+    return [row for folder in folders for part in storage.iter_tables(folder) for row in part.to_pylist()]
 
 
 def start_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +91,7 @@ def test_a_round_explores_under_commands_and_learns_from_the_buffer(
     assert set(Counter(r["intent_id"] for r in good + bad).values()) == {4}
 
     # Commands: lengths that the best teacher's prompts had, rewards from their mean upwards.
-    teacher = pa.concat_tables(list(iter_tables(storage.join(run, "episodes"))))
+    teacher = pa.concat_tables(list(storage.iter_tables(storage.join(run, "episodes"))))
     vocabulary = CommandVocabulary.load(storage.join(first, "student"))
     for task in vocabulary.tasks:
         mine = teacher.filter(pc.equal(teacher.column("task"), task))
@@ -132,7 +131,7 @@ class Dull(DummyEngine):
 def pretend_a_student(settings: Recipe) -> str:
     """Round 0's student without weights: what a stand-in for the engine needs of it, and the mark of a finished training."""
     first = train.first(settings, storage.join(settings.storage, "rounds", "0", "student"))
-    table = pa.concat_tables(list(iter_tables(first.sources[0].folder)))
+    table = pa.concat_tables(list(storage.iter_tables(first.sources[0].folder)))
     columns = {name: table.column(name).to_numpy() for name in ("task", "intent_id", "n_words", "reward", "relevance")}
     vocabulary = fit_to(settings.tasks, columns, max_words=40)
     os.makedirs(first.target)
@@ -165,7 +164,7 @@ def test_a_dull_round_is_not_trained_on_and_a_killed_one_goes_on(
     shards = list_parts(str(ledger))
     assert len(shards) > 1
     (ledger / shards[0][0]).unlink()
-    for name in ("sifted", "relevance", "episodes", "rejects", "round.json"):
+    for name in ("filtered", "relevance", "episodes", "rejects", "round.json"):
         storage.remove(storage.join(run, "rounds", "1", name))
     kept = {name: (ledger / name).stat().st_mtime_ns for shard in list(shards)[1:] for name in shards[shard]}
     assert rounds.run(settings, engine_actor=Dull)["rounds"] == facts["rounds"]

@@ -1,8 +1,9 @@
-"""From a ledger to episodes for real: three passes on a local Ray, each resumable, none depending on where it was cut."""
+"""Scoring a ledger on a local Ray: three passes, each of which resumes and gives the same rows wherever it was killed."""
 
 import json
 import shutil
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ import pyarrow as pa
 import pytest
 
 from udrl import storage
-from udrl.episodes import COMPLETIONS, EPISODES, REJECTS, iter_tables
+from udrl.episodes import COMPLETIONS, EPISODES, REJECTS
 from udrl.errors import UserError
 from udrl.hashing import stable_id
 from udrl.policies.ledger import list_parts, part_name
 from udrl.recipe import Deduplicate, Rewards
-from udrl.scoring import filtering as sift
-from udrl.scoring.score import score
+from udrl.run import Manifest, ScoringPaths
+from udrl.scoring import filtering
+from udrl.scoring.filtering import filter_completions, filter_inputs, shard_file
+from udrl.scoring.score import ScoringResult, score
 from udrl.tasks import Example, Format, Task
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -32,17 +35,17 @@ WORDS = "red fox snow light owl jazz poster bold soft night wide shot paper text
 
 
 def write_ledger(uri: str, seed: int = 0, shards: int = SHARDS) -> int:
-    """Completions of every kind, many said twice over shards; the number of prompts that they were asked for."""
+    """Write completions of every kind, with many repeated prompts; return the number of requested prompts."""
     rng = np.random.default_rng(seed)
-    said = [" ".join(rng.permutation(WORDS)[:9]) for _ in range(16)]
-    asked = 0
+    prompts = [" ".join(rng.permutation(WORDS)[:9]) for _ in range(16)]
+    requested = 0
     for shard in range(shards):
         rows = []
         for i in range(INTENTS):
             intent_id = shard * INTENTS + i
             for task in TASKS:
                 for variation in range(SAMPLES):
-                    texts = [str(rng.choice(said)) + ("" if rng.random() < 0.5 else " !") for _ in range(3)]
+                    texts = [str(rng.choice(prompts)) + ("" if rng.random() < 0.5 else " !") for _ in range(3)]
                     kind = int(rng.integers(6))
                     whole = json.dumps({"prompts": texts})
                     row = {"prompts": 3, "completion": whole} if kind == 0 else {"prompts": 1, "completion": texts[0]}
@@ -52,12 +55,12 @@ def write_ledger(uri: str, seed: int = 0, shards: int = SHARDS) -> int:
                     rows.append(blank() | {"finish_reason": "stop", "variation": 10 * variation, "task": task.name} | row)
                     rows[-1] |= {"intent_id": intent_id, "intent": f"poster of a fox {intent_id}"}
                     rows[-1]["episode_id"] = stable_id(seed, intent_id, task.name, variation)
-                    asked += int(row["prompts"])
+                    requested += int(row["prompts"])
         rng.shuffle(rows)  # type: ignore[arg-type]
         for part in (rows[:5], rows[5:], rows[4:6]):  # a retried task wrote two rows again
             table = pa.Table.from_pylist(part, schema=COMPLETIONS)
             storage.write_table(storage.join(uri, part_name(shard, table)), table)
-    return asked
+    return requested
 
 
 def blank() -> dict[str, Any]:
@@ -65,122 +68,158 @@ def blank() -> dict[str, Any]:
     return {f.name: empty.get(str(f.type), []) for f in COMPLETIONS}
 
 
-def table_of(root: str, name: str) -> pa.Table:
-    return pa.concat_tables(list(iter_tables(storage.join(root, name))))
+def table_of(folder: str) -> pa.Table:
+    return pa.concat_tables(storage.iter_tables(folder))
 
 
-def times(root: str, *names: str) -> dict[str, int]:
-    return {str(p): p.stat().st_mtime_ns for name in names for p in Path(root, name).iterdir()}
+def times(*folders: str) -> dict[str, int]:
+    return {str(p): p.stat().st_mtime_ns for folder in folders for p in Path(folder).iterdir()}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A ledger, the folders that were made from it, and the result."""
+
+    ledger: str
+    paths: ScoringPaths
+    requested: int
+    result: ScoringResult
+
+    def copy_to(self, folder: Path) -> ScoringPaths:
+        shutil.copytree(self.paths.folder, folder)
+        return ScoringPaths(str(folder))
 
 
 @pytest.fixture(scope="module")
-def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, int, Counter[str]]:
+def scored(tmp_path_factory: pytest.TempPathFactory) -> Scored:
     folder = tmp_path_factory.mktemp("score")
-    ledger, root = str(folder / "completions" / "abc"), str(folder / "run")
-    asked = write_ledger(ledger)
-    return ledger, root, asked, score(ledger, root, TASKS, Rewards())
+    ledger, paths = str(folder / "completions" / "abc"), ScoringPaths(str(folder / "run"))
+    requested = write_ledger(ledger)
+    return Scored(ledger, paths, requested, score(ledger, paths, TASKS, Rewards()))
 
 
-def test_every_prompt_that_was_asked_for_is_an_episode_or_a_reject(scored: tuple[str, str, int, Counter[str]]) -> None:
-    _, root, asked, counts = scored
-    episodes, rejects = table_of(root, "episodes"), table_of(root, "rejects")
+def test_every_requested_prompt_is_an_episode_or_a_reject(scored: Scored) -> None:
+    result = scored.result
+    episodes, rejects = table_of(scored.paths.episodes), table_of(scored.paths.rejects)
     assert episodes.schema.equals(EPISODES)
     assert rejects.schema.equals(REJECTS)
     ids = episodes["episode_id"].to_pylist() + rejects["episode_id"].to_pylist()
-    assert len(set(ids)) == len(ids) == asked == counts.total()
-    assert counts["accepted"] == episodes.num_rows
-    assert counts == {"accepted": episodes.num_rows, **Counter(rejects["reason"].to_pylist())}
-    assert {"empty", "engine_error", "missing", "duplicate", "near_duplicate"} <= set(counts)
-    said = Counter(zip(episodes["task"].to_pylist(), episodes["prompt"].to_pylist(), strict=True))
-    assert max(said.values()) == 1
+    assert len(set(ids)) == len(ids) == scored.requested == result.total
+    assert result.accepted == episodes.num_rows
+    assert result.reasons == Counter(rejects["reason"].to_pylist())
+    assert {"empty", "engine_error", "missing", "duplicate", "near_duplicate"} <= set(result.reasons)
+    copies = Counter(zip(episodes["task"].to_pylist(), episodes["prompt"].to_pylist(), strict=True))
+    assert max(copies.values()) == 1
     assert all(0 <= r <= 1 for r in episodes["reward"].to_pylist())
 
 
-def test_a_finished_pass_is_not_done_again(scored: tuple[str, str, int, Counter[str]]) -> None:
-    ledger, root, _, counts = scored
-    everything = ("sifted", "relevance", "episodes", "rejects")
-    before = times(root, *everything)
-    elsewhere = {"placement": {"cpus": 2, "threads": 1}, "batch_size": 3}  # where it runs does not matter
-    assert score(ledger, root, TASKS, Rewards.model_validate(elsewhere)) == counts
-    assert times(root, *everything) == before
+def test_a_finished_pass_is_not_repeated(scored: Scored) -> None:
+    paths = scored.paths
+    folders = (paths.filtered, paths.relevance, paths.episodes, paths.rejects)
+    before = times(*folders)
+    placement = {"placement": {"cpus": 2, "threads": 1}, "batch_size": 3}  # must not matter
+    assert score(scored.ledger, paths, TASKS, Rewards.model_validate(placement)) == scored.result
+    assert times(*folders) == before
 
 
-def test_other_weights_and_preferences_mix_anew_and_load_no_embedder(
-    scored: tuple[str, str, int, Counter[str]], tmp_path: Path
-) -> None:
-    ledger, root, _, counts = scored
-    mine = str(tmp_path / "run")
-    shutil.copytree(root, mine)
-    before = times(mine, "sifted", "relevance")
+def test_a_run_scored_by_an_earlier_version_is_not_scored_again(scored: Scored, tmp_path: Path) -> None:
+    paths = scored.copy_to(tmp_path / "run")
+    rename_files_as_before_2026_11_25(paths)
+    before = times(paths.sifted, paths.relevance, paths.episodes, paths.rejects)
+    assert score(scored.ledger, paths, TASKS, Rewards()) == scored.result
+    assert times(paths.sifted, paths.relevance, paths.episodes, paths.rejects) == before
+    assert not storage.exists(paths.filtered)
+
+
+def test_new_weights_keep_the_relevance_of_an_earlier_version(scored: Scored, tmp_path: Path) -> None:
+    paths = scored.copy_to(tmp_path / "run")
+    rename_files_as_before_2026_11_25(paths)
+    before = times(paths.relevance)
+    novel = Rewards.model_validate({"weights": {"relevance": 0, "novelty": 1, "repetition": 0, "format": 0}})
+    assert score(scored.ledger, paths, TASKS, novel).accepted == scored.result.accepted
+    assert times(paths.relevance) == before
+    assert table_of(paths.filtered).equals(table_of(scored.paths.filtered))
+    assert not storage.exists(paths.sifted), "its successor is complete"
+
+
+def rename_files_as_before_2026_11_25(paths: ScoringPaths) -> None:
+    shutil.move(paths.filtered, paths.sifted)
+    for folder in (paths.sifted, paths.relevance, paths.episodes, paths.rejects):
+        manifest = Manifest.load_from(folder)
+        assert manifest
+        about = manifest.inputs | ({"fingerprint": manifest.fingerprint} if folder == paths.sifted else {})
+        storage.write_json(storage.join(folder, "about.json"), about)
+        storage.remove(storage.join(folder, "manifest.json"))
+
+
+def test_new_weights_and_preferences_repeat_only_the_last_pass(scored: Scored, tmp_path: Path) -> None:
+    paths = scored.copy_to(tmp_path / "run")
+    before = times(paths.filtered, paths.relevance)
     novel = Rewards.model_validate({"weights": {"relevance": 0, "novelty": 1, "repetition": 0, "format": 0}})
     tasks = [t.model_copy(update={"format": t.format.model_copy(update={"prefer": ["fox"]})}) for t in TASKS]
-    about = storage.read_json(storage.join(mine, "episodes", "about.json"))
-    assert score(ledger, mine, tasks, novel) == counts
-    assert times(mine, "sifted", "relevance") == before
-    episodes = table_of(mine, "episodes")
+    result = score(scored.ledger, paths, tasks, novel)
+    assert (result.accepted, result.reasons) == (scored.result.accepted, scored.result.reasons)
+    assert result.fingerprint != scored.result.fingerprint
+    assert times(paths.filtered, paths.relevance) == before
+    episodes = table_of(paths.episodes)
     assert episodes["reward"].to_pylist() == pytest.approx(episodes["novelty"].to_pylist())
     assert set(episodes["format"].to_pylist()) == {0.0, 1.0}
-    assert storage.read_json(storage.join(mine, "episodes", "about.json"))["scoring"] != about["scoring"]
 
 
 @pytest.mark.parametrize("lost", [{0}, {3, 4}, {1, 5, 7}, set(range(2, SHARDS))])
-def test_a_run_that_was_cut_anywhere_ends_the_same(
-    scored: tuple[str, str, int, Counter[str]], tmp_path: Path, lost: set[int]
-) -> None:
-    """Shards are written side by side, so a kill may leave any of them missing, in any of the folders."""
-    ledger, root, _, counts = scored
-    mine = str(tmp_path / "run")
-    shutil.copytree(root, mine)
+def test_a_run_that_was_killed_anywhere_ends_with_the_same_rows(scored: Scored, tmp_path: Path, lost: set[int]) -> None:
+    """Shards are written in parallel, so a kill may leave any of them missing, in any of the folders."""
+    paths = scored.copy_to(tmp_path / "run")
     for i, shard in enumerate(sorted(lost)):
-        gone = [("sifted", "relevance", "episodes", "rejects"), ("relevance", "rejects"), ("sifted", "rejects")][i % 3]
-        for folder in gone:
-            Path(mine, folder, sift.part_name(shard)).unlink()
-    assert score(ledger, mine, TASKS, Rewards()) == counts
-    for folder in ("sifted", "episodes", "rejects"):
-        assert table_of(mine, folder).equals(table_of(root, folder))
+        incomplete = [
+            (paths.filtered, paths.relevance, paths.episodes, paths.rejects),
+            (paths.relevance, paths.rejects),
+            (paths.filtered, paths.rejects),
+        ]
+        for folder in incomplete[i % 3]:
+            Path(folder, shard_file(shard)).unlink()
+    assert score(scored.ledger, paths, TASKS, Rewards()) == scored.result
+    for name in ("filtered", "episodes", "rejects"):
+        assert table_of(getattr(paths, name)).equals(table_of(getattr(scored.paths, name)))
 
 
-def test_a_changed_rule_never_mixes_with_old_rows(scored: tuple[str, str, int, Counter[str]], tmp_path: Path) -> None:
-    ledger, root, asked, counts = scored
-    mine = str(tmp_path / "run")
-    shutil.copytree(root, mine)
+def test_changed_rules_never_mix_with_old_rows(scored: Scored, tmp_path: Path) -> None:
+    paths = scored.copy_to(tmp_path / "run")
     exact = Rewards(deduplicate=Deduplicate(near=None))
-    more = score(ledger, mine, TASKS, exact)
-    assert more.total() == asked
-    assert more["near_duplicate"] == 0
-    assert more["accepted"] > counts["accepted"]
-    everything = score(ledger, mine, TASKS, exact, deduplicate=False)
-    assert everything["accepted"] > more["accepted"]
-    assert everything["duplicate"] == 0
-    assert everything.total() == asked
+    without_near = score(scored.ledger, paths, TASKS, exact)
+    assert without_near.total == scored.requested
+    assert "near_duplicate" not in without_near.reasons
+    assert without_near.accepted > scored.result.accepted
+    everything = score(scored.ledger, paths, TASKS, exact, deduplicate=False)
+    assert everything.accepted > without_near.accepted
+    assert "duplicate" not in everything.reasons
+    assert everything.total == scored.requested
 
 
-def test_what_an_earlier_round_said_is_said_before(scored: tuple[str, str, int, Counter[str]], tmp_path: Path) -> None:
-    _, root, _, _ = scored
+def test_prompts_of_an_earlier_round_are_duplicates(scored: Scored, tmp_path: Path) -> None:
     ledger = str(tmp_path / "completions" / "next")
-    asked = write_ledger(ledger, seed=0)  # the same texts over again
-    known = [storage.join(root, "episodes")]
-    again = score(ledger, str(tmp_path / "run"), TASKS, Rewards(), known=known)
-    assert again["accepted"] == 0
-    assert again.total() == asked
+    requested = write_ledger(ledger, seed=0)  # the same texts as in the earlier round
+    again = score(ledger, ScoringPaths(str(tmp_path / "run")), TASKS, Rewards(), earlier=[scored.paths.episodes])
+    assert again.accepted == 0
+    assert again.total == requested
 
 
-def test_a_dead_memory_ends_the_pass_and_what_is_done_is_kept(tmp_path: Path) -> None:
+def test_when_the_deduplicator_dies_finished_shards_are_kept(tmp_path: Path) -> None:
     import ray
 
-    ledger, out, whole = (str(tmp_path / name) for name in ("ledger", "cut", "whole"))
+    ledger, cut, whole = str(tmp_path / "ledger"), ScoringPaths(str(tmp_path / "cut")), ScoringPaths(str(tmp_path / "whole"))
     write_ledger(ledger, shards=40)
-    facts = sift.sift(ledger, whole, TASKS, Deduplicate())
-    sift.bind(out, storage.read_json(storage.join(whole, sift.ABOUT)))
-    parts = list_parts(ledger)
-    steps = sift._run(ledger, out, parts, set(parts), TASKS, Deduplicate(), [])
+    parts, config = list_parts(ledger), Deduplicate()
+    filter_completions(ledger, whole, TASKS, config)
+    Manifest.of(filter_inputs(ledger, parts, TASKS, config, [])).claim(cut.filtered)
+    steps = filtering._filter_shards(ledger, cut.filtered, parts, set(parts), TASKS, config, [])
     next(steps)
-    ray.kill(steps.gi_frame.f_locals["said"])  # type: ignore[attr-defined]
-    with pytest.raises(UserError, match="the actor that remembers what was said died"):
+    ray.kill(steps.gi_frame.f_locals["deduplicator"])  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="deduplication: the actor died"):
         list(steps)
-    kept = list(Path(out).glob("part-*"))
-    assert 0 < len(kept) < 40
-    before = {p: p.stat().st_mtime_ns for p in kept}
-    assert sift.sift(ledger, out, TASKS, Deduplicate()) == facts
-    assert {p: p.stat().st_mtime_ns for p in kept} == before
-    assert table_of(str(tmp_path), "cut").equals(table_of(str(tmp_path), "whole"))
+    finished = list(Path(cut.filtered).glob("part-*"))
+    assert 0 < len(finished) < 40
+    before = {p: p.stat().st_mtime_ns for p in finished}
+    filter_completions(ledger, cut, TASKS, config)
+    assert {p: p.stat().st_mtime_ns for p in finished} == before
+    assert table_of(cut.filtered).equals(table_of(whole.filtered))

@@ -22,7 +22,7 @@ from udrl.tasks import load_tasks
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
-SIFTED = pa.schema(
+FILTERED = pa.schema(
     [*KEYS, ("completion", pa.string()), ("prompt", pa.string()), ("n_words", pa.int32()), ("reason", pa.string())]
 )
 
@@ -115,22 +115,22 @@ def test_a_second_expansion_pays_for_nothing_and_gives_the_same(
 
 def test_a_judge_scores_each_candidate_once(tmp_path: Path, recipe: Recipe, capfd: pytest.CaptureFixture[str]) -> None:
     blank = {"string": "", "int64": 0, "int32": 0}
-    sifted, out = str(tmp_path / "sifted"), str(tmp_path / "out")
+    filtered, out = str(tmp_path / "filtered"), str(tmp_path / "out")
     for shard in range(2):
         table = [
-            {f.name: blank[str(f.type)] for f in SIFTED}
+            {f.name: blank[str(f.type)] for f in FILTERED}
             | {"episode_id": 10 * shard + i, "intent": f"a poster of {i} owls", "task": "text_to_image"}
             | {"prompt": f"{i} owls on a branch, moonlight, woodcut", "reason": "" if i else "echo"}
             for i in range(4)
         ]
         name = f"part-{shard:08d}.parquet"
-        storage.write_table(storage.join(sifted, name), pa.Table.from_pylist(table, schema=SIFTED))
-    judge_relevance(sifted, out, recipe.rewards.judge, load_tasks(["text_to_image"]))
+        storage.write_table(storage.join(filtered, name), pa.Table.from_pylist(table, schema=FILTERED))
+    judge_relevance(filtered, out, recipe.rewards.judge, load_tasks(["text_to_image"]))
     found = {name: storage.read_table(storage.join(out, name)) for name in storage.list_files(out)}
     assert [table["episode_id"].to_pylist() for table in found.values()] == [[1, 2, 3], [11, 12, 13]]
     values = [v for table in found.values() for v in table["relevance"].to_pylist()]
     assert all(0 < v < 1 for v in values), "an expectation, not a drawn score"
     assert "6 judgements; parse failures 0.0%" in capfd.readouterr().err
     storage.remove(storage.join(out, "part-00000001.parquet"))
-    judge_relevance(sifted, out, recipe.rewards.judge, load_tasks(["text_to_image"]))
+    judge_relevance(filtered, out, recipe.rewards.judge, load_tasks(["text_to_image"]))
     assert storage.read_table(storage.join(out, "part-00000001.parquet")).equals(found["part-00000001.parquet"])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from udrl.episodes import KEYS, Reason
 from udrl.hashing import stable_id
 from udrl.scoring import lenient_json as salvage
-from udrl.scoring.filtering import sift_row
+from udrl.scoring.filtering import filter_row
 from udrl.scoring.language import foreign_script, scripts
 from udrl.scoring.parsing import clean, parse, parse_row, reasons_of
 from udrl.tasks import LANGUAGES, Example, Format, Task
@@ -226,12 +226,12 @@ def test_what_a_structured_completion_lacks_is_rejected_by_name() -> None:
 def test_a_structured_request_becomes_rows_with_ids_and_variations_of_their_own() -> None:
     base = {name: 7 if str(kind).startswith("int") else "x" for name, kind in KEYS} | {"variation": 4, "output_tokens": 11}
     structured = base | row(json.dumps({"prompts": [good(1), good(2)]}), 3)
-    rows = sift_row(TASK, structured)
+    rows = filter_row(TASK, structured)
     assert [r["variation"] for r in rows] == [4, 5, 6]
     assert [r["episode_id"] for r in rows] == [stable_id(7, j) for j in range(3)]
     assert sum(r["output_tokens"] for r in rows) == 11
     assert [r["n_words"] for r in rows] == [8, 8, 0]
-    single = sift_row(TASK, base | row(good(1)))
+    single = filter_row(TASK, base | row(good(1)))
     assert [(r["episode_id"], r["output_tokens"], r["reason"]) for r in single] == [(7, 11, "")]
 
 

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from udrl.episodes import COMPONENTS, EPISODES, REJECTS
 from udrl.recipe import RewardWeights
-from udrl.scoring import reward_components as components
+from udrl.scoring import rewards as components
 from udrl.scoring.embedder import Embedder
-from udrl.scoring.filtering import SIFTED
+from udrl.scoring.filtering import FILTERED
 from udrl.scoring.score import RELEVANCE, score_rows
 from udrl.tasks import Example, Task
 
@@ -66,17 +66,17 @@ def test_a_megabyte_is_embedded_by_its_beginning() -> None:
     assert embedder.relevance([long], [long[: 2**13]])[0] == pytest.approx(1, abs=0.01)
 
 
-def test_sifted_rows_become_episodes_and_rejects_and_none_is_lost() -> None:
+def test_filtered_rows_become_episodes_and_rejects_and_none_is_lost() -> None:
     task = Task(name="paint", title="P", instruction="I", examples=[Example(intent="a", prompt="b")] * 3)
     blank = {"string": "", "int64": 0, "int32": 0}
     rows = [
-        {f.name: blank[str(f.type)] for f in SIFTED}
+        {f.name: blank[str(f.type)] for f in FILTERED}
         | {"episode_id": i, "task": "paint", "intent": "red fox", "prompt": prompt, "n_words": 2, "reason": reason}
         for i, (prompt, reason) in enumerate([("owl night", ""), ("", "empty"), ("jazz poster", ""), ("bold type", "")])
     ]
     relevance = {"episode_id": [0, 2], "relevance": [0.5, float("nan")]}  # a judge failed on two
     good, bad = score_rows(
-        pa.Table.from_pylist(rows, schema=SIFTED),
+        pa.Table.from_pylist(rows, schema=FILTERED),
         pa.table(relevance, schema=RELEVANCE),
         {"paint": task},
         RewardWeights(relevance=1, novelty=1, repetition=0, format=0),

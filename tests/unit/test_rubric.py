@@ -67,25 +67,25 @@ def test_the_text_to_judge_ends_where_the_score_is_due() -> None:
     assert "from 1 to 9" in text
 
 
-SIFTED = pa.schema(
+FILTERED = pa.schema(
     [*KEYS, ("completion", pa.string()), ("prompt", pa.string()), ("n_words", pa.int32()), ("reason", pa.string())]
 )
 BLANK = {"string": "", "int64": 0, "int32": 0}
 
 
-def sift(folder: str, shard: int, reasons: list[str]) -> None:
+def write_filtered(folder: str, shard: int, reasons: list[str]) -> None:
     rows = [
-        {f.name: BLANK[str(f.type)] for f in SIFTED}
+        {f.name: BLANK[str(f.type)] for f in FILTERED}
         | {"episode_id": 100 * shard + i, "intent": f"intent {i}", "task": TASK.name, "prompt": f"prompt {i}", "reason": reason}
         for i, reason in enumerate(reasons)
     ]
-    storage.write_table(storage.join(folder, f"part-{shard:08d}.parquet"), pa.Table.from_pylist(rows, schema=SIFTED))
+    storage.write_table(storage.join(folder, f"part-{shard:08d}.parquet"), pa.Table.from_pylist(rows, schema=FILTERED))
 
 
 def test_each_candidate_is_one_request_and_rejects_are_none(tmp_path: Path) -> None:
-    sift(str(tmp_path), 0, ["", "echo", ""])
-    sift(str(tmp_path), 3, ["empty"])
-    sift(str(tmp_path), 7, [""])
+    write_filtered(str(tmp_path), 0, ["", "echo", ""])
+    write_filtered(str(tmp_path), 3, ["empty"])
+    write_filtered(str(tmp_path), 7, [""])
     requests = rubric._requests(policy(), str(tmp_path), storage.list_files(str(tmp_path)), rubric.JUDGED)
     rows = [list(requests.rows(s)) for s in range(requests.shards)]
     assert [len(r) for r in rows] == [requests.shard_size(s) for s in range(requests.shards)] == [2, 0, 1]
@@ -95,9 +95,9 @@ def test_each_candidate_is_one_request_and_rejects_are_none(tmp_path: Path) -> N
 
 
 def test_answers_become_one_file_a_shard_in_the_order_of_the_candidates(tmp_path: Path) -> None:
-    sifted, ledger, out = (str(tmp_path / name) for name in ("sifted", "ledger", "out"))
-    sift(sifted, 0, ["", "echo", "", ""])
-    sift(sifted, 1, ["echo"])
+    filtered, ledger, out = (str(tmp_path / name) for name in ("filtered", "ledger", "out"))
+    write_filtered(filtered, 0, ["", "echo", "", ""])
+    write_filtered(filtered, 1, ["echo"])
     judge = policy()
     answers = [(["9"], logs(1.0)), (["5", "x"], logs(0.4, 0.6)), (["x"], logs(1.0))]
     blank = {f.name: BLANK.get(str(f.type), []) for f in COMPLETIONS} | {"request_fingerprint": judge.fingerprint}
@@ -109,7 +109,7 @@ def test_answers_become_one_file_a_shard_in_the_order_of_the_candidates(tmp_path
     name = part_name(0, answered)
     storage.write_table(storage.join(ledger, name), answered)
     work = [("part-00000000.parquet", [name]), ("part-00000001.parquet", [])]
-    collect = rubric._Collect(sifted, ledger, out, partial(relevance, top=9), "relevance", work)
+    collect = rubric._Collect(filtered, ledger, out, partial(relevance, top=9), "relevance", work)
     assert collect({"id": np.array([0, 1])})["rows"].tolist() == [3, 0]
     table = storage.read_table(storage.join(out, "part-00000000.parquet"))
     assert table.drop_columns("mass").to_pydict() == {"episode_id": [0, 2, 3], "relevance": [1.0, 0.5, 0.0]}
@@ -122,12 +122,12 @@ def test_answers_become_one_file_a_shard_in_the_order_of_the_candidates(tmp_path
 def test_nothing_is_asked_where_every_shard_has_its_file(tmp_path: Path) -> None:
     from udrl.recipe import RubricJudge
 
-    sifted, out = str(tmp_path / "sifted"), str(tmp_path / "out")
-    sift(sifted, 0, [""])
+    filtered, out = str(tmp_path / "filtered"), str(tmp_path / "out")
+    write_filtered(filtered, 0, [""])
     columns = {"relevance": pa.array([0.5], pa.float32()), "mass": pa.array([0.25], pa.float32())}
     done = pa.table({"episode_id": [0], **columns})
     storage.write_table(storage.join(out, "part-00000000.parquet"), done)
     # A judge that is not there would be an error.
-    counts = rubric.judge_relevance(sifted, out, RubricJudge(model="/nowhere"), [TASK])
+    counts = rubric.judge_relevance(filtered, out, RubricJudge(model="/nowhere"), [TASK])
     assert counts == {"rows": 1, "unparsed": 1, "unjudged": 0}, "a resumed run still knows what did not parse"
     assert storage.read_table(storage.join(out, "part-00000000.parquet")).equals(done)

@@ -45,7 +45,7 @@ def test_a_write_that_fails_leaves_the_older_file_as_it_was(tmp_path: Path) -> N
     storage.write_bytes(uri, b"old")
 
     def write_half() -> None:
-        with storage.whole_file(uri) as file:
+        with storage.atomic_file(uri) as file:
             file.write(b"new, and more to co")
             file.flush()
             raise Torn
@@ -58,7 +58,7 @@ def test_a_write_that_fails_leaves_the_older_file_as_it_was(tmp_path: Path) -> N
 
 def test_a_streamed_file_is_not_there_before_its_end(tmp_path: Path) -> None:
     uri = str(tmp_path / "file")
-    with storage.whole_file(uri) as file:
+    with storage.atomic_file(uri) as file:
         file.write(b"half")
         file.flush()
         assert not storage.exists(uri)

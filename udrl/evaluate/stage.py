@@ -19,7 +19,6 @@ import yaml
 from udrl import cluster, intents, models, storage
 from udrl.commands import CommandVocabulary
 from udrl.context import StageContext
-from udrl.episodes import iter_tables
 from udrl.errors import StalledError, UserError
 from udrl.evaluate import evaluated_policies as who
 from udrl.evaluate import judges, speed
@@ -35,6 +34,7 @@ from udrl.policies.stage import complete
 from udrl.policies.student import fetch
 from udrl.policies.tally import Tally
 from udrl.recipe import Recipe, dump
+from udrl.run import ScoringPaths
 from udrl.scoring.parsing import clean
 from udrl.scoring.score import score
 from udrl.tasks import Task, load_tasks
@@ -210,11 +210,11 @@ def _outputs(recipe: Recipe, contender: EvaluatedPolicy, tasks: Sequence[Task], 
     what = f"evaluate {policy.name}"
     done = complete(policy, Requests.of_rows(rows, SHARD), ledger, what, context=StageContext.of(recipe))
     what = f"score {policy.name}"
-    score(ledger, folder, tasks, recipe.rewards, what, deduplicate=False, context=StageContext.of(recipe))
+    score(ledger, ScoringPaths(folder), tasks, recipe.rewards, what, deduplicate=False, context=StageContext.of(recipe))
     found: list[Row] = []
-    for part in iter_tables(scored):
+    for part in storage.iter_tables(scored):
         found += [{**row, "reason": ""} for row in part.to_pylist()]
-    for part in iter_tables(rejects):
+    for part in storage.iter_tables(rejects):
         for row in part.to_pylist():
             nothing = {name: None for name in OUTPUTS.names if name not in row}
             found.append({**nothing, **row, "prompt": "", "n_words": count_words(clean(row["completion"]))})
@@ -319,7 +319,7 @@ def _training(recipe: Recipe) -> Iterator[pa.Table] | None:
     there = [folder for folder in folders if storage.list_files(folder)]
     if not there:
         return None
-    return (table for folder in there for table in iter_tables(folder, ["task", "prompt", "policy"]))
+    return (table for folder in there for table in storage.iter_tables(folder, ["task", "prompt", "policy"]))
 
 
 def environment() -> dict[str, Any]:

@@ -263,5 +263,5 @@ def _table(texts: list[str]) -> pa.Table:
 
 @contextlib.contextmanager
 def _writer(uri: str) -> Iterator[pq.ParquetWriter]:
-    with storage.whole_file(uri) as sink, pq.ParquetWriter(sink, SCHEMA, compression="zstd") as writer:
+    with storage.atomic_file(uri) as sink, pq.ParquetWriter(sink, SCHEMA, compression="zstd") as writer:
         yield writer

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from udrl import storage
-from udrl.episodes import COMPONENTS, iter_tables
+from udrl.episodes import COMPONENTS
 
 BINS = 40  # of a reward or component, over 0..1
 LONGEST = 256  # words; longer prompts are counted there
@@ -46,7 +46,7 @@ def count(folder: str) -> Counts:
     """Sum up ``episodes/`` and ``rejects/`` under ``folder``, one Parquet file in memory at a time."""
     counts = Counts()
     identity = ["policy", "model", "model_revision", "round"]
-    for table in iter_tables(storage.join(folder, "episodes"), [*identity, "task", "n_words", "reward", *COMPONENTS]):
+    for table in storage.iter_tables(storage.join(folder, "episodes"), [*identity, "task", "n_words", "reward", *COMPONENTS]):
         for row in table.group_by(identity).aggregate([([], "count_all")]).to_pylist():
             policy, model, revision, round_ = (row[name] for name in identity)
             counts.writers[policy, model, revision, round_] += row["count_all"]
@@ -59,7 +59,7 @@ def count(folder: str) -> Counts:
             for name in ("reward", *COMPONENTS):
                 bins = np.clip(table.column(name).to_numpy()[mine] * BINS, 0, BINS - 1).astype(np.int64)
                 counts.values[task, name] = counts.values.get((task, name), 0) + np.bincount(bins, minlength=BINS)
-    for table in iter_tables(storage.join(folder, "rejects"), ["reason", "task"]):
+    for table in storage.iter_tables(storage.join(folder, "rejects"), ["reason", "task"]):
         for name, into in (("reason", counts.reasons), ("task", counts.rejected)):
             for entry in table.column(name).value_counts().to_pylist():
                 into[entry["values"]] += entry["counts"]

@@ -20,12 +20,12 @@ from udrl.policies.stage import attempts, complete
 from udrl.policies.tally import Tally
 from udrl.progress import duration
 from udrl.recipe import Recipe, dump
+from udrl.run import Run
 from udrl.scoring.parsing import reasons_of
-from udrl.scoring.score import score
+from udrl.scoring.score import ScoringResult, score
 from udrl.tasks import Task
 
 SUMMARY = "generate.json"
-SCORED = ("sifted", "relevance", "episodes", "rejects")
 MEASURED = ("input_tokens", "output_tokens", "startup_seconds", "generation_seconds", "tokens_per_second", "cost")
 
 
@@ -65,8 +65,8 @@ def run(recipe: Recipe, engine_actor: type | None = None) -> dict[str, Any]:
     )
     # The summary vouches for the episodes: it goes before scoring may clear them, and comes back when they are whole.
     storage.remove(done_file)
-    counts = score(work.ledger, recipe.storage, work.tasks, recipe.rewards, context=context)
-    summary = _summary(recipe, work, dict(counts), done)
+    scored = score(work.ledger, Run(recipe.storage).scoring, work.tasks, recipe.rewards, context=context)
+    summary = _summary(recipe, work, scored, done)
     if summary["accepted"] + summary["rejected"] != summary["requested"]:
         raise RuntimeError(
             f"accounting: {summary['accepted']} accepted + {summary['rejected']} rejected"
@@ -92,7 +92,7 @@ class Inspect:
 def _resume(recipe: Recipe, work: Work) -> None:
     root = storage.join(recipe.storage, "completions")
     if recipe.resume == "never":
-        for stale in (work.ledger, *(storage.join(recipe.storage, name) for name in SCORED)):
+        for stale in (work.ledger, *Run(recipe.storage).scoring.scored):
             storage.remove(stale)
         return
     if storage.exists(work.ledger):
@@ -112,21 +112,19 @@ def _resume(recipe: Recipe, work: Work) -> None:
     print(f"generate: {changed}; starting anew, the old completions stay in {old}", file=sys.stderr)
 
 
-def _summary(recipe: Recipe, work: Work, counts: dict[str, int], done: Tally) -> dict[str, Any]:
-    accepted = counts.pop("accepted", 0)
-    about = storage.read_json(storage.join(recipe.storage, "episodes", "about.json"))
+def _summary(recipe: Recipe, work: Work, scored: ScoringResult, done: Tally) -> dict[str, Any]:
     runs = attempts(work.ledger)
     return {
         "requested": work.prompts,
-        "accepted": accepted,
-        "rejected": sum(counts.values()),
-        "reasons": counts,
+        "accepted": scored.accepted,
+        "rejected": scored.rejected,
+        "reasons": scored.reasons,
         "intents": work.folder.rsplit("/", 1)[-1],
         "intents_train": work.n_train,
         "intents_heldout": work.split.n_heldout,
         "intents_left_out": work.split.reject_reasons,
         "ledger": work.mark,
-        "scoring": about["scoring"],
+        "scoring": scored.fingerprint,
         "policy": work.policy.fingerprint,
         "model": recipe.teacher.model,
         "revision": work.policy.revision,
@@ -138,7 +136,7 @@ def _summary(recipe: Recipe, work: Work, counts: dict[str, int], done: Tally) ->
         "startup_seconds": round(done.startup_seconds, 1),
         "generation_seconds": round(done.seconds, 1),
         "tokens_per_second": round(done.tokens_per_second, 1),
-        "cost": _cost(recipe, work, done, accepted),
+        "cost": _cost(recipe, work, done, scored.accepted),
         "attempts": {
             "runs": len(runs),
             "unfinished": sum(not run["ended"] for run in runs),

@@ -41,7 +41,7 @@ def intents_table(intents: Sequence[Intent]) -> pa.Table:
 @contextlib.contextmanager
 def open_intents_writer(uri: str) -> Iterator[pq.ParquetWriter]:
     """Open an intents file for writing; it appears at ``uri`` when the block ends, unless the block raises."""
-    with storage.whole_file(uri) as sink, pq.ParquetWriter(sink, INTENT_SCHEMA, compression="zstd") as writer:
+    with storage.atomic_file(uri) as sink, pq.ParquetWriter(sink, INTENT_SCHEMA, compression="zstd") as writer:
         yield writer
 
 

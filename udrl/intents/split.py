@@ -120,5 +120,5 @@ def _open_rejects(uri: str, reasons: Counter[str]) -> Iterator[Callable[[Rejecte
             yield add
             flush()
         spool.seek(0)
-        with storage.whole_file(uri) as sink:
+        with storage.atomic_file(uri) as sink:
             shutil.copyfileobj(spool, sink)

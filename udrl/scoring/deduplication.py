@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 
 from udrl.recipe import Deduplicate
-from udrl.scoring.reward_components import words
+from udrl.scoring.rewards import words
 
 PERMUTATIONS = 128
 SEED = 1

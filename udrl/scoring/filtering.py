@@ -1,13 +1,12 @@
-"""The first pass over a ledger: parse, reject with a reason, deduplicate. ``sifted/part-<shard>.parquet``, one row a prompt.
+"""Filter completions: parse them, reject bad ones with a reason, deduplicate the rest. The first pass of scoring.
 
-Parsing and signatures run in Ray tasks, shards side by side; what was said before is decided by one actor, shard after
-shard in their order, so the outcome depends neither on parallelism nor on where a run was killed. A run that goes on feeds
-the actor what the finished shards kept.
+``filtered/part-<shard>.parquet`` gets one row per requested prompt. Ray tasks parse the shards in parallel. One actor
+deduplicates them in the order of the shards, so that the result depends neither on parallelism nor on where a run was killed.
+A resumed run adds the prompts of its finished shards to the actor's filters first.
 """
 
-import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,15 +21,16 @@ from udrl.hashing import fingerprint, stable_id
 from udrl.policies.ledger import list_parts, read_shard
 from udrl.progress import Progress
 from udrl.recipe import Deduplicate
+from udrl.run import Manifest, ScoringPaths
 from udrl.scoring import deduplication as dedup
 from udrl.scoring.parsing import parse_row
 from udrl.tasks import Task
 from udrl.text import count_words
 from udrl.watchdog import watched
 
-ABOUT = "about.json"
-RULES = 2  # raise it where code changes what a pass makes of the same rows: what lies there is then made anew
-SIFTED = pa.schema(
+log = logging.getLogger(__name__)
+RULES = 2  # version; bump it when a pass's code changes its output, so that cached files are rebuilt
+FILTERED = pa.schema(
     [
         *KEYS,
         ("completion", pa.string()),
@@ -40,136 +40,138 @@ SIFTED = pa.schema(
         ("detail", pa.string()),
     ]
 )
-_VERDICTS = {dedup.EXACT: (Reason.DUPLICATE, "said before"), dedup.NEAR: (Reason.NEAR_DUPLICATE, "nearly said before")}
-_SHARDS_AHEAD = 64  # shards in memory at a time, at most
+_VERDICTS = {
+    dedup.EXACT: (Reason.DUPLICATE, "same prompt as an earlier one"),
+    dedup.NEAR: (Reason.NEAR_DUPLICATE, "nearly the same prompt as an earlier one"),
+}
+_SHARDS_IN_FLIGHT = 64  # shards; an upper bound on those in memory
+_RESERVED_FROM = 2**28  # bytes; from this size on, Ray reserves the deduplicator's memory
 
 
-def sift(
+def filter_completions(
     ledger: str,
-    out: str,
+    paths: ScoringPaths,
     tasks: Sequence[Task],
     deduplicate: Deduplicate | None,
-    known: Sequence[str] = (),
-    what: str = "sift",
+    earlier: Sequence[str] = (),
+    label: str = "filter",
     context: StageContext = DEFAULT_CONTEXT,
-) -> str:
-    """Sift every shard of ``ledger`` into ``out``, as :data:`SIFTED`; return the fingerprint of all that the rows depend on.
+) -> None:
+    """Filter every shard of ``ledger`` into ``paths.filtered``, as :data:`FILTERED`.
 
-    ``deduplicate`` None keeps what was said before. ``known`` are folders of episodes whose prompts count as said.
+    If ``deduplicate`` is None, duplicates are kept. A prompt in the ``earlier`` folders of episodes counts as an earlier one.
 
     Raises:
-        UserError: the actor that remembers what was said died; finished shards are kept.
-        StalledError: nothing was done for ``context.watchdog_minutes``.
+        UserError: the deduplicating actor died; finished shards are kept.
+        StalledError: no shard was finished for ``context.watchdog_minutes``.
     """
     parts = list_parts(ledger)
-    facts = _facts(ledger, parts, tasks, deduplicate, known)
-    bind(out, facts)
-    have = set(storage.list_files(out))
-    todo = [shard for shard in parts if part_name(shard) not in have]
-    if todo:
-        bar = Progress(what, len(parts), "shards", start=len(parts) - len(todo))
-        done, rows = len(parts) - len(todo), 0
-        steps = _run(ledger, out, parts, set(todo), list(tasks), deduplicate, _episode_files(known) if deduplicate else [])
-        for n in watched(steps, context.watchdog_minutes, what):
+    Manifest.of(filter_inputs(ledger, parts, tasks, deduplicate, earlier)).claim(paths.filtered)
+    present = set(storage.list_files(paths.filtered))
+    missing = [shard for shard in parts if shard_file(shard) not in present]
+    if missing:
+        done, rows = len(parts) - len(missing), 0
+        progress = Progress(label, len(parts), "shards", start=done)
+        files = [uri for folder in earlier for uri in storage.parquet_files(folder)] if deduplicate else []
+        steps = _filter_shards(ledger, paths.filtered, parts, set(missing), list(tasks), deduplicate, files)
+        for n in watched(steps, context.watchdog_minutes, label):
             if n is not None:
                 done, rows = done + 1, rows + n
-            bar.update(done)
-        bar.finish(done, f"{rows:,} prompts")
-    return str(facts["fingerprint"])
+            progress.update(done)
+        progress.finish(done, f"{rows:,} prompts")
+    storage.remove(paths.sifted)  # the same rows, as a version before 2026-11-25 named them; nothing reads them any more
 
 
-def part_name(shard: int) -> str:
+def shard_file(shard: int) -> str:
     return f"part-{shard:08d}.parquet"
 
 
-def bind(folder: str, facts: dict[str, Any]) -> None:
-    """Tie a folder to what its rows depend on: where it holds rows made otherwise, it is cleared."""
-    about = storage.join(folder, ABOUT)
-    if storage.exists(about) and storage.read_json(about) == facts:
-        return
-    storage.remove(folder)
-    storage.write_json(about, facts)
+def ledger_name(ledger: str) -> str:
+    """Return the last part of a ledger's URI."""
+    return ledger.rstrip("/").rsplit("/", 1)[-1]
 
 
-def _facts(
-    ledger: str, parts: dict[int, list[str]], tasks: Sequence[Task], deduplicate: Deduplicate | None, known: Sequence[str]
+def filter_inputs(
+    ledger: str,
+    parts: Mapping[int, list[str]],
+    tasks: Sequence[Task],
+    deduplicate: Deduplicate | None,
+    earlier: Sequence[str],
 ) -> dict[str, Any]:
+    """Return everything that filtered rows depend on; ``parts`` are the ledger's files by shard."""
     rules = {t.name: [[e.model_dump() for e in t.examples], t.format.model_dump(exclude={"prefer"})] for t in tasks}
-    facts = {
+    return {
         "rules": RULES,
-        "ledger": ledger.rstrip("/").rsplit("/", 1)[-1],
+        "ledger": ledger_name(ledger),
         "files": fingerprint([[shard, names] for shard, names in parts.items()]),
         "tasks": fingerprint(rules),
         "deduplicate": deduplicate.model_dump() if deduplicate else None,
-        "known": [_name_of(uri) for uri in known] if deduplicate else [],
+        "known": [_identify_episodes(folder) for folder in earlier] if deduplicate else [],  # an old key, as "sifted"
     }
-    return {**facts, "fingerprint": fingerprint(facts)}
 
 
-def _name_of(episodes: str) -> str:
-    """What tells one folder of episodes from another: what it was sifted from, wherever it lies."""
-    about = storage.join(episodes, ABOUT)
-    return str((storage.read_json(about) if storage.exists(about) else {}).get("sifted", episodes))
+def _identify_episodes(folder: str) -> str:
+    """Return the fingerprint of the filtered rows that episodes were made from, wherever the folder is; else its URI."""
+    manifest = Manifest.load_from(folder)
+    return str((manifest.inputs if manifest else {}).get("sifted", folder))
 
 
-def _episode_files(known: Sequence[str]) -> list[str]:
-    return [storage.join(uri, n) for uri in known for n in storage.list_files(uri) if n.endswith(".parquet")]
-
-
-def _run(
+def _filter_shards(
     ledger: str,
     out: str,
-    parts: dict[int, list[str]],
-    todo: set[int],
+    parts: Mapping[int, list[str]],
+    missing: set[int],
     tasks: list[Task],
     deduplicate: Deduplicate | None,
-    known: list[str],
+    earlier: list[str],
 ) -> Iterator[int | None]:
-    """Yield the rows of each shard as it is written, and None for a step that only remembers."""
+    """Yield the number of rows of each shard when it is written, and None when earlier prompts were added to the filters."""
     import ray
 
     by_name = ray.put({t.name: t for t in tasks})
     near = deduplicate.near if deduplicate else None
-    parse = ray.remote(num_cpus=1, num_returns=2)(_parse)
-    kept = ray.remote(num_cpus=1)(_kept)
-    write = ray.remote(num_cpus=0.1)(_write)
-    said = _remember(ledger, parts, known, deduplicate) if deduplicate else None
+    parse = ray.remote(num_cpus=1, num_returns=2)(_parse_shard)
+    read_keys = ray.remote(num_cpus=1)(_read_candidate_keys)
+    write = ray.remote(num_cpus=0.1)(_write_shard)
+    deduplicator = _start_deduplicator(ledger, parts, earlier, deduplicate) if deduplicate else None
 
     def steps() -> Iterator[tuple[Any, bool]]:
-        # What was said in earlier rounds, then the shards in their order: those that are done are only remembered, and none
-        # behind the last one that is not matters any more.
-        files: list[tuple[str, int | None]] = [(uri, None) for uri in known]
-        files += [(storage.join(out, part_name(shard)), shard) for shard in parts if shard <= max(todo)]
+        # The actor sees earlier rounds first, then the shards in order. Finished shards only add their prompts; those behind
+        # the last missing one can't influence it.
+        files: list[tuple[str, int | None]] = [(uri, None) for uri in earlier]
+        files += [(storage.join(out, shard_file(shard)), shard) for shard in parts if shard <= max(missing)]
         for order, (uri, shard) in enumerate(files):
-            if shard in todo and shard is not None:
+            if shard is not None and shard in missing:
                 table, keys = parse.remote(ledger, parts[shard], by_name, deduplicate is not None, near)
-                yield write.remote(table, said.check_and_add.remote(order, keys) if said else None, uri), True
-            elif said:
-                yield said.add_known.remote(order, kept.remote(uri, near)), False
+                verdicts = deduplicator.check_and_add.remote(order, keys) if deduplicator else None
+                yield write.remote(table, verdicts, uri), True
+            elif deduplicator:
+                yield deduplicator.add_known.remote(order, read_keys.remote(uri, near)), False
 
     try:
-        yield from _collect(steps(), min(_SHARDS_AHEAD, 2 * int(max(ray.cluster_resources().get("CPU", 1), 1))))
+        cpus = int(ray.cluster_resources().get("CPU", 1))
+        yield from _run_calls(steps(), min(_SHARDS_IN_FLIGHT, 2 * max(cpus, 1)))
     except ray.exceptions.RayActorError as error:
         raise UserError(
-            f"deduplication: the actor that remembers what was said died ({' '.join(str(error).split())[:200]});"
-            " finished shards are kept, run the same command again"
+            f"deduplication: the actor died ({' '.join(str(error).split())[:200]}); finished shards are kept, run the same"
+            " command again"
         ) from error
     finally:
-        if said:
-            ray.kill(said)
+        if deduplicator:
+            ray.kill(deduplicator)
 
 
-def _collect(steps: Iterator[tuple[Any, bool]], ahead: int) -> Iterator[int | None]:
-    """Results of Ray calls as they finish, with at most ``ahead`` under way; None where a call is not to be counted."""
+def _run_calls(calls: Iterator[tuple[Any, bool]], in_flight: int) -> Iterator[int | None]:
+    """Yield results of Ray calls as they finish, at most ``in_flight`` at a time; None for a call that does not count."""
     import ray
 
     running: dict[Any, bool] = {}
     more = True
     while more or running:
-        while more and len(running) < ahead:
+        while more and len(running) < in_flight:
             try:
-                call, counted = next(steps)
-                running[call] = counted
+                call, counts = next(calls)
+                running[call] = counts
             except StopIteration:
                 more = False
         if running:
@@ -178,33 +180,26 @@ def _collect(steps: Iterator[tuple[Any, bool]], ahead: int) -> Iterator[int | No
             yield result if running.pop(done[0]) else None
 
 
-def _remember(ledger: str, parts: dict[int, list[str]], known: list[str], config: Deduplicate) -> Any:
-    """The actor that holds what was said, sized for all that the ledger can bring."""
+def _start_deduplicator(ledger: str, parts: Mapping[int, list[str]], earlier: list[str], config: Deduplicate) -> Any:
+    """Start the actor that holds the Bloom filters, sized for every prompt that the ledger can contain."""
     import ray
 
     files = [storage.join(ledger, name) for names in parts.values() for name in names]
-    expected = sum(per_file(prompts_in, files + known))
+    expected = sum(storage.map_files(count_prompts, files + earlier))
     size = dedup.bytes_of(expected, config)
-    print(
+    log.info(
         f"deduplication: {size / 1e6:,.1f} MB of memory for {expected:,} prompts"
-        f" ({dedup.megabytes_per_million(config):.0f} MB a million)",
-        file=sys.stderr,
+        f" ({dedup.megabytes_per_million(config):.0f} MB per million)"
     )
-    # Never restarted: a new actor would have forgotten all, and say so of nothing.
-    options = {"num_cpus": 0.1, "max_restarts": 0, "max_task_retries": 0}
-    if size > 2**28:
+    # A restarted actor would start with empty filters and silently accept duplicates.
+    options: dict[str, Any] = {"num_cpus": 0.1, "max_restarts": 0, "max_task_retries": 0}
+    if size > _RESERVED_FROM:
         options["memory"] = size
     return ray.remote(**options)(dedup.BloomDeduplicator).remote(expected, config)
 
 
-def per_file(read: Any, uris: Sequence[str]) -> list[Any]:
-    """``read`` of each file, in threads: what they wait for is storage."""
-    with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(read, uris))
-
-
-def prompts_in(uri: str) -> int:
-    """Prompts that a file of completions asked for, or a file of episodes holds; from its footer, at most too many."""
+def count_prompts(uri: str) -> int:
+    """Return an upper bound on the prompts in a file of completions or episodes, from its Parquet footer."""
     fs, path = storage.open_filesystem(uri)
     with fs.open_input_file(path) as source:
         footer = pq.ParquetFile(source).metadata
@@ -218,40 +213,42 @@ def prompts_in(uri: str) -> int:
     return total
 
 
-def _parse(
-    ledger: str, names: list[str], tasks: dict[str, Task], sign: bool, near: float | None
+def _parse_shard(
+    ledger: str, names: list[str], tasks: dict[str, Task], with_keys: bool, near: float | None
 ) -> tuple[pa.Table, np.ndarray | None]:
-    """The sifted rows of one shard before deduplication, and the keys of its candidates."""
-    # The order of a ledger's rows is that in which an engine finished them: not one that an outcome may depend on.
+    """Return the rows of one shard before deduplication, and the keys of its candidates."""
+    # A ledger's rows are in the order in which an engine finished them, on which no result may depend.
     order = [(name, "ascending") for name in ("intent_id", "task", "variation", "episode_id")]
-    rows = [r for row in read_shard(ledger, names).sort_by(order).to_pylist() for r in sift_row(tasks[row["task"]], row)]
-    keys = dedup.keys([(r["intent"], r["task"], r["prompt"]) for r in rows if not r["reason"]], near) if sign else None
-    return pa.Table.from_pylist(rows, schema=SIFTED), keys
+    completions = read_shard(ledger, names).sort_by(order).to_pylist()
+    rows = [row for completion in completions for row in filter_row(tasks[completion["task"]], completion)]
+    keys = dedup.keys([(r["intent"], r["task"], r["prompt"]) for r in rows if not r["reason"]], near) if with_keys else None
+    return pa.Table.from_pylist(rows, schema=FILTERED), keys
 
 
-def sift_row(task: Task, row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The sifted rows of one request: as many as it asked for prompts, whatever its completion brought.
+def filter_row(task: Task, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return one :data:`FILTERED` row for each prompt that a request asked for.
 
-    The tokens of a structured request are shared out among its prompts, so that sums hold.
+    The tokens of a structured request are divided among its prompts, so that their sum stays the same.
     """
     results = parse_row(task, row)
     rows = []
-    for j, parsed in enumerate(results):
-        own = {name: row[name] for name, _ in KEYS}
+    for j, result in enumerate(results):
+        keys = {name: row[name] for name, _ in KEYS}
         if len(results) > 1:
             tokens = {n: _share(row[n] or 0, j, len(results)) for n in ("input_tokens", "output_tokens")}
-            own |= {"episode_id": stable_id(row["episode_id"], j), "variation": row["variation"] + j, **tokens}
-        own |= {"completion": parsed.completion, "prompt": parsed.prompt, "n_words": count_words(parsed.prompt)}
-        rows.append({**own, "reason": parsed.reason, "detail": parsed.detail})
+            keys |= {"episode_id": stable_id(row["episode_id"], j), "variation": row["variation"] + j, **tokens}
+        text = {"completion": result.completion, "prompt": result.prompt, "n_words": count_words(result.prompt)}
+        rows.append({**keys, **text, "reason": result.reason, "detail": result.detail})
     return rows
 
 
-def _share(total: int, j: int, among: int) -> int:
-    return total // among + (j < total % among)
+def _share(total: int, j: int, n: int) -> int:
+    """Return part ``j`` of ``total`` divided into ``n`` integers."""
+    return total // n + (j < total % n)
 
 
-def _kept(uri: str, near: float | None) -> np.ndarray:
-    """The keys of the prompts that a sifted file, or a file of episodes, kept."""
+def _read_candidate_keys(uri: str, near: float | None) -> np.ndarray:
+    """Return the deduplication keys of the accepted prompts in a file of filtered rows or of episodes."""
     table = storage.read_table(uri)
     if "reason" in table.column_names:
         table = table.filter(pa.compute.equal(table.column("reason"), ""))
@@ -259,8 +256,8 @@ def _kept(uri: str, near: float | None) -> np.ndarray:
     return dedup.keys(list(zip(*columns, strict=True)), near)
 
 
-def _write(table: pa.Table, verdicts: np.ndarray | None, uri: str) -> int:
-    """Write one shard, with the verdicts on its candidates; return its rows."""
+def _write_shard(table: pa.Table, verdicts: np.ndarray | None, uri: str) -> int:
+    """Write one shard with the deduplicator's verdicts on its candidates and return its number of rows."""
     if verdicts is not None and verdicts.any():
         reasons, details = table.column("reason").to_pylist(), table.column("detail").to_pylist()
         candidates = [i for i, reason in enumerate(reasons) if not reason]
@@ -268,6 +265,6 @@ def _write(table: pa.Table, verdicts: np.ndarray | None, uri: str) -> int:
             if verdict != dedup.NEW:
                 reasons[i], details[i] = _VERDICTS[verdict]
         for name, values in (("reason", reasons), ("detail", details)):
-            table = table.set_column(SIFTED.get_field_index(name), name, pa.array(map(str, values), pa.string()))
+            table = table.set_column(FILTERED.get_field_index(name), name, pa.array(map(str, values), pa.string()))
     storage.write_table(uri, table)
     return int(table.num_rows)

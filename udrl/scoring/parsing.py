@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from udrl.episodes import Reason
 from udrl.scoring import language as writing
 from udrl.scoring import lenient_json as salvage
-from udrl.scoring import reward_components as components
+from udrl.scoring import rewards as components
 from udrl.tasks import Task
 
 # A prompt under these says nothing that the intent did not, or says it again and again. They are lenient on purpose:

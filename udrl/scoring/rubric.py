@@ -23,7 +23,6 @@ from udrl.policies.policy import Policy, Row
 from udrl.policies.stage import complete
 from udrl.policies.teacher import chat_ids, key_columns
 from udrl.recipe import RubricJudge, Sampling
-from udrl.scoring.filtering import per_file
 from udrl.tasks import Task
 from udrl.watchdog import watched
 
@@ -140,13 +139,14 @@ def relevance(tokens: Sequence[str], logprobs: Sequence[float], top: int) -> tup
     must not be learnt as good.
     """
     score, mass = expected_score(tokens, logprobs, top)
-    return (0.0 if math.isnan(score) else (score - 1) / (top - 1)), mass
+    # Clipped, since dividing by the mass may round the highest score up.
+    return (0.0 if math.isnan(score) else min(max((score - 1) / (top - 1), 0.0), 1.0)), mass
 
 
 def judge_relevance(
-    sifted: str, out: str, config: RubricJudge, tasks: Sequence[Task], context: StageContext = DEFAULT_CONTEXT
+    filtered: str, out: str, config: RubricJudge, tasks: Sequence[Task], context: StageContext = DEFAULT_CONTEXT
 ) -> Counter[str]:
-    """Score the candidates of ``sifted/part-<shard>.parquet`` (rows whose ``reason`` is empty) into files of the same names
+    """Score the candidates of ``filtered/part-<shard>.parquet`` (rows whose ``reason`` is empty) into files of the same names
     under ``out``: episode_id int64, relevance float32 in 0..1, mass float32, the probability that stood on scores.
 
     The scale is 1 to 10, or 1 to 9 (see :func:`highest_score`). The share of judgements that did not parse is printed where
@@ -159,10 +159,10 @@ def judge_relevance(
     Raises:
         UserError: the judge can't be placed or refuses every request.
     """
-    asked = unanswered(sifted, out)
+    asked = unanswered(filtered, out)
     if asked:
         policy = rubric_policy(config, tasks)
-        answer(sifted, out, policy, reader(policy), context=context)
+        answer(filtered, out, policy, reader(policy), context=context)
     counts = count(out)
     if asked:
         print(_report(counts, config.model), file=sys.stderr)
@@ -180,7 +180,7 @@ def _report(counts: Counter[str], model: str) -> str:
 def count(out: str) -> Counter[str]:
     """Judgements under ``out``, those that did not parse, and those without any answer."""
     counts: Counter[str] = Counter(rows=0, unparsed=0, unjudged=0)
-    for of_file in per_file(_count, [storage.join(out, name) for name in _shards(out)]):
+    for of_file in storage.map_files(_count, [storage.join(out, name) for name in _shards(out)]):
         counts.update(of_file)
     return counts
 
@@ -195,10 +195,10 @@ def _shards(folder: str) -> list[str]:
     return [name for name in storage.list_files(folder) if name.startswith("part-")]
 
 
-def unanswered(sifted: str, out: str) -> list[str]:
-    """Names of the shards of ``sifted`` that have no file under ``out``."""
+def unanswered(filtered: str, out: str) -> list[str]:
+    """Names of the shards of ``filtered`` that have no file under ``out``."""
     done = set(_shards(out))
-    return [name for name in _shards(sifted) if name not in done]
+    return [name for name in _shards(filtered) if name not in done]
 
 
 JUDGED = {"judged": "prompt"}
@@ -207,7 +207,7 @@ Read = Callable[[Sequence[str], Sequence[float]], tuple[float, float]]
 
 
 def answer(
-    sifted: str,
+    filtered: str,
     out: str,
     policy: Policy,
     read: Read,
@@ -216,7 +216,7 @@ def answer(
     shown: Mapping[str, str] = JUDGED,
     context: StageContext = DEFAULT_CONTEXT,
 ) -> None:
-    """Ask ``policy`` for its first token on each candidate of ``sifted`` that has no answer under ``out``, and write what
+    """Ask ``policy`` for its first token on each candidate of ``filtered`` that has no answer under ``out``, and write what
     ``read`` makes of it: episode_id int64, ``column`` float32, mass float32, in files of the candidates' names.
 
     One request a candidate goes through the shared vLLM stage; its answers stay in ``out``/ledger-<fingerprint>, so a rerun
@@ -227,27 +227,27 @@ def answer(
         UserError: the judge can't be placed or refuses every request.
     """
     # All shards, the finished ones too: their places in the ledger must not depend on which were finished.
-    names, todo = _shards(sifted), unanswered(sifted, out)
+    names, todo = _shards(filtered), unanswered(filtered, out)
     ledger = storage.join(out, f"ledger-{policy.fingerprint}")
-    complete(policy, _requests(policy, sifted, names, shown), ledger, policy.name, context=context)
+    complete(policy, _requests(policy, filtered, names, shown), ledger, policy.name, context=context)
 
     import ray
 
     parts = list_parts(ledger)
     work = [(name, parts.get(names.index(name), [])) for name in todo]
-    collect = _Collect(sifted, ledger, out, read, column, work)
+    collect = _Collect(filtered, ledger, out, read, column, work)
     dataset = ray.data.range(len(work), override_num_blocks=len(work)).map_batches(collect, batch_size=None, num_cpus=0.5)
     for _ in watched(dataset.iter_batches(batch_size=None), context.watchdog_minutes, f"{policy.name}, collect"):
         pass
 
 
-def _requests(policy: Policy, sifted: str, names: Sequence[str], shown: Mapping[str, str]) -> Requests:
+def _requests(policy: Policy, filtered: str, names: Sequence[str], shown: Mapping[str, str]) -> Requests:
     """One request for each candidate, a shard for each file."""
-    sizes = [len(_candidates(sifted, name, ["reason"])) for name in names]
+    sizes = [len(_candidates(filtered, name, ["reason"])) for name in names]
     columns = ["reason", "episode_id", "intent_id", "intent", "task", *shown.values()]
 
     def rows(shard: int) -> Iterator[Row]:
-        for row in _candidates(sifted, names[shard], columns):
+        for row in _candidates(filtered, names[shard], columns):
             keys = key_columns(policy, row["intent_id"], row["intent"], row["task"], 0)
             texts = {name: row[origin] for name, origin in shown.items()}
             yield {**keys, **texts, "episode_id": _judgement_id(policy.fingerprint, row["episode_id"])}
@@ -259,8 +259,8 @@ def _judgement_id(fingerprint: str, episode_id: int) -> int:
     return stable_id(fingerprint, "judge", episode_id)
 
 
-def _candidates(sifted: str, name: str, columns: list[str]) -> list[Row]:
-    rows: list[Row] = storage.read_table(storage.join(sifted, name), columns).to_pylist()
+def _candidates(filtered: str, name: str, columns: list[str]) -> list[Row]:
+    rows: list[Row] = storage.read_table(storage.join(filtered, name), columns).to_pylist()
     return [row for row in rows if row["reason"] == ""]
 
 
@@ -268,7 +268,7 @@ def _candidates(sifted: str, name: str, columns: list[str]) -> list[Row]:
 class _Collect:
     """Shard -> its file of values, from the judge's ledger."""
 
-    sifted: str
+    filtered: str
     ledger: str
     out: str
     read: Read
@@ -282,7 +282,7 @@ class _Collect:
         answers = read_shard(self.ledger, parts).to_pylist() if parts else []
         by_id = {row["episode_id"]: row for row in answers}
         fingerprint = answers[0]["request_fingerprint"] if answers else ""
-        ids = [row["episode_id"] for row in _candidates(self.sifted, name, ["reason", "episode_id"])]
+        ids = [row["episode_id"] for row in _candidates(self.filtered, name, ["reason", "episode_id"])]
         rows = [by_id[_judgement_id(fingerprint, episode_id)] for episode_id in ids]
         found = [self.read(row["top_tokens"], row["top_logprobs"]) for row in rows]
         values, masses = (np.array([pair[i] for pair in found], dtype=np.float32) for i in (0, 1))

@@ -186,7 +186,7 @@ def save_best(runs: str, weights: dict[str, Any], facts: dict[str, Any]) -> None
     with tempfile.TemporaryDirectory() as folder:
         name = f"{name_of(facts['step'])}.safetensors"
         save_file(weights, os.path.join(folder, name))
-        with open(os.path.join(folder, name), "rb") as source, storage.whole_file(storage.join(uri, name)) as out:
+        with open(os.path.join(folder, name), "rb") as source, storage.atomic_file(storage.join(uri, name)) as out:
             shutil.copyfileobj(source, out)
     storage.write_json(storage.join(uri, "best.json"), {**facts, "file": name})
     for old in storage.list_files(uri):

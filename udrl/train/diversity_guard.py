@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 
 from udrl import storage
-from udrl.scoring.filtering import per_file
 from udrl.train.achieved import by_task
 
 SAMPLE = 10_000  # intents of a task that diversity is measured on
@@ -97,7 +96,7 @@ def sample(folder: str, share: float = 1.0, only: Mapping[str, np.ndarray] | Non
 
     total: Prompts = {}
     # An intent's prompts stand in one file, so it does not matter which file comes first.
-    for part in per_file(chosen, [name for name in storage.list_files(folder) if name.endswith(".parquet")]):
+    for part in storage.map_files(chosen, [name for name in storage.list_files(folder) if name.endswith(".parquet")]):
         for task, prompts in part.items():
             total.setdefault(task, {}).update(prompts)
     return total

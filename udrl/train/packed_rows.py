@@ -32,7 +32,7 @@ def write_rows(uri: str, batch: Batch, vocab_size: int) -> None:
         "target_count": pa.array(batch.targets.sum(axis=1), pa.int32()),
     }
     record_batch = pa.record_batch(columns)
-    with storage.whole_file(uri) as file, pa.ipc.new_file(file, record_batch.schema) as sink:
+    with storage.atomic_file(uri) as file, pa.ipc.new_file(file, record_batch.schema) as sink:
         sink.write_batch(record_batch)
 
 

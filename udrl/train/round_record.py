@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from udrl import storage
-from udrl.scoring.filtering import per_file
 from udrl.train.achieved import by_task
 
 
@@ -46,7 +45,7 @@ def asked(episodes: str, rejects: str) -> dict[str, Asked]:
     total: dict[str, Asked] = {}
     for folder in (episodes, rejects):
         files = [storage.join(folder, name) for name in storage.list_files(folder) if name.endswith(".parquet")]
-        for found in per_file(partial(_asked, accepted=folder == episodes), files):
+        for found in storage.map_files(partial(_asked, accepted=folder == episodes), files):
             for task, part in found.items():
                 total.setdefault(task, Asked()).add(part)
     return total

@@ -14,8 +14,8 @@ from udrl.context import StageContext
 from udrl.errors import UserError
 from udrl.hashing import fingerprint
 from udrl.recipe import Recipe, dump
-from udrl.run import EpisodeSource
-from udrl.scoring.score import score
+from udrl.run import EpisodeSource, ScoringPaths
+from udrl.scoring.score import ScoringResult, score
 from udrl.tasks import Task, load_tasks
 from udrl.train import diversity_guard as guard
 from udrl.train import fit as train
@@ -165,8 +165,9 @@ def _explored(recipe: Recipe, k: int, tasks: Sequence[Task], context: StageConte
     buffer = [_episodes(recipe, j) for j in range(k)]
     storage.remove(done)  # it vouches for episodes that scoring may clear now
     explore(recipe, what, tasks, buffer, context)
-    counts = score(what.ledger, folder, tasks, recipe.rewards, f"round {k}: score", known=buffer, context=context)
-    facts = {"round": k, "origin": origin, **_account(recipe, what, dict(counts))}
+    paths = ScoringPaths(folder)
+    scored = score(what.ledger, paths, tasks, recipe.rewards, f"round {k}: score", earlier=buffer, context=context)
+    facts = {"round": k, "origin": origin, **_account(recipe, what, scored)}
     # Written before the training too: a driver that is killed there need not look at the episodes again.
     storage.write_json(done, facts)
     return facts
@@ -177,20 +178,19 @@ def _scoring(recipe: Recipe) -> dict[str, Any]:
     return recipe.rewards.model_dump(exclude={"placement": True, "batch_size": True, "judge": {"placement"}})
 
 
-def _account(recipe: Recipe, what: Plan, counts: dict[str, int]) -> dict[str, Any]:
+def _account(recipe: Recipe, what: Plan, scored: ScoringResult) -> dict[str, Any]:
     episodes = _episodes(recipe, what.round)
-    accepted = counts.pop("accepted", 0)
     requested = what.intents * len(what.vocabulary.tasks) * recipe.explore.samples
-    if accepted + sum(counts.values()) != requested:
-        raise RuntimeError(f"accounting: {accepted} accepted + {sum(counts.values())} rejected is not {requested} requested")
+    if scored.total != requested:
+        raise RuntimeError(f"accounting: {scored.accepted} accepted + {scored.rejected} rejected is not {requested} requested")
     asked = record.asked(episodes, storage.join(_folder(recipe, what.round), "rejects"))
     return {
         "ledger": what.mark,
         "student": what.policy.revision,
         "requested": requested,
-        "accepted": accepted,
-        "rejected": sum(counts.values()),
-        "reasons": counts,
+        "accepted": scored.accepted,
+        "rejected": scored.rejected,
+        "reasons": scored.reasons,
         "commands": {task: asked[task].plain() for task in sorted(asked)},
         "achieved": rewards_of(episodes),
         "diversity": guard.diversity(_episodes(recipe, 0), episodes, what.intents),

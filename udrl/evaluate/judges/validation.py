@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from udrl.scoring.reward_components import words
+from udrl.scoring.rewards import words
 
 KINDS = ("shuffled", "echo", "stuffed", "truncated")
 BELIEVED_FROM = 0.8  # area under the curve against shuffled pairs
