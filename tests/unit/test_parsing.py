@@ -258,8 +258,8 @@ MEGABYTE = 1_000_000
     ids=lambda text: f"{text[:14]!r}...",
 )
 def test_a_megabyte_is_parsed_in_no_time(text: str) -> None:
-    begun = time.perf_counter()
+    begun = time.thread_time()  # CPU time: other processes do not count
     for prompts in (1, 4):
         assert len(parse_row(TASK, row(text, prompts))) == prompts
     parse(TASK, text, good(1), "stop", "")  # a megabyte of an intent
-    assert time.perf_counter() - begun < 5  # seconds, with much room: a quadratic pattern takes hours
+    assert time.thread_time() - begun < 10  # seconds; a quadratic pattern takes hours
