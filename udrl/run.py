@@ -134,6 +134,16 @@ class StudentPaths:
     folder: str
 
     @property
+    def config(self) -> str:
+        """The model configuration of transformers."""
+        return storage.join(self.folder, "config.json")
+
+    @property
+    def commands(self) -> str:
+        """:class:`udrl.commands.CommandVocabulary`."""
+        return storage.join(self.folder, "commands.json")
+
+    @property
     def training(self) -> str:
         """:class:`TrainingSummary`, written last: if it is there, the export is complete."""
         return storage.join(self.folder, "training.json")
