@@ -1,17 +1,16 @@
-"""The server against the same engine without it, and against FastAPI with transformers.
+"""Our server compared with the same engine without a server and with FastAPI and transformers.
 
 ``python -m benchmarks.serving [speed] [variants] [--student FOLDER] [--repeats N] [--quick] [key=value ...]``
 
-- ``speed``: clients that ask one request after another, 1, 8 and 64 at a time: p50, p95, p99, tokens/s, memory of an engine's
-  processes, cold start; of our application over HTTP, of the same behind HAProxy, of vLLM's AsyncLLM alone (no HTTP, no Ray),
-  and of a FastAPI server with transformers, one request at a time (what people write first) and with requests gathered into
-  batches (fairer); these at 1 and 8 clients.
-- ``variants``: AsyncLLM alone under other settings of the engine, to choose those of a recipe.
+- ``speed``: 1, 8 and 64 clients that send one request after another. Reports p50, p95, p99, tokens/s, memory of an engine's
+  processes and cold start of our application over HTTP, of the same behind HAProxy, of vLLM's AsyncLLM without HTTP and Ray,
+  and of a FastAPI server with transformers, without and with batching (1 and 8 clients).
+- ``variants``: AsyncLLM under other engine settings, to choose those of a recipe.
 
-The student: 104M parameters (12 layers x 768, 24k pieces) with random weights, which never end a prompt, so that every request
-writes its 40 tokens; or the one in ``--student``. Every arm has the machine to itself, in turns, ``--repeats`` times; the load
-generator is a process of its own. What the server adds to a request is measured on requests of one token, where the
-engine's own variation does not drown it. Overrides apply to the recipe's serve section: ``serve.placement.gpus=1`` on a GPU.
+The default student has 104M parameters (12 layers x 768, vocabulary 24k) with random weights, which never end a prompt, so that
+every request generates its 40 tokens. Every arm runs alone on the machine, in turns, ``--repeats`` times; the load generator
+is a process of its own. The latency that the server adds is measured on requests of one token, because the engine's own
+variation exceeds it on longer ones. Overrides apply to the recipe's serve section: ``serve.placement.gpus=1`` on a GPU.
 
 Prints tables and, as its last line, JSON.
 """
@@ -31,10 +30,15 @@ from benchmarks.serving_load import Phase
 
 PARTS = ("speed", "variants")
 TASKS = ["text_to_image", "image_search"]
-# Limits that a benchmark's one client would run into are lifted; nothing else is.
-LIFTED = ("serve.require_keys=false", "serve.limits.concurrent=1000", "serve.limits.per_minute=100000000", "serve.queue=1000")
+# The benchmark has one key: its rate and concurrency limits and the queue must not interfere.
+NO_LIMITS = (
+    "serve.require_keys=false",
+    "serve.limits.concurrent=1000",
+    "serve.limits.per_minute=100000000",
+    "serve.queue=1000",
+)
 
-# name -> overrides and environment. int8 and fp8 are vLLM's own quantisation of the weights while loading.
+# name -> overrides and environment. int8: vLLM quantizes the weights while loading.
 VARIANTS: dict[str, tuple[list[str], dict[str, str]]] = {
     "eager": (["serve.engine.eager=true"], {}),
     "torch.compile": (["serve.engine.eager=false"], {}),
@@ -57,12 +61,12 @@ def phases(quick: bool, part: str = "speed") -> list[Phase]:
     if part == "variants":
         return [Phase("1", 1, 12, 40, 60), Phase("8", 8, 48, 40, 60), Phase("64", 64, 192, 40, 60)]
     sizes = [Phase("1", 1, 24, 40, 120), Phase("8", 8, 96, 40, 120), Phase("64", 64, 448, 40, 180)]
-    # One request at a time, each of 64 clients would wait for a minute.
+    # Without batching, each of 64 clients would wait for a minute.
     return sizes[:2] if part == "transformers" else [*sizes, Phase("short", 1, 200, 1, 60)]
 
 
-def made_student(folder: str, depth: int, width: int, pieces: int) -> str:
-    """A GPT-2 with random weights, exported as a student is. Returns ``folder``."""
+def export_random_student(folder: str, depth: int, width: int, vocab_size: int) -> str:
+    """Export a GPT-2 with random weights as the train stage exports a student; return ``folder``."""
     import numpy as np
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -77,9 +81,9 @@ def made_student(folder: str, depth: int, width: int, pieces: int) -> str:
     columns |= {"reward": rng.random(80), "relevance": rng.random(80)}
     counts = count_episodes(columns, "task")
     vocabulary = fit_vocabulary(counts, TASKS, max_words=40, reward_bins=5, rank_within="task")
-    pool = ["".join(rng.choice(SYLLABLES, rng.integers(2, 5))) for _ in range(2 * pieces)]
-    texts = (" " + " ".join(rng.choice(pool, 12)) for _ in range(pieces))
-    tokenizer = tokenizers.train(texts, vocabulary, vocab_size=pieces)
+    pool = ["".join(rng.choice(SYLLABLES, rng.integers(2, 5))) for _ in range(2 * vocab_size)]
+    texts = (" " + " ".join(rng.choice(pool, 12)) for _ in range(vocab_size))
+    tokenizer = tokenizers.train(texts, vocabulary, vocab_size=vocab_size)
     end, pad = tokenizers.control_ids(tokenizer, [commands.END, commands.PAD])
     torch.manual_seed(0)
     shape = {"n_positions": 256, "n_embd": width, "n_layer": depth, "n_head": width // 64}
@@ -93,13 +97,13 @@ def made_student(folder: str, depth: int, width: int, pieces: int) -> str:
 
 
 def write_work(folder: str, student: str, overrides: Sequence[str], quick: bool, part: str = "speed") -> str:
-    """What an arm is to do, as a file."""
+    """Write the instructions of an arm to a file; return its path."""
     recipe = Path(folder, "recipe.yaml")
     recipe.write_text(f"name: bench\nstorage: {folder}\ntasks: {TASKS}\nintents: {{limit: 9}}\n", encoding="utf-8")
     work = {
         "student": student,
         "recipe": str(recipe),
-        "overrides": [*LIFTED, "serve.sampling.max_tokens=40", "serve.max_replicas=1", *overrides],
+        "overrides": [*NO_LIMITS, "serve.sampling.max_tokens=40", "serve.max_replicas=1", *overrides],
         "phases": [phase.__dict__ for phase in phases(quick, part)],
     }
     path = Path(folder, f"work-{part}.json")
@@ -107,19 +111,18 @@ def write_work(folder: str, student: str, overrides: Sequence[str], quick: bool,
     return str(path)
 
 
-def turn(arm: Sequence[str], work: str, env: dict[str, str] | None = None) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(child("-m", *arm, work, env=env).splitlines()[-1])
-    return found
+def run_arm(arm: str, work: str, env: dict[str, str]) -> dict[str, Any]:
+    """Run one arm in a process of its own; return its results."""
+    result: dict[str, Any] = json.loads(child("-m", "benchmarks.serving_arms", arm, work, env=env).splitlines()[-1])
+    return result
 
 
-HEAD = f"{'':<30}{'at once':>8}{'p50 ms':>9}{'p95':>8}{'p99':>8}{'tokens/s':>10}{'requests/s':>12}{'MiB':>8}{'start s':>9}"
+HEAD = f"{'':<30}{'clients':>8}{'p50 ms':>9}{'p95':>8}{'p99':>8}{'tokens/s':>10}{'requests/s':>12}{'MiB':>8}{'start s':>9}"
 
 
-def show(name: str, found: dict[str, Any]) -> None:
-    for phase, row in found["phases"].items():
-        last = (
-            f"{found.get('memory_mib', 0):>8,.0f}{found['cold_start_s']:>9.1f}" if phase == next(iter(found["phases"])) else ""
-        )
+def print_rows(name: str, result: dict[str, Any]) -> None:
+    for i, (phase, row) in enumerate(result["phases"].items()):
+        last = f"{result.get('memory_mib', 0):>8,.0f}{result['cold_start_s']:>9.1f}" if i == 0 else ""
         print(
             f"{name:<30}{phase:>8}{row['p50_ms']:>9,.1f}{row['p95_ms']:>8,.1f}{row['p99_ms']:>8,.1f}"
             f"{row['tokens_per_second']:>10,.0f}{row['requests_per_second']:>12,.1f}{last}",
@@ -127,67 +130,68 @@ def show(name: str, found: dict[str, Any]) -> None:
         )
 
 
-def speed_part(folder: str, student: str, overrides: Sequence[str], repeats: int, quick: bool) -> dict[str, Any]:
-    work, rivals = (write_work(folder, student, overrides, quick, part) for part in ("speed", "transformers"))
-    # name -> arm, its work, its environment, and whether it is far from the ratios that matter, so that once is enough.
+def measure_speed(folder: str, student: str, overrides: Sequence[str], repeats: int, quick: bool) -> dict[str, Any]:
+    work, transformers_work = (write_work(folder, student, overrides, quick, part) for part in ("speed", "transformers"))
+    # name -> arm, its work, its environment, whether one turn suffices because no close ratio depends on it
     arms: dict[str, tuple[str, str, dict[str, str], bool]] = {
         "serve": ("serve", work, {}, False),
         "bare engine": ("bare", work, {}, False),
         "serve, HAProxy": ("serve", work, {"RAY_SERVE_ENABLE_HA_PROXY": "1"}, True),
-        "transformers": ("transformers", rivals, {}, True),
-        "transformers, batched": ("batched", rivals, {}, True),
+        "transformers": ("transformers", transformers_work, {}, True),
+        "transformers, batched": ("batched", transformers_work, {}, True),
     }
     print(HEAD, flush=True)
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
     for number in range(repeats):
-        for name, (arm, todo, env, once) in arms.items():
+        for name, (arm, arm_work, env, once) in arms.items():
             if not (once and number):
-                turns[name].append(turn(["benchmarks.serving_arms", arm], todo, env))
-                show(name, turns[name][-1])
-    return {"arms": turns, **ratios(turns, quick)}
+                turns[name].append(run_arm(arm, arm_work, env))
+                print_rows(name, turns[name][-1])
+    return {"arms": turns, **compare_arms(turns, quick)}
 
 
-def ratios(turns: dict[str, list[dict[str, Any]]], quick: bool) -> dict[str, Any]:
-    """What the issue of speed comes down to; medians over the turns of each arm."""
+def compare_arms(turns: dict[str, list[dict[str, Any]]], quick: bool) -> dict[str, Any]:
+    """Return and print added latencies and ratios of rates, from the medians over the turns of each arm."""
     eight, most = ("4", "4") if quick else ("8", "64")
 
-    def of(arm: str, phase: str, figure: str) -> float:
-        return statistics.median(found["phases"][phase][figure] for found in turns[arm])
+    def median(arm: str, phase: str, metric: str) -> float:
+        return statistics.median(turn["phases"][phase][metric] for turn in turns[arm])
 
     rate = "tokens_per_second"
-    found = {
-        "added_p50_ms": of("serve", "short", "p50_ms") - of("bare engine", "short", "p50_ms"),
-        "added_p50_ms_haproxy": of("serve, HAProxy", "short", "p50_ms") - of("bare engine", "short", "p50_ms"),
-        "added_p50_ms_of_whole_requests": of("serve", "1", "p50_ms") - of("bare engine", "1", "p50_ms"),
-        "ratio_to_bare_engine": of("serve", most, rate) / of("bare engine", most, rate),
-        "ratio_to_bare_engine_haproxy": of("serve, HAProxy", most, rate) / of("bare engine", most, rate),
-        "ratio_to_transformers_server": of("serve", eight, rate) / of("transformers", eight, rate),
-        "ratio_to_batched_transformers_server": of("serve", eight, rate) / of("transformers, batched", eight, rate),
+    comparison = {
+        "added_p50_ms": median("serve", "short", "p50_ms") - median("bare engine", "short", "p50_ms"),
+        "added_p50_ms_haproxy": median("serve, HAProxy", "short", "p50_ms") - median("bare engine", "short", "p50_ms"),
+        "added_p50_ms_of_whole_requests": median("serve", "1", "p50_ms") - median("bare engine", "1", "p50_ms"),
+        "ratio_to_bare_engine": median("serve", most, rate) / median("bare engine", most, rate),
+        "ratio_to_bare_engine_haproxy": median("serve, HAProxy", most, rate) / median("bare engine", most, rate),
+        "ratio_to_transformers_server": median("serve", eight, rate) / median("transformers", eight, rate),
+        "ratio_to_batched_transformers_server": median("serve", eight, rate) / median("transformers, batched", eight, rate),
     }
     print(
-        f"\nadded to p50, one client: {found['added_p50_ms']:.1f} ms (one token; {found['added_p50_ms_haproxy']:.1f} behind"
-        f" HAProxy), {found['added_p50_ms_of_whole_requests']:.1f} ms (whole requests)\n"
-        f"tokens/s at {most}, to the bare engine: {found['ratio_to_bare_engine']:.3f}"
-        f" ({found['ratio_to_bare_engine_haproxy']:.3f} behind HAProxy)\n"
-        f"tokens/s at {eight}, to transformers: {found['ratio_to_transformers_server']:.2f};"
-        f" batched: {found['ratio_to_batched_transformers_server']:.2f}"
+        f"\nadded to p50, one client: {comparison['added_p50_ms']:.1f} ms (one token;"
+        f" {comparison['added_p50_ms_haproxy']:.1f} behind HAProxy),"
+        f" {comparison['added_p50_ms_of_whole_requests']:.1f} ms (whole requests)\n"
+        f"tokens/s at {most}, to the bare engine: {comparison['ratio_to_bare_engine']:.3f}"
+        f" ({comparison['ratio_to_bare_engine_haproxy']:.3f} behind HAProxy)\n"
+        f"tokens/s at {eight}, to transformers: {comparison['ratio_to_transformers_server']:.2f};"
+        f" batched: {comparison['ratio_to_batched_transformers_server']:.2f}"
     )
-    return {name: round(value, 3) for name, value in found.items()}
+    return {name: round(value, 3) for name, value in comparison.items()}
 
 
-def variants_part(folder: str, student: str, overrides: Sequence[str], quick: bool) -> dict[str, Any]:
+def measure_variants(folder: str, student: str, overrides: Sequence[str], quick: bool) -> dict[str, Any]:
     print(HEAD, flush=True)
-    found: dict[str, Any] = {}
-    for name, (changes, env) in VARIANTS.items():
-        work = write_work(folder, student, [*overrides, *changes], quick, "variants")
+    results: dict[str, Any] = {}
+    for name, (variant_overrides, env) in VARIANTS.items():
+        work = write_work(folder, student, [*overrides, *variant_overrides], quick, "variants")
         try:
-            found[name] = turn(["benchmarks.serving_arms", "bare"], work, env)
-        except SystemExit as error:  # an engine that can't be had so is a finding
-            found[name] = {"failed": str(error).strip().splitlines()[-1][:300]}
-            print(f"{name:<30}failed: {found[name]['failed']}", flush=True)
+            results[name] = run_arm("bare", work, env)
+        except SystemExit as error:  # a variant that does not start is a result
+            results[name] = {"failed": str(error).strip().splitlines()[-1][:300]}
+            print(f"{name:<30}failed: {results[name]['failed']}", flush=True)
             continue
-        show(name, found[name])
-    return found
+        print_rows(name, results[name])
+    return results
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -197,28 +201,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("words", nargs="*", help="parts to run (default: speed), key=value overrides")
     parser.add_argument("--student", help="folder of an exported student; default: 104M parameters with random weights")
     parser.add_argument("--repeats", type=int, default=2, help="turns of each arm")
-    parser.add_argument("--quick", action="store_true", help="a tiny student and few requests: does it run?")
+    parser.add_argument("--quick", action="store_true", help="tiny student and few requests, to check the benchmark")
     arguments = parser.parse_intermixed_args(argv)
     unknown = [w for w in arguments.words if w not in (*PARTS, "all") and "=" not in w]
     if unknown:
-        parser.error(f"{unknown[0]}: no such part; there are {', '.join(PARTS)}, all")
+        parser.error(f"{unknown[0]}: unknown part; use one of {', '.join(PARTS)}, all")
     parts = [p for p in PARTS if p in arguments.words or "all" in arguments.words] or ["speed"]
     overrides = [w for w in arguments.words if "=" in w]
     folder = tempfile.mkdtemp(prefix="udrl-benchmark-")
-    found: dict[str, Any] = {"machine": machine(), "repeats": arguments.repeats, "overrides": overrides}
+    results: dict[str, Any] = {"machine": machine(), "repeats": arguments.repeats, "overrides": overrides}
     try:
         size = (2, 128, 600) if arguments.quick else (12, 768, 24_000)
         student = arguments.student and os.path.abspath(arguments.student)
-        student = student or made_student(os.path.join(folder, "student"), *size)
+        student = student or export_random_student(os.path.join(folder, "student"), *size)
         if "speed" in parts:
             repeats = 1 if arguments.quick else arguments.repeats
-            found["speed"] = speed_part(folder, student, overrides, repeats, arguments.quick)
-            found |= {name: value for name, value in found["speed"].items() if name != "arms"}
+            results["speed"] = measure_speed(folder, student, overrides, repeats, arguments.quick)
+            results |= {name: value for name, value in results["speed"].items() if name != "arms"}
         if "variants" in parts:
-            found["variants"] = variants_part(folder, student, overrides, arguments.quick)
+            results["variants"] = measure_variants(folder, student, overrides, arguments.quick)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print(json.dumps(found))
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

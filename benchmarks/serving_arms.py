@@ -1,8 +1,8 @@
 """``python -m benchmarks.serving_arms serve|bare|transformers|batched WORK``: one arm of ``benchmarks.serving``.
 
-Starts what is to be measured, warms it up, puts the load of the work file on it, stops it. Prints JSON: ``phases``,
-``cold_start_s`` (from the start of this process to the first answer), ``memory_mib`` (PSS of the processes that hold the
-model), and of the server ``other_mib`` (of all its other processes).
+Starts the server or engine, warms it up, runs the load of the work file and stops it. Prints JSON: ``phases``,
+``cold_start_s`` (from the start of this process to the first response), ``memory_mib`` (PSS of the processes that hold the
+model) and, for our server, ``other_mib`` (PSS of its other processes).
 """
 
 import asyncio
@@ -13,23 +13,28 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serving_load import Phase, intent, run
+from benchmarks.serving_load import Phase, make_intent, run_phases
 
 STARTED = time.time()
 
 
 def main(arm: str, path: str) -> None:
     work = json.loads(Path(path).read_text(encoding="utf-8"))
-    found = {"serve": serve, "bare": bare, "transformers": plain, "batched": batched}[arm](work, path)
-    print(json.dumps(found))
+    arms = {
+        "serve": measure_serve,
+        "bare": measure_bare_engine,
+        "transformers": measure_transformers,
+        "batched": measure_batched_transformers,
+    }
+    print(json.dumps(arms[arm](work, path)))
 
 
-def serve(work: dict[str, Any], path: str) -> dict[str, Any]:
-    """Our application, on a Ray started as ``serve.app`` does."""
+def measure_serve(work: dict[str, Any], path: str) -> dict[str, Any]:
+    """Measure our application on a Ray that is started as in ``serve.app``."""
     from udrl import cluster
 
     cluster.ensure_auth_token()
@@ -44,8 +49,8 @@ def serve(work: dict[str, Any], path: str) -> dict[str, Any]:
     try:
         ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
         args = {"recipe": work["recipe"], "overrides": work["overrides"], "model": work["student"]}
-        ray_serve.run(app.build(args), name=app.NAME)
-        return over_http(port, path, _serve_memory)
+        ray_serve.run(app.build(args), name=app.APPLICATION_NAME)
+        return measure_over_http(port, path, _serve_memory)
     finally:
         ray_serve.shutdown()
         ray.shutdown()
@@ -55,21 +60,21 @@ def _serve_memory() -> dict[str, float]:
     from serve import app
 
     state = app.engine_handle("bench").state.remote().result(timeout_s=60)
-    mine = set(tree(state["pid"]))
-    rest = [pid for name in ("raylet", "gcs_server") for pid in named(name)]
-    others = {pid for root in rest for pid in tree(root)} - mine
-    return {"memory_mib": sum(map(pss_mib, mine)), "other_mib": sum(map(pss_mib, others))}
+    engine = set(process_tree(state["pid"]))
+    ray_roots = [pid for name in ("raylet", "gcs_server") for pid in descendants_named(name)]
+    others = {pid for root in ray_roots for pid in process_tree(root)} - engine
+    return {"memory_mib": sum(map(pss_mib, engine)), "other_mib": sum(map(pss_mib, others))}
 
 
-def bare(work: dict[str, Any], _: str) -> dict[str, Any]:
-    """vLLM's AsyncLLM with the arguments that the server gives it: no HTTP, no Ray, no tokenizing."""
+def measure_bare_engine(work: dict[str, Any], _: str) -> dict[str, Any]:
+    """Measure vLLM's AsyncLLM with the server's engine arguments, without HTTP and Ray."""
     from udrl import command_line
     from udrl.policies.engine_args import engine_kwargs, environment
     from udrl.policies.policy import draws
     from udrl.policies.student import fit
 
-    wanted = command_line.load(work["recipe"], work["overrides"]).serve
-    os.environ.update(environment(wanted.placement))
+    settings = command_line.load(work["recipe"], work["overrides"]).serve
+    os.environ.update(environment(settings.placement))
 
     from vllm import SamplingParams
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -86,77 +91,75 @@ def bare(work: dict[str, Any], _: str) -> dict[str, Any]:
     command = vocabulary.default(next(iter(vocabulary.tasks)))
     end = tokenizers.control_ids(tokenizer, [commands.END])
 
-    async def go() -> dict[str, Any]:
-        arguments = engine_kwargs(fit(wanted.engine, positions), wanted.placement)
-        if not wanted.placement.gpus:  # as serve.engine.StudentEngine does
+    async def measure() -> dict[str, Any]:
+        arguments = engine_kwargs(fit(settings.engine, positions), settings.placement)
+        if not settings.placement.gpus:  # as internals.in_process_vllm_engine does
             arguments = {"distributed_executor_backend": "uni", **arguments}
         engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=student, **arguments))
-        asked = 0
+        n_requests = 0
 
-        async def ask(text: str, limit: int) -> int:
-            nonlocal asked
-            asked += 1
-            drawn = {**draws(wanted.sampling), "max_tokens": limit, "stop_token_ids": end}
-            params = SamplingParams(**drawn, output_kind=RequestOutputKind.FINAL_ONLY)
-            prompt: Any = {"prompt_token_ids": tokenizers.encode_request(tokenizer, vocabulary, text, command)}
-            written = 0
-            async for output in engine.generate(prompt, params, str(asked)):
-                written = len(output.outputs[0].token_ids)
-            return written
+        async def send(intent: str, max_tokens: int) -> int:
+            nonlocal n_requests
+            n_requests += 1
+            kwargs = {**draws(settings.sampling), "max_tokens": max_tokens, "stop_token_ids": end}
+            params = SamplingParams(**kwargs, output_kind=RequestOutputKind.FINAL_ONLY)
+            prompt: Any = {"prompt_token_ids": tokenizers.encode_request(tokenizer, vocabulary, intent, command)}
+            n_tokens = 0
+            async for output in engine.generate(prompt, params, str(n_requests)):
+                n_tokens = len(output.outputs[0].token_ids)
+            return n_tokens
 
         try:
-            await ask(intent(99_990), 1)
-            cold = time.time() - STARTED
-            found = await run([Phase(**phase) for phase in work["phases"]], ask)
-            return {"phases": found, "cold_start_s": round(cold, 1), "memory_mib": sum(map(pss_mib, tree(os.getpid())))}
+            await send(make_intent(99_990), 1)
+            cold_start = time.time() - STARTED
+            results = await run_phases([Phase(**phase) for phase in work["phases"]], send)
+            memory = sum(map(pss_mib, process_tree(os.getpid())))
+            return {"phases": results, "cold_start_s": round(cold_start, 1), "memory_mib": memory}
         finally:
             engine.shutdown()
 
-    return asyncio.run(go())
+    return asyncio.run(measure())
 
 
-def plain(work: dict[str, Any], path: str) -> dict[str, Any]:
-    """FastAPI and transformers, one request at a time."""
-    return _transformers(work, path, most=1)
-
-
-def batched(work: dict[str, Any], path: str) -> dict[str, Any]:
-    """The same, with the requests that wait gathered into one batch."""
-    return _transformers(work, path, most=32)
-
-
-def _transformers(work: dict[str, Any], path: str, most: int) -> dict[str, Any]:
+def measure_transformers(work: dict[str, Any], path: str, batch_size: int = 1) -> dict[str, Any]:
+    """Measure FastAPI with transformers, ``batch_size`` requests at a time."""
     import uvicorn
 
-    from benchmarks.transformers_server import create
+    from benchmarks.transformers_server import create_transformers_app
 
     port = free_port()
-    server = uvicorn.Server(uvicorn.Config(create(work["student"], most), host="127.0.0.1", port=port, log_level="warning"))
+    app = create_transformers_app(work["student"], batch_size)
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
     try:
-        return over_http(port, path, lambda: {"memory_mib": pss_mib(os.getpid())})
+        return measure_over_http(port, path, lambda: {"memory_mib": pss_mib(os.getpid())})
     finally:
         server.should_exit = True
         thread.join(20)
 
 
-def over_http(port: int, path: str, memory: Any) -> dict[str, Any]:
-    """Put the load on a server of this process's making, from a process of its own."""
+def measure_batched_transformers(work: dict[str, Any], path: str) -> dict[str, Any]:
+    return measure_transformers(work, path, batch_size=32)
+
+
+def measure_over_http(port: int, path: str, measure_memory: Callable[[], dict[str, float]]) -> dict[str, Any]:
+    """Measure a server of this process under the load of another process."""
     import urllib.request
 
     url = f"http://127.0.0.1:{port}"
-    body = json.dumps({"model": "bench:text_to_image", "prompt": intent(99_990), "max_tokens": 1}).encode()
+    body = json.dumps({"model": "bench:text_to_image", "prompt": make_intent(99_990), "max_tokens": 1}).encode()
     request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
     urllib.request.urlopen(request, timeout=120).read()
-    cold = time.time() - STARTED
-    # Bounded: each phase ends by itself, and the whole after ten minutes.
-    made = subprocess.run(
+    cold_start = time.time() - STARTED
+    # The timeout is a safeguard: each phase has its own.
+    process = subprocess.run(
         [sys.executable, "-m", "benchmarks.serving_load", url, path], stdout=subprocess.PIPE, text=True, timeout=600, check=True
     )
-    return {"phases": json.loads(made.stdout.splitlines()[-1]), "cold_start_s": round(cold, 1), **memory()}
+    results = json.loads(process.stdout.splitlines()[-1])
+    return {"phases": results, "cold_start_s": round(cold_start, 1), **measure_memory()}
 
 
 def free_port() -> int:
@@ -165,32 +168,32 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def parents() -> dict[int, int]:
-    """pid -> pid of its parent, of all processes."""
-    found = {}
+def parent_pids() -> dict[int, int]:
+    """Return pid -> pid of the parent, for all processes."""
+    parents = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            found[int(folder.name)] = int(folder.joinpath("stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it has ended meanwhile
+            parents[int(folder.name)] = int(folder.joinpath("stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:  # the process has ended
             continue
-    return found
+    return parents
 
 
-def tree(root: int) -> Iterator[int]:
-    """A process and all of its descendants."""
+def process_tree(root: int) -> Iterator[int]:
+    """Yield a process and all of its descendants."""
     children: dict[int, list[int]] = {}
-    for pid, parent in parents().items():
+    for pid, parent in parent_pids().items():
         children.setdefault(parent, []).append(pid)
-    left = [root]
-    while left:
-        pid = left.pop()
+    stack = [root]
+    while stack:
+        pid = stack.pop()
         yield pid
-        left += children.get(pid, [])
+        stack += children.get(pid, [])
 
 
-def named(name: str) -> Iterator[int]:
-    """Descendants of this process whose program has this name."""
-    for pid in tree(os.getpid()):
+def descendants_named(name: str) -> Iterator[int]:
+    """Yield the descendants of this process whose program has this name."""
+    for pid in process_tree(os.getpid()):
         try:
             if Path(f"/proc/{pid}/comm").read_text().strip() == name:
                 yield pid
@@ -199,7 +202,7 @@ def named(name: str) -> Iterator[int]:
 
 
 def pss_mib(pid: int) -> float:
-    """Memory of a process with what it shares divided among the sharers, in MiB; 0 if it has ended."""
+    """Return the proportional set size of a process in MiB, which divides shared memory among its users; 0 if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:

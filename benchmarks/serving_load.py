@@ -1,7 +1,7 @@
-"""``python -m benchmarks.serving_load URL WORK``: clients that ask one request after another, in a process of their own.
+"""``python -m benchmarks.serving_load URL WORK``: the load generator, a process of its own.
 
-Asks ``POST /v1/completions`` of a server on loopback, and of no other; bounded in requests and in seconds. Prints JSON:
-for each phase its latencies and rates.
+Clients send one ``POST /v1/completions`` after another to a server on loopback, limited in number and time. Prints JSON: the
+latencies and rates of each phase.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 @dataclass(frozen=True)
 class Phase:
-    """``requests`` in all by ``concurrency`` clients, each of ``max_tokens``; ended after ``seconds`` in any case."""
+    """``requests`` of ``max_tokens`` each, sent by ``concurrency`` clients; ends after ``seconds`` at the latest."""
 
     name: str
     concurrency: int
@@ -26,47 +26,47 @@ class Phase:
 
 
 def quantile(values: list[float], share: float) -> float:
-    """Nearest-rank quantile of ``values``, of which there is at least one."""
+    """Return the nearest-rank quantile of ``values``, which must not be empty."""
     ordered = sorted(values)
     return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
 
 
-def intent(number: int) -> str:
-    """A short intent; no two numbers share a first word, so that no prefix is found in a cache."""
+def make_intent(number: int) -> str:
+    """Return a short intent with a first word of its own, so that the prefix cache never helps."""
     return f"{number * 7919 % 99991} birthday card with dinosaurs and balloons"
 
 
-async def measure(phase: Phase, ask: Callable[[str, int], Awaitable[int]], first: int) -> dict[str, Any]:
-    """Run one phase.
+async def run_phase(phase: Phase, send: Callable[[str, int], Awaitable[int]], first: int) -> dict[str, Any]:
+    """Run one phase and return its latencies and rates.
 
     Args:
-        ask: sends an intent with a limit of tokens and returns how many were written; raises for what went wrong.
-        first: number of the first intent, so that phases share none.
+        send: sends an intent with a token limit and returns the number of generated tokens; raises if the request failed.
+        first: number of the first intent; phases must not share intents.
     """
     latencies: list[float] = []
     tokens = failed = 0
     numbers = iter(range(first, first + phase.requests))
-    ends = time.monotonic() + phase.seconds
+    deadline = time.monotonic() + phase.seconds
 
     async def client() -> None:
         nonlocal tokens, failed
         for number in numbers:
-            if time.monotonic() > ends:
+            if time.monotonic() > deadline:
                 return
-            begun = time.perf_counter()
+            started = time.perf_counter()
             try:
-                written = await ask(intent(number), phase.max_tokens)
+                n_tokens = await send(make_intent(number), phase.max_tokens)
             except Exception as error:
                 failed += 1
                 if failed == 1:
                     print(f"{phase.name}: {error!r}", file=sys.stderr)
                 continue
-            tokens += written  # not "tokens += await": what others add while this waits would be lost
-            latencies.append((time.perf_counter() - begun) * 1000)
+            tokens += n_tokens  # not "tokens += await ...", which would lose the additions of other clients during the wait
+            latencies.append((time.perf_counter() - started) * 1000)
 
-    begun = time.perf_counter()
+    started = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(phase.concurrency)))
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - started
     if not latencies:
         raise SystemExit(f"phase {phase.name}: no request was answered")
     return {
@@ -81,47 +81,49 @@ async def measure(phase: Phase, ask: Callable[[str, int], Awaitable[int]], first
     }
 
 
-async def run(phases: list[Phase], ask: Callable[[str, int], Awaitable[int]]) -> dict[str, Any]:
-    """All phases after one that warms up, which is not reported."""
-    most = max(phases, key=lambda phase: phase.concurrency)
-    await measure(Phase("warm-up", most.concurrency, most.concurrency, most.max_tokens, most.seconds), ask, 0)
-    found, first = {}, most.concurrency
+async def run_phases(phases: list[Phase], send: Callable[[str, int], Awaitable[int]]) -> dict[str, Any]:
+    """Run all phases after a warm-up, which is not reported; return the results by phase."""
+    widest = max(phases, key=lambda phase: phase.concurrency)
+    await run_phase(Phase("warm-up", widest.concurrency, widest.concurrency, widest.max_tokens, widest.seconds), send, 0)
+    results, first = {}, widest.concurrency
     for phase in phases:
-        found[phase.name] = await measure(phase, ask, first)
+        results[phase.name] = await run_phase(phase, send, first)
         first += phase.requests
-    return found
+    return results
 
 
 def require_loopback(url: str) -> None:
-    """Raises:
-    SystemExit: ``url`` is not this machine's own.
+    """Refuse to load a server on another machine.
+
+    Raises:
+        SystemExit: ``url`` is not a loopback address.
     """
     if urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1"):
-        raise SystemExit(f"{url}: load is only put on loopback")
+        raise SystemExit(f"{url}: not a loopback address; the benchmark loads only this machine")
 
 
-async def over_http(url: str, phases: list[Phase]) -> dict[str, Any]:
+async def load_server(url: str, phases: list[Phase]) -> dict[str, Any]:
     import aiohttp
 
     require_loopback(url)
     connector = aiohttp.TCPConnector(limit=max(phase.concurrency for phase in phases))
     async with aiohttp.ClientSession(url, connector=connector, timeout=aiohttp.ClientTimeout(120)) as session:
 
-        async def ask(text: str, limit: int) -> int:
-            body = {"model": "bench:text_to_image", "prompt": text, "max_tokens": limit}
+        async def send(intent: str, max_tokens: int) -> int:
+            body = {"model": "bench:text_to_image", "prompt": intent, "max_tokens": max_tokens}
             async with session.post("/v1/completions", json=body) as response:
-                answer = await response.json()
+                content = await response.json()
                 if response.status != 200:
-                    raise RuntimeError(f"{response.status} {answer}")
-                return int(answer["usage"]["completion_tokens"])
+                    raise RuntimeError(f"{response.status} {content}")
+                return int(content["usage"]["completion_tokens"])
 
-        return await run(phases, ask)
+        return await run_phases(phases, send)
 
 
 def main(url: str, work: str) -> None:
     with open(work, encoding="utf-8") as file:
         phases = [Phase(**phase) for phase in json.load(file)["phases"]]
-    print(json.dumps(asyncio.run(over_http(url, phases))))
+    print(json.dumps(asyncio.run(load_server(url, phases))))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""A step of load on an autoscaled server, and more load than it takes.
+"""An autoscaled server under a step of load and under overload.
 
 ``python -m benchmarks.serving_scale [--student FOLDER] [--clients N] [--quick] [key=value ...]``
 
-- ``step``: from one client to ``--clients`` at once. Time from the step until Serve asks for another engine, until that one is
-  warm, and until it has answered; p50 and p95 before, between and after.
-- ``overload``: clients that do not wait for one another, several times what engines and queue take: how many are answered,
-  how many are told to come back, and the p95 of those that are answered.
+- ``step``: from one client to ``--clients`` at once. Reports the time from the step until Serve requests another engine and
+  until that engine is warm, and p50 and p95 before, between and after.
+- ``overload``: several times more clients than the engines and the queue accept. Reports the numbers of answered and of
+  rejected (503) requests, and p50 and p95 of the answered ones.
 
-The load comes from threads of this process, on loopback, bounded in seconds. Prints a table and, as its last line, JSON.
+The load comes from threads of this process, on loopback, for a limited time. Prints a table and, as its last line, JSON.
 """
 
 import argparse
@@ -21,30 +21,30 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.generation import machine
-from benchmarks.serving import made_student, write_work
+from benchmarks.serving import export_random_student, write_work
 from benchmarks.serving_arms import free_port
-from benchmarks.serving_load import intent, quantile, require_loopback
+from benchmarks.serving_load import make_intent, quantile, require_loopback
 
-SECONDS = 240  # the longest that a part may take
+TIMEOUT = 240  # seconds for each part
 
 
-class Clients:
-    """Threads that ask one request after another, and when each was answered."""
+class ClientThreads:
+    """Threads that send one request after another and record each response."""
 
     def __init__(self, url: str) -> None:
         require_loopback(url)
-        self.url, self.ends = url, time.monotonic() + SECONDS
-        self.answers: list[tuple[float, float, int]] = []  # when it ended, milliseconds, status
+        self.url, self.deadline = url, time.monotonic() + TIMEOUT
+        self.responses: list[tuple[float, float, int]] = []  # time of the response, milliseconds, status
         self.stop = threading.Event()
         self.threads: list[threading.Thread] = []
-        self.asked = 0
+        self.n_requests = 0
 
     def start(self, n: int) -> None:
         for _ in range(n):
             self.threads.append(threading.Thread(target=self._run))
             self.threads[-1].start()
 
-    def end(self) -> None:
+    def join(self) -> None:
         self.stop.set()
         for thread in self.threads:
             thread.join(120)
@@ -53,86 +53,89 @@ class Clients:
         import httpx
 
         with httpx.Client(base_url=self.url, timeout=120) as http:
-            while not self.stop.is_set() and time.monotonic() < self.ends:
-                self.asked += 1
-                body = {"model": "bench:text_to_image", "prompt": intent(self.asked), "max_tokens": 40}
-                begun = time.monotonic()
+            while not self.stop.is_set() and time.monotonic() < self.deadline:
+                self.n_requests += 1
+                body = {"model": "bench:text_to_image", "prompt": make_intent(self.n_requests), "max_tokens": 40}
+                started = time.monotonic()
                 status = http.post("/v1/completions", json=body).status_code
-                self.answers.append((time.monotonic(), (time.monotonic() - begun) * 1000, status))
+                self.responses.append((time.monotonic(), (time.monotonic() - started) * 1000, status))
                 if status == 503:
-                    time.sleep(0.2)  # less than Retry-After says: the server is to be pressed
+                    time.sleep(0.2)  # less than Retry-After, to keep up the pressure
 
-    def between(self, begin: float, end: float) -> dict[str, Any]:
-        """What was answered with 200 in this time."""
-        mine = [ms for at, ms, status in self.answers if begin <= at < end and status == 200]
-        if not mine:
+    def statistics(self, start: float, end: float) -> dict[str, Any]:
+        """Return number and latencies of the successful responses between two times."""
+        latencies = [ms for at, ms, status in self.responses if start <= at < end and status == 200]
+        if not latencies:
             return {"requests": 0}
-        figures = {"p50_ms": quantile(mine, 0.5), "p95_ms": quantile(mine, 0.95)}
-        return {"requests": len(mine), **{name: round(value) for name, value in figures.items()}}
+        quantiles = {"p50_ms": quantile(latencies, 0.5), "p95_ms": quantile(latencies, 0.95)}
+        return {"requests": len(latencies), **{name: round(value) for name, value in quantiles.items()}}
 
 
-def until(what: str, true: Callable[[], bool]) -> float:
-    """Wait; the time at which it became so.
+def wait_until(label: str, condition: Callable[[], bool]) -> float:
+    """Wait for a condition; return the time at which it became true.
 
     Raises:
-        SystemExit: it did not within the bound.
+        SystemExit: the timeout has passed.
     """
-    ends = time.monotonic() + SECONDS
-    while not true():
-        if time.monotonic() > ends:
-            raise SystemExit(f"never: {what}")
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        if time.monotonic() > deadline:
+            raise SystemExit(f"timeout: {label}")
         time.sleep(0.05)
     return time.monotonic()
 
 
-def step_part(url: str, clients: int, replicas: Callable[[], tuple[int, int]], calm: float) -> dict[str, Any]:
-    load = Clients(url)
+def measure_step(url: str, clients: int, count_replicas: Callable[[], tuple[int, int]], calm: float) -> dict[str, Any]:
+    load = ClientThreads(url)
     try:
         load.start(1)
-        begun = time.monotonic()
-        until("a calm start", lambda: time.monotonic() > begun + calm)
+        started = time.monotonic()
+        wait_until("end of the load of one client", lambda: time.monotonic() > started + calm)
         step = time.monotonic()
         load.start(clients - 1)
-        asked = until("another engine is asked for", lambda: sum(replicas()) > 1)
-        warm = until("it is warm", lambda: replicas()[0] > 1)
-        seen = len(load.answers)
-        until("load goes on", lambda: len(load.answers) > seen + 4 * clients)
-        after = time.monotonic()
-        until("and on", lambda: time.monotonic() > after + calm)
+        requested = wait_until("request for another engine", lambda: sum(count_replicas()) > 1)
+        warm = wait_until("warm-up of the other engine", lambda: count_replicas()[0] > 1)
+        n_responses = len(load.responses)
+        wait_until("further responses", lambda: len(load.responses) > n_responses + 4 * clients)
+        settled = time.monotonic()
+        wait_until("end of the load of all clients", lambda: time.monotonic() > settled + calm)
     finally:
-        load.end()
-    found = {
+        load.join()
+    result = {
         "clients": clients,
-        "asked_for_after_s": round(asked - step, 1),
+        "requested_after_s": round(requested - step, 1),
         "serving_after_s": round(warm - step, 1),
-        "before": load.between(begun, step),
-        "between": load.between(step, warm),
-        "after": load.between(after, time.monotonic()),
-        "failed": sum(status != 200 for _, _, status in load.answers),
+        "before": load.statistics(started, step),
+        "between": load.statistics(step, warm),
+        "after": load.statistics(settled, time.monotonic()),
+        "failed": sum(status != 200 for _, _, status in load.responses),
     }
-    print(f"step to {clients} clients: another engine asked for after {asked - step:.1f} s, serving after {warm - step:.1f} s")
+    print(
+        f"step to {clients} clients: another engine was requested after {requested - step:.1f} s"
+        f" and served after {warm - step:.1f} s"
+    )
     for name in ("before", "between", "after"):
-        print(f"  {name:<9}{found[name]}")
-    return found
+        print(f"  {name:<9}{result[name]}")
+    return result
 
 
-def overload_part(url: str, clients: int, seconds: float) -> dict[str, Any]:
-    load = Clients(url)
-    begun = time.monotonic()
+def measure_overload(url: str, clients: int, seconds: float) -> dict[str, Any]:
+    load = ClientThreads(url)
+    started = time.monotonic()
     try:
         load.start(clients)
-        until("its time", lambda: time.monotonic() > begun + seconds)
+        wait_until("end of the overload", lambda: time.monotonic() > started + seconds)
     finally:
-        load.end()
-    statuses = [status for _, _, status in load.answers]
-    found = {
+        load.join()
+    statuses = [status for _, _, status in load.responses]
+    result = {
         "clients": clients,
-        "told_to_come_back": statuses.count(503),
+        "rejected": statuses.count(503),
         "failed": sum(status not in (200, 503) for status in statuses),
-        "answered": load.between(begun, time.monotonic()),
+        "answered": load.statistics(started, time.monotonic()),
     }
-    print(f"overload by {clients} clients: {found}")
-    return found
+    print(f"overload by {clients} clients: {result}")
+    return result
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -142,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", help="key=value")
     parser.add_argument("--student", help="folder of an exported student; default: 104M parameters with random weights")
     parser.add_argument("--clients", type=int, default=24)
-    parser.add_argument("--quick", action="store_true", help="a tiny student: does it run?")
+    parser.add_argument("--quick", action="store_true", help="tiny student, to check the benchmark")
     arguments = parser.parse_intermixed_args(argv)
     folder = tempfile.mkdtemp(prefix="udrl-benchmark-")
 
@@ -158,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         size = (2, 128, 600) if arguments.quick else (12, 768, 24_000)
         student = arguments.student and os.path.abspath(arguments.student)
-        student = student or made_student(os.path.join(folder, "student"), *size)
+        student = student or export_random_student(os.path.join(folder, "student"), *size)
         settings = [
             "serve.placement.threads=1",
             "serve.engine.max_num_seqs=16",
@@ -168,20 +171,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         with open(write_work(folder, student, [*settings, "serve.max_replicas=2", *arguments.overrides], False)) as file:
             work = json.load(file)
         port = free_port()
-        cluster.connect(num_cpus=4)  # logical: two engines of one thread each stand beside one another
+        cluster.connect(num_cpus=4)  # logical CPUs: two engines of one thread each run at the same time
         ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
-        ray_serve.run(app.build({"recipe": work["recipe"], "overrides": work["overrides"], "model": student}), name=app.NAME)
+        args = {"recipe": work["recipe"], "overrides": work["overrides"], "model": student}
+        ray_serve.run(app.build(args), name=app.APPLICATION_NAME)
 
-        def replicas() -> tuple[int, int]:
-            states = ray_serve.status().applications[app.NAME].deployments["StudentServer:bench"].replica_states
+        def count_replicas() -> tuple[int, int]:
+            """Return the numbers of running and of starting engines."""
+            states = ray_serve.status().applications[app.APPLICATION_NAME].deployments["StudentServer:bench"].replica_states
             return states.get("RUNNING", 0), states.get("STARTING", 0)
 
         url = f"http://127.0.0.1:{port}"
-        found: dict[str, Any] = {"machine": machine(), "overrides": work["overrides"]}
+        result: dict[str, Any] = {"machine": machine(), "overrides": work["overrides"]}
         calm = 3 if arguments.quick else 15
-        found["step"] = step_part(url, arguments.clients, replicas, calm)
-        found["overload"] = overload_part(url, 8 * arguments.clients, 2 * calm)
-        print(json.dumps(found))
+        result["step"] = measure_step(url, arguments.clients, count_replicas, calm)
+        result["overload"] = measure_overload(url, 8 * arguments.clients, 2 * calm)
+        print(json.dumps(result))
     finally:
         if ray.is_initialized():
             ray_serve.shutdown()

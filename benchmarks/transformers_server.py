@@ -1,15 +1,15 @@
-"""The rival of ``benchmarks.serving``: a student behind FastAPI and transformers' ``generate``, as is written in an afternoon.
-
-With ``most`` above 1, requests that wait are gathered into one batch of so many at most, with padding on the left.
-"""
+"""The baseline of ``benchmarks.serving``: a student behind FastAPI and transformers' ``generate``, the simplest server."""
 
 import asyncio
 from contextlib import asynccontextmanager
 from typing import Any
 
 
-def create(student: str, most: int) -> Any:
-    """A FastAPI application with ``POST /v1/completions`` of the student in the folder ``student``."""
+def create_transformers_app(student: str, batch_size: int) -> Any:
+    """Return a FastAPI application with ``POST /v1/completions`` for the student in a local folder.
+
+    Waiting requests are generated together, at most ``batch_size`` at a time, with padding on the left.
+    """
     import torch
     from fastapi import FastAPI
     from transformers import GPT2LMHeadModel
@@ -26,13 +26,13 @@ def create(student: str, most: int) -> Any:
     end, pad = tokenizers.control_ids(tokenizer, [commands.END, commands.PAD])
     queue: asyncio.Queue[tuple[dict[str, Any], asyncio.Future[dict[str, Any]]]] = asyncio.Queue()
 
-    def write(bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def generate(bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
         rows = [tokenizers.encode_request(tokenizer, vocabulary, body["prompt"], command) for body in bodies]
         width, limit = max(map(len, rows)), max(body["max_tokens"] for body in bodies)
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
         with torch.inference_mode():
-            made = network.generate(
+            output = network.generate(
                 ids,
                 attention_mask=mask,
                 do_sample=True,
@@ -43,32 +43,32 @@ def create(student: str, most: int) -> Any:
                 eos_token_id=end,
                 pad_token_id=pad,
             )
-        answers = []
-        for row in made[:, width:].tolist():
-            written = [token for token in row if token != pad]
-            text = tokenizer.decode(written, skip_special_tokens=True)
-            answers.append({"choices": [{"text": text}], "usage": {"completion_tokens": len(written)}})
-        return answers
+        responses = []
+        for row in output[:, width:].tolist():
+            tokens = [token for token in row if token != pad]
+            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            responses.append({"choices": [{"text": text}], "usage": {"completion_tokens": len(tokens)}})
+        return responses
 
-    async def work() -> None:
+    async def generate_batches() -> None:
         while True:
             batch = [await queue.get()]
-            while len(batch) < most:
+            while len(batch) < batch_size:
                 try:
                     batch.append(await asyncio.wait_for(queue.get(), 0.01))
                 except TimeoutError:
                     break
-            answers = await asyncio.to_thread(write, [body for body, _ in batch])
-            for (_, future), answer in zip(batch, answers, strict=True):
-                future.set_result(answer)
+            responses = await asyncio.to_thread(generate, [body for body, _ in batch])
+            for (_, future), response in zip(batch, responses, strict=True):
+                future.set_result(response)
 
     @asynccontextmanager
-    async def life(_: Any) -> Any:
-        worker = asyncio.create_task(work())
+    async def lifespan(_: Any) -> Any:
+        worker = asyncio.create_task(generate_batches())
         yield
         worker.cancel()
 
-    app = FastAPI(lifespan=life)
+    app = FastAPI(lifespan=lifespan)
 
     @app.post("/v1/completions")
     async def completions(body: dict[str, Any]) -> dict[str, Any]:

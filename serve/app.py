@@ -1,12 +1,13 @@
 """Serve a run's student: ``python -m serve.app recipes/quickstart.yaml [dotted.key=value ...]``.
 
-On a cluster the same application is deployed by ``serve deploy serve/config.yaml``, which calls :func:`build`. Two
-deployments: the engine (serve/engine.py), which scales, and the ingress in front of it (serve/ingress.py).
+On a cluster, ``serve deploy serve/config.yaml`` deploys the same application through :func:`build`. It has two deployments:
+the engine (serve/engine.py), which scales, and the ingress in front of it (serve/ingress.py).
 """
 
 import contextlib
 import errno
 import json
+import logging
 import os
 import signal
 import socket
@@ -19,20 +20,23 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serve.guard import is_loopback
 from serve.keys import KeyRing
-from udrl import cluster, commands, storage
+from udrl import cluster, internals, storage
 from udrl.command_line import load, parse_recipe
 from udrl.commands import CommandVocabulary
 from udrl.errors import UserError, exit_code
 from udrl.recipe import Recipe, problem_line
+from udrl.run import Run, StudentPaths
 
 if TYPE_CHECKING:
     from ray.serve import Application
     from ray.serve.handle import DeploymentHandle
 
-NAME = "udrl"
+log = logging.getLogger(__name__)
+
+APPLICATION_NAME = "udrl"
 
 
-class Arguments(BaseModel):
+class ApplicationArguments(BaseModel):
     """``args`` of the application in a Serve config file."""
 
     model_config = ConfigDict(extra="forbid")
@@ -43,98 +47,101 @@ class Arguments(BaseModel):
 
 
 def build(args: dict[str, Any]) -> "Application":
-    """The Serve application of a config file's ``args`` (see :class:`Arguments`).
+    """Return the Serve application of a config file's ``args`` (:class:`ApplicationArguments`).
 
     Raises:
-        UserError: the arguments or the recipe are wrong, or no student is there.
+        UserError: the arguments or the recipe are wrong, or there is no student.
     """
     try:
-        arguments = Arguments.model_validate(args)
+        arguments = ApplicationArguments.model_validate(args)
     except ValidationError as error:
         raise UserError("\n".join(problem_line("serve config: args", problem) for problem in error.errors())) from error
     recipe = load(arguments.recipe, arguments.overrides)
-    return application(recipe, arguments.model or student_uri(arguments.storage or recipe.storage))
+    return build_application(recipe, arguments.model or student_folder(arguments.storage or recipe.storage))
 
 
-def student_uri(run: str) -> str:
-    """Where a run's exported student lies."""
-    return storage.join(storage.absolute(run), "student")
+def student_folder(run_storage: str) -> str:
+    """Return the path or URI of a run's exported student."""
+    return Run(storage.absolute(run_storage)).student.folder
 
 
-def application(recipe: Recipe, student: str) -> "Application":
-    """The engine and the ingress in front of it. Ray must be initialised.
+def build_application(recipe: Recipe, student: str) -> "Application":
+    """Return the engine and the ingress in front of it as one application. Ray must be initialized.
 
     Raises:
-        UserError: no student is there, or the recipe's serve section does not fit it.
+        UserError: there is no student, or the recipe's serve section does not fit it.
     """
-    context, _ = inspect_student(recipe, student)
-    keys = read_keys(recipe)
-    from serve import engine, ingress
+    context, _ = check_student(recipe, student)
+    keys = load_keys(recipe)
+    from serve.engine import engine_deployment
+    from serve.ingress import ingress_deployment
 
     try:
-        llm = engine.deployment(recipe, student, context)
+        engine = engine_deployment(recipe, student, context)
     except ValueError as error:  # Ray's checks of engine.kwargs and placement.accelerator
-        raise UserError(f"serve: {' '.join(str(error).split())[:300]}; mend serve.engine or serve.placement") from error
-    return ingress.deployment(recipe, student, llm, keys)
+        raise UserError(f"serve: {' '.join(str(error).split())[:300]}; correct serve.engine or serve.placement") from error
+    return ingress_deployment(recipe, student, engine, keys)
 
 
-def read_keys(recipe: Recipe) -> KeyRing | None:
-    """The keys that the server takes; None where the recipe turns them off.
+def load_keys(recipe: Recipe) -> KeyRing | None:
+    """Return the keys that the server accepts; None if the recipe turns keys off.
 
     Raises:
-        UserError: no key is there, or keys are off on an address that others reach.
+        UserError: there is no key, or keys are off on an address that other machines can reach.
     """
     serve = recipe.serve
     if serve.require_keys:
         return KeyRing.read(serve.keys_file, os.environ)
     if not is_loopback(serve.host):
         raise UserError(
-            f"serve.host: {serve.host} is reachable by others and keys are off;"
+            f"serve.host: other machines can reach {serve.host} while keys are off;"
             " set serve.require_keys=true, or serve.host=127.0.0.1"
         )
     return None
 
 
-def inspect_student(recipe: Recipe, student: str) -> tuple[int, CommandVocabulary]:
-    """Check before anything is started; return the tokens that the engine will hold, and the command vocabulary.
+def check_student(recipe: Recipe, student: str) -> tuple[int, CommandVocabulary]:
+    """Check a student before anything starts; return the engine's context in tokens and the command vocabulary.
 
     Raises:
-        UserError: as :func:`application`.
+        UserError: as :func:`build_application`.
     """
-    missing = [name for name in (commands.FILE, "config.json") if not storage.exists(storage.join(student, name))]
+    paths = StudentPaths(student)
+    missing = [path for path in (paths.commands, paths.config) if not storage.exists(path)]
     if missing:
         raise UserError(
-            f"student {student}: no exported model here ({missing[0]} is missing);"
-            " train one with `python -m jobs.train RECIPE`, or set storage=<the run that has one>"
+            f"student: no exported model in {student} ({missing[0]} is missing);"
+            " train one with `python -m jobs.train RECIPE`, or set storage=<a run that has one>"
         )
     try:
-        vocabulary = CommandVocabulary.model_validate(storage.read_json(storage.join(student, commands.FILE)))
-        positions = int(storage.read_json(storage.join(student, "config.json"))["n_positions"])
+        vocabulary = CommandVocabulary.model_validate(storage.read_json(paths.commands))
+        positions = int(storage.read_json(paths.config)["n_positions"])
     except (ValueError, KeyError) as error:
-        raise UserError(f"student {student}: unreadable ({str(error).splitlines()[0]}); export it again") from error
-    serve = recipe.serve
-    # A student with fewer positions than the recipe's engine would stop vLLM at start; the model is the one to follow.
-    context = min(serve.engine.max_model_len, positions)
-    if serve.sampling.max_tokens >= context:
+        raise UserError(f"student: cannot read {student} ({str(error).splitlines()[0]}); export it again") from error
+    # vLLM does not start with a longer context than the student's positions.
+    context = min(recipe.serve.engine.max_model_len, positions)
+    max_tokens = recipe.serve.sampling.max_tokens
+    if max_tokens >= context:
         raise UserError(
-            f"serve.sampling.max_tokens: {serve.sampling.max_tokens} leaves no room for an intent in {context} tokens"
+            f"serve.sampling.max_tokens: {max_tokens} leaves no room for an intent in {context} tokens; set a smaller number"
         )
     return context, vocabulary
 
 
 def engine_handle(model: str) -> "DeploymentHandle":
-    """A handle of the engines of a running application, for a script: one that needs no event loop around it."""
+    """Return a handle of a running application's engines that a script without an event loop can use."""
     from ray import serve as ray_serve
 
-    handle = ray_serve.get_deployment_handle(f"StudentServer:{model}", NAME)
-    if not handle.is_initialized:  # Serve gives out the one that it gave before
-        handle._init(_run_router_in_separate_loop=True)  # else cluster.SERVE_ENV has it share its caller's loop
+    handle = ray_serve.get_deployment_handle(f"StudentServer:{model}", APPLICATION_NAME)
+    internals.use_own_event_loop(handle)
     return handle
 
 
 def require_free_port(host: str, port: int) -> None:
-    """Raises:
-    UserError: the address is taken, or not one of this machine's.
+    """Check that the server can listen on an address.
+
+    Raises:
+        UserError: the port is in use, or the address is not one of this machine's.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -144,79 +151,79 @@ def require_free_port(host: str, port: int) -> None:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise UserError(f"serve.port: {host}:{port} is in use; set serve.port=<a free port>") from error
-        raise UserError(f"serve.host: {host}:{port} can't be listened on ({error.strerror or error})") from error
+        reason = error.strerror or error
+        raise UserError(f"serve.host: cannot listen on {host}:{port} ({reason}); set an address of this machine") from error
 
 
 def curl_line(url: str, vocabulary: CommandVocabulary) -> str:
-    """A request to paste into a shell."""
-    task, learnt = next(iter(vocabulary.tasks.items()))
+    """Return an example request to paste into a shell."""
+    task, task_commands = next(iter(vocabulary.tasks.items()))
     intent = "birthday invitation for a five-year-old who loves dinosaurs"
-    length = {"length": learnt.default_words} if learnt.default_words > 0 else {}
+    length = {"length": task_commands.default_words} if task_commands.default_words > 0 else {}
     body = json.dumps({"intent": intent, "task": task, **length, "n": 2})
     return f"curl -s {url}/v1/prompts -H 'Content-Type: application/json' -d '{body}'"
 
 
 def main(argv: Sequence[str]) -> None:
     recipe = parse_recipe(argv, "Serve a run's student over HTTP, with a playground page.")
-    student = student_uri(recipe.storage)
-    _, vocabulary = inspect_student(recipe, student)
+    student = student_folder(recipe.storage)
+    _, vocabulary = check_student(recipe, student)
     host, port = recipe.serve.host, recipe.serve.port
     require_free_port(host, port)
 
-    cluster.ensure_auth_token()  # this and the next before Ray is imported
+    cluster.ensure_auth_token()  # this and the next line before Ray is imported
     cluster.set_serve_env()
     import ray
     from ray import serve as ray_serve
 
-    print(f"serve: starting {recipe.name} from {student} (half a minute or more) ...", flush=True)
+    log.info("serve: starting %s from %s; this takes half a minute or more", recipe.name, student)
     started = time.monotonic()
     try:
         cluster.connect()
-        # After ray.init, which puts handlers of its own there: SIGTERM would abort with a native stack trace. SIGINT too,
-        # since a shell script starts background jobs with it ignored.
+        # After ray.init, which installs handlers of its own: SIGTERM would abort with a native stack trace. SIGINT too,
+        # because shell scripts start background jobs with SIGINT ignored.
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _interrupt)
+            signal.signal(number, _raise_keyboard_interrupt)
         cluster.require_resources("serve.placement", recipe.serve.placement.cpus, recipe.serve.placement.gpus)
         ray_serve.start(http_options={"host": host, "port": port})
         try:
-            ray_serve.run(application(recipe, student), name=NAME)
+            ray_serve.run(build_application(recipe, student), name=APPLICATION_NAME)
         except RuntimeError as error:
             raise UserError(
-                f"serve: did not start: {_cause(error)}; /tmp/ray/session_latest/logs has the whole story"
+                f"serve: the application did not start ({_start_failure(error)}); see the logs in /tmp/ray/session_latest/logs"
             ) from error
+        log.info("serve: ready after %.0f s", time.monotonic() - started)
         url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
-        print(f"serve: ready after {time.monotonic() - started:.0f} s")
-        print(f"\n  playground  {url}/\n  try         {curl_line(url, vocabulary)}\n")
-        print("Ctrl-C stops it.", flush=True)
+        print(f"\n  playground  {url}/\n  try         {curl_line(url, vocabulary)}\n\nCtrl-C stops the server.", flush=True)
         while True:
             signal.pause()
     except KeyboardInterrupt:
-        print("serve: stopping", flush=True)
+        log.info("serve: stopping")
     finally:
         if ray.is_initialized():
-            with contextlib.suppress(Exception):  # it may never have come up
-                ray_serve.delete(NAME)  # lets requests in flight end, which shutdown does not
+            with contextlib.suppress(Exception):  # Serve may not have started
+                ray_serve.delete(APPLICATION_NAME)  # waits for requests in flight, unlike shutdown
             ray_serve.shutdown()
             ray.shutdown()
 
 
-def _interrupt(*_: object) -> None:
+def _raise_keyboard_interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _cause(error: BaseException) -> str:
-    """The last line of a failed replica's traceback, which Serve keeps in the deployment's status, not in its error."""
+def _start_failure(error: BaseException) -> str:
+    """Return the last line of a failed replica's traceback, which is only in the deployment's status, not in ``error``."""
     from ray import serve as ray_serve
 
-    application = ray_serve.status().applications.get(NAME)
+    application = ray_serve.status().applications.get(APPLICATION_NAME)
     messages = [deployment.message for deployment in application.deployments.values()] if application else []
-    failed = [message for message in messages if "Error" in message]
-    lines = [line.strip() for line in (failed or [str(error)])[0].splitlines() if line.strip()]
+    failures = [message for message in messages if "Error" in message]
+    lines = [line.strip() for line in (failures or [str(error)])[0].splitlines() if line.strip()]
     return lines[-1][:400] if lines else type(error).__name__
 
 
 if __name__ == "__main__":
-    # Under -m this file is the module __main__, which Ray's workers can't import: run the importable one.
+    # Under -m this file is the module __main__, which Ray's workers cannot import: run the importable one.
     from serve import app
 
     sys.exit(exit_code(app.main))

@@ -1,8 +1,8 @@
-"""The application of one recipe as a module's attribute, which is all that ``serve build`` takes.
+"""The application of one recipe as a module attribute, the only form that ``serve build`` accepts.
 
 ``UDRL_RECIPE=recipes/quickstart.yaml serve build serve.built:app -o my.yaml`` writes a config with every option of the
-deployments to edit. What it deploys reads UDRL_RECIPE again, on the cluster. ``serve.app:build`` takes arguments instead, and
-is what serve/config.yaml uses.
+deployments for editing. A deployment of that config reads UDRL_RECIPE again, on the cluster. ``serve.app:build``, which
+serve/config.yaml uses, takes arguments instead.
 """
 
 import os

@@ -1,8 +1,8 @@
-"""Keeping the length: a draft that misses what was asked is written again, within bounds, and otherwise reported as missed.
+"""Keep the requested length: rejected drafts are replaced by new ones within a budget, else reported as missed.
 
-A request for n prompts has n places. The first n drafts are made for one place each; a draft that is cut off, not distinct
-or of another length leaves its place open, and a bounded number of further rounds fills open places with drafts that fit.
-What is still open then gets the nearest of the drafts at hand, marked as missed. No draft is ever shortened. No Ray here.
+A request for n prompts has n slots. The first n drafts are offered to one slot each; a draft that is cut off, duplicate or
+of the wrong length leaves its slot open. A bounded number of further rounds fills the open slots. Slots that are still open
+then get the nearest rejected draft, marked as missed. No draft is ever shortened.
 """
 
 import asyncio
@@ -10,256 +10,214 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol, TypedDict
+from typing import Literal
 
-from serve.api import MAX_SEED, RequestError
-from udrl.commands import Command
+from serve.engine_protocol import Draft, SampleRequest, SampleResult, SamplingEngine, TextDelta
+from serve.request_errors import RequestError
+from serve.schemas import MAX_SEED
 from udrl.text import count_words
 
-Miss = Literal["length", "cut", "duplicate", "empty"]
-
-
-class Ask(TypedDict, total=False):
-    """What the engine is asked: plain data, since it goes to another process. Left-out keys are the recipe's sampling."""
-
-    intent: str
-    task: str
-    words: int
-    reward: int
-    n: int
-    temperature: float
-    top_p: float
-    seed: int
-    max_tokens: int
-
-
-class Draft(TypedDict):
-    text: str
-    finish_reason: Literal["stop", "length"]
-
-
-class SampleResult(TypedDict):
-    """An engine's answer: drafts and what they cost."""
-
-    drafts: list[Draft]
-    prompt_tokens: int
-    completion_tokens: int
-    revision: str | None
-
-
-class Refused(TypedDict):
-    """An engine's answer instead of drafts: why, the key to mend, whether another try may go better."""
-
-    refused: str
-    param: str | None
-    retry: bool
-
-
-class Piece(TypedDict):
-    """Text that draft ``index`` of a stream has grown by."""
-
-    index: int
-    text: str
-
-
-class Engine(Protocol):
-    """Who writes drafts. Both raise :class:`serve.api.RequestError` for what the client is to know."""
-
-    async def draw(self, ask: Ask) -> SampleResult: ...
-
-    def stream(self, ask: Ask) -> AsyncGenerator[list[Piece] | SampleResult, None]:
-        """Pieces of all drafts as they grow; the last item is what :meth:`draw` would have returned."""
-        ...
+DraftFault = Literal["length", "cut", "duplicate", "empty"]
 
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """The prompts of one task: what the student is commanded, and what counts as kept.
+    """The prompts of one task: the request to the engine and the conditions under which a draft is accepted.
 
-    ``least`` and ``most`` are None where no length is asked. ``whole``: a draft cut off at the token limit is a miss; not so
-    where the client set the limit. ``distinct``: no prompt twice, letter case and spaces aside.
+    ``min_words`` and ``max_words`` are None unless the client asked for a length. ``reject_cut`` is false if the client set
+    the token limit itself. ``reject_duplicates`` ignores letter case and white space.
     """
 
-    command: Command
-    n: int
-    least: int | None = None
-    most: int | None = None
-    whole: bool = True
-    distinct: bool = True
+    request: SampleRequest
+    min_words: int | None = None
+    max_words: int | None = None
+    reject_cut: bool = True
+    reject_duplicates: bool = True
 
-    def miss(self, words: int) -> int:
-        """Words by which a length lies outside of what was asked; 0 where none was."""
-        if self.least is None or self.most is None:
+    @property
+    def task(self) -> str:
+        return self.request.command.task
+
+    def words_off(self, n_words: int) -> int:
+        """Return the words by which a length misses the requested range; 0 if no length was requested."""
+        if self.min_words is None or self.max_words is None:
             return 0
-        return max(self.least - words, words - self.most, 0)
+        return max(self.min_words - n_words, n_words - self.max_words, 0)
 
-    def first_come(self) -> "PromptSpec":
-        """The same, but any draft will do: for a stream that can take nothing back."""
-        return replace(self, whole=False, distinct=False)
+    def accepting_any(self) -> "PromptSpec":
+        """Return a spec that accepts the first drafts, for a stream that cannot retract text."""
+        return replace(self, reject_cut=False, reject_duplicates=False)
 
 
 @dataclass(frozen=True)
-class Effort:
-    """Bounds on writing again: ``rounds`` after the first, with ``samples`` drafts for each open place, ``most`` at once, and
-    no longer than ``seconds``: what is at hand by then is better than a request that runs into its deadline."""
+class RetryBudget:
+    """Bounds on replacing rejected drafts.
+
+    ``rounds`` after the first, with ``drafts_per_slot`` for each open slot and at most ``max_drafts`` in all; no round runs
+    longer than ``seconds`` after the first drafts, because a missed length is better than a timeout.
+    """
 
     rounds: int = 2
-    samples: int = 4
-    most: int = 16
+    drafts_per_slot: int = 4
+    max_drafts: int = 16
     seconds: float = 15
 
 
 @dataclass
-class Cost:
+class GenerationCost:
+    """Tokens of all drafts, rejected ones included, and the revision of the weights that wrote them."""
+
     prompt_tokens: int = 0
     completion_tokens: int = 0
     drafts: int = 0
     revision: str | None = None
 
-    def add(self, drawn: SampleResult) -> None:
-        self.prompt_tokens += drawn["prompt_tokens"]
-        self.completion_tokens += drawn["completion_tokens"]
-        self.drafts += len(drawn["drafts"])
-        self.revision = drawn["revision"]
+    def add(self, result: SampleResult) -> None:
+        self.prompt_tokens += result.prompt_tokens
+        self.completion_tokens += result.completion_tokens
+        self.drafts += len(result.drafts)
+        self.revision = result.revision
 
 
 @dataclass(frozen=True)
-class Grown:
-    """The first draft of place ``index`` has grown by ``text``."""
-
-    index: int
-    text: str
-
-
-@dataclass(frozen=True)
-class Redrafted:
-    """The draft of place ``index`` is dropped; another is being written."""
+class DraftRejected:
+    """The first draft of slot ``index`` was rejected; the engine writes another."""
 
     index: int
     words: int
-    reason: Miss
+    reason: DraftFault
 
 
 @dataclass(frozen=True)
-class Settled:
-    """Place ``index`` is final."""
+class DraftAccepted:
+    """Slot ``index`` has its final draft."""
 
     index: int
     draft: Draft
 
 
-Event = Grown | Redrafted | Settled
+DraftEvent = TextDelta | DraftRejected | DraftAccepted
 
 
 @dataclass
-class Places:
-    """The places of one task's prompts and the drafts that did not fit one."""
+class PromptSlots:
+    """The slots of one task's prompts and the drafts that none of them accepted."""
 
-    wanted: PromptSpec
-    filled: dict[int, Draft] = field(default_factory=dict)
-    spare: list[Draft] = field(default_factory=list)
-    _seen: set[str] = field(default_factory=set)
+    spec: PromptSpec
+    accepted: dict[int, Draft] = field(default_factory=dict)
+    rejected: list[Draft] = field(default_factory=list)
+    _normalized_texts: set[str] = field(default_factory=set)
 
-    def offer(self, draft: Draft, index: int) -> Miss | None:
-        """Fill place ``index`` with ``draft``; or keep it as a spare one and say what it misses."""
-        text = _folded(draft)
-        miss: Miss | None = None
-        if not text and (self.wanted.whole or draft["finish_reason"] == "stop"):
-            miss = "empty"
-        elif draft["finish_reason"] == "length" and self.wanted.whole:
-            miss = "cut"
-        elif self.wanted.miss(count_words(draft["text"])):
-            miss = "length"
-        elif self.wanted.distinct and text in self._seen:
-            miss = "duplicate"
-        if miss:
-            self.spare.append(draft)
+    def offer(self, index: int, draft: Draft) -> DraftFault | None:
+        """Fill slot ``index`` with ``draft``, or keep the draft as rejected and return the reason."""
+        reason = self._fault(draft)
+        if reason is None:
+            self._fill(index, draft)
         else:
-            self.filled[index] = draft
-            self._seen.add(text)
-        return miss
+            self.rejected.append(draft)
+        return reason
 
-    def open(self) -> list[int]:
-        return [index for index in range(self.wanted.n) if index not in self.filled]
+    def open_slots(self) -> list[int]:
+        return [index for index in range(self.spec.request.n) if index not in self.accepted]
 
-    def settle(self) -> None:
-        """Fill what is open with the nearest spare drafts: whole before cut, then by length. Some places may stay open."""
+    def fill_from_rejected(self) -> dict[int, Draft]:
+        """Fill open slots with the nearest rejected drafts and return them by slot.
 
-        def nearness(draft: Draft) -> tuple[bool, bool, int]:
-            cut = draft["finish_reason"] == "length" and self.wanted.whole
-            return not draft["text"], cut, self.wanted.miss(count_words(draft["text"]))
+        Complete drafts come before cut ones, then the nearest length counts. A slot stays open rather than hold a duplicate.
+        """
 
-        spare = sorted(self.spare, key=nearness)
-        for index in self.open():
-            for draft in spare:
-                if not self.wanted.distinct or (draft["text"] and _folded(draft) not in self._seen):
-                    self.filled[index] = draft
-                    self._seen.add(_folded(draft))
-                    spare.remove(draft)
+        def distance(draft: Draft) -> tuple[bool, bool, int]:
+            cut = draft.finish_reason == "length" and self.spec.reject_cut
+            return not draft.text, cut, self.spec.words_off(count_words(draft.text))
+
+        candidates = sorted(self.rejected, key=distance)
+        filled: dict[int, Draft] = {}
+        for index in self.open_slots():
+            for draft in candidates:
+                if not self.spec.reject_duplicates or (draft.text and _normalized(draft) not in self._normalized_texts):
+                    self._fill(index, draft)
+                    filled[index] = draft
+                    candidates.remove(draft)
                     break
+        return filled
+
+    def _fault(self, draft: Draft) -> DraftFault | None:
+        text = _normalized(draft)
+        if not text and (self.spec.reject_cut or draft.finish_reason == "stop"):
+            return "empty"
+        if draft.finish_reason == "length" and self.spec.reject_cut:
+            return "cut"
+        if self.spec.words_off(count_words(draft.text)):
+            return "length"
+        if self.spec.reject_duplicates and text in self._normalized_texts:
+            return "duplicate"
+        return None
+
+    def _fill(self, index: int, draft: Draft) -> None:
+        self.accepted[index] = draft
+        self._normalized_texts.add(_normalized(draft))
 
 
-def _folded(draft: Draft) -> str:
-    return " ".join(draft["text"].lower().split())
+def _normalized(draft: Draft) -> str:
+    return " ".join(draft.text.lower().split())
 
 
-async def write(
-    engine: Engine, ask: Ask, wanted: PromptSpec, effort: Effort, cost: Cost, *, live: bool
-) -> AsyncGenerator[Event, None]:
-    """Write the prompts of one task; ends when every place is settled or none can be.
+async def write_prompts(
+    engine: SamplingEngine, spec: PromptSpec, budget: RetryBudget, cost: GenerationCost, *, live: bool
+) -> AsyncGenerator[DraftEvent, None]:
+    """Write the prompts of one task; ends when every slot is filled or none can be.
 
     Args:
-        ask: intent and sampling; the command and n come from ``wanted``.
-        cost: is added to, so that it is right however the iteration ends.
-        live: the first drafts come as they grow.
+        cost: is updated after each call of the engine, so that it is right however the iteration ends.
+        live: yield the text of the first drafts while it grows.
 
     Raises:
-        RequestError: from the engine, if not one draft was made. Where writing again fails, misses are reported as such.
+        RequestError: the engine failed before its first drafts. If a later round fails, misses are reported as such.
     """
-    command = wanted.command
-    ask = {**ask, "task": command.task, "words": command.words, "reward": command.reward, "n": wanted.n}
-    places = Places(wanted)
+    slots = PromptSlots(spec)
+    first: SampleResult | None = None
     if live:
-        first: SampleResult | None = None
-        async with contextlib.aclosing(engine.stream(ask)) as stream:  # giving this up must reach the engine at once
+        # aclosing: closing this iteration must reach the engine at once
+        async with contextlib.aclosing(engine.stream(spec.request)) as stream:
             async for item in stream:
-                if isinstance(item, dict):
+                if isinstance(item, SampleResult):
                     first = item
                     break
-                for piece in item:
-                    yield Grown(piece["index"], piece["text"])
+                for delta in item:
+                    yield delta
         if first is None:
             raise RequestError("the engine ended its stream early; try again", None, 503, "engine_lost", 1)
     else:
-        first = await engine.draw(ask)
+        first = await engine.sample(spec.request)
     cost.add(first)
-    until = time.monotonic() + effort.seconds
-    rounds = effort.rounds if ask.get("temperature") != 0 else 0  # greedy decoding writes the same again
-    for index, draft in enumerate(first["drafts"]):
-        if miss := places.offer(draft, index):
-            if rounds:
-                yield Redrafted(index, count_words(draft["text"]), miss)
-        else:
-            yield Settled(index, draft)
-    for turn in range(1, rounds + 1):
-        still = places.open()
-        if not still:
+    deadline = time.monotonic() + budget.seconds
+    rounds = budget.rounds if spec.request.options.temperature != 0 else 0  # greedy decoding would repeat the same drafts
+    for index, draft in enumerate(first.drafts):
+        reason = slots.offer(index, draft)
+        if reason is None:
+            yield DraftAccepted(index, draft)
+        elif rounds:
+            yield DraftRejected(index, count_words(draft.text), reason)
+    for round_number in range(1, rounds + 1):
+        open_slots = slots.open_slots()
+        if not open_slots:
             break
-        more: Ask = {**ask, "n": min(len(still) * effort.samples, effort.most)}
-        if "seed" in ask:
-            more["seed"] = (ask["seed"] + 7919 * turn) % (MAX_SEED + 1)
+        request = _retry_request(spec.request, round_number, len(open_slots), budget)
         try:
-            drawn = await asyncio.wait_for(engine.draw(more), max(until - time.monotonic(), 0))
-        except (RequestError, TimeoutError):  # overload, a lost engine: what is at hand is better than nothing
+            result = await asyncio.wait_for(engine.sample(request), max(deadline - time.monotonic(), 0))
+        except (RequestError, TimeoutError):  # overload or a lost engine: the rejected drafts are better than nothing
             break
-        cost.add(drawn)
-        for draft in drawn["drafts"]:
-            if not still:
-                break
-            if places.offer(draft, still[0]) is None:
-                yield Settled(still.pop(0), draft)
-    late = places.open()
-    places.settle()
-    for index in late:
-        if index in places.filled:
-            yield Settled(index, places.filled[index])
+        cost.add(result)
+        for draft in result.drafts:
+            if open_slots and slots.offer(open_slots[0], draft) is None:
+                yield DraftAccepted(open_slots.pop(0), draft)
+    for index, draft in slots.fill_from_rejected().items():
+        yield DraftAccepted(index, draft)
+
+
+def _retry_request(request: SampleRequest, round_number: int, n_open: int, budget: RetryBudget) -> SampleRequest:
+    """Return the request of a further round; a client's seed becomes another one in each round."""
+    options = request.options
+    if options.seed is not None:
+        options = replace(options, seed=(options.seed + 7919 * round_number) % (MAX_SEED + 1))
+    return replace(request, n=min(n_open * budget.drafts_per_slot, budget.max_drafts), options=options)

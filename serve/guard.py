@@ -1,6 +1,6 @@
-"""What stands before every route: keys, the loopback rule, the size of bodies, and each key's rate and concurrency.
+"""Access control in front of every route: keys, the loopback rule, body sizes, rates and concurrency per key.
 
-Plain ASGI, since Starlette's middleware base class would hold streams back and lose disconnects.
+Plain ASGI, because Starlette's middleware base class buffers streams and hides disconnects.
 """
 
 import ipaddress
@@ -13,62 +13,65 @@ from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.api import RequestError
 from serve.keys import KeyRing
+from serve.request_errors import RequestError
 
-OPEN = frozenset({"/", "/healthz", "/readyz", "/openapi.json"})  # need no key
-ANONYMOUS = "anonymous"  # the bucket and key name of all while keys are off, and of who asks for an open path
-STRANGER = "unknown"  # the key name that refused callers are counted under
+OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/openapi.json"})  # need no key
+ANONYMOUS = "anonymous"  # key name of every caller while keys are off, and of callers of open paths without a key
+UNKNOWN_CALLER = "unknown"  # key name under which refused callers are counted
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for a disconnected client; counted, never sent
 
-_HOST = re.compile(r"(\[[^\[\]]*\]|[^:\[\]]+)(?::[0-9]{0,5})?")
-_CLIENT_GONE = 499  # nginx's number for it; counted, never sent
+_HOST_HEADER = re.compile(r"(\[[^\[\]]*\]|[^:\[\]]+)(?::[0-9]{0,5})?")
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What one key may ask of this process.
+class KeyLimits:
+    """Limits of one key in this process.
 
-    ``body_bytes``: of a request. ``concurrent``: POST requests at once. ``per_minute``: POST requests, as a token bucket that
-    holds a tenth of a minute's worth, but at least ``concurrent``.
+    ``body_bytes``: of a request. ``concurrent``: POST requests at a time. ``per_minute``: POST requests, as a token bucket
+    that holds a tenth of a minute's requests, and at least ``concurrent``.
     """
 
     body_bytes: int = 65_536
     concurrent: int = 64
     per_minute: int = 6000
 
+    @property
+    def burst(self) -> float:
+        return max(self.per_minute / 10, self.concurrent)
+
 
 @dataclass
-class Allowance:
-    """What one key has left. ``clock`` gives seconds."""
+class RateLimiter:
+    """The token bucket and the running requests of one key. ``clock`` returns seconds."""
 
-    limits: Limits
+    limits: KeyLimits
     clock: Callable[[], float]
     running: int = 0
     tokens: float = field(init=False)
-    filled: float = field(init=False)  # when the tokens were last counted
+    refilled_at: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self.tokens, self.filled = self._burst(), self.clock()
-
-    def _burst(self) -> float:
-        return max(self.limits.per_minute / 10, self.limits.concurrent)
+        self.tokens, self.refilled_at = self.limits.burst, self.clock()
 
     @contextmanager
     def slot(self) -> Iterator[None]:
-        """Holds a place among the key's concurrent requests.
+        """Take a token and hold one of the key's concurrent slots.
 
         Raises:
-            RequestError: 429, with the seconds after which another try may do. A refused request uses nothing up.
+            RequestError: 429 with the seconds until a retry can succeed. A refused request takes no token.
         """
         limits, now = self.limits, self.clock()
-        a_second = limits.per_minute / 60
-        self.tokens = min(self._burst(), self.tokens + max(now - self.filled, 0) * a_second)
-        self.filled = now
+        tokens_per_second = limits.per_minute / 60
+        self.tokens = min(limits.burst, self.tokens + max(now - self.refilled_at, 0) * tokens_per_second)
+        self.refilled_at = now
         if self.running >= limits.concurrent:
-            raise _limited(f"{self.running} requests of this key are running, at most {limits.concurrent}", 1)
+            raise _rate_limited(f"too many concurrent requests with this key; the limit is {limits.concurrent}", 1)
         if self.tokens < 1:
-            wait = max(math.ceil((1 - self.tokens) / a_second), 1)
-            raise _limited(f"more than {limits.per_minute} requests a minute with this key; try again in {wait} s", wait)
+            wait = max(math.ceil((1 - self.tokens) / tokens_per_second), 1)
+            raise _rate_limited(
+                f"too many requests with this key; the limit is {limits.per_minute} per minute; try again in {wait} s", wait
+            )
         self.tokens -= 1
         self.running += 1
         try:
@@ -77,52 +80,53 @@ class Allowance:
             self.running -= 1
 
 
-def _limited(message: str, retry_after: int) -> RequestError:
+def _rate_limited(message: str, retry_after: int) -> RequestError:
     return RequestError(message, None, 429, "rate_limited", retry_after)
 
 
-class _Gone(Exception):
-    """The client left before its body was read."""
+class _ClientDisconnectedError(Exception):
+    """The client disconnected before its body was complete."""
 
 
-class Guard:
-    """ASGI middleware. Refuses with the one error shape; websockets are closed, lifespan goes through.
+class GuardMiddleware:
+    """ASGI middleware that refuses requests before any route sees them. It closes websockets and passes lifespan events.
 
-    With keys, ``request.state.key_name`` names the caller's. Without, only callers on this machine are answered, and only where
-    the Host header names this machine too: a page of another site that points its own name at 127.0.0.1 (DNS rebinding) must
-    not reach the server through its reader's browser.
+    With keys, ``request.state.key_name`` is the name of the caller's key. Without, only callers on this machine are answered,
+    and only if the Host header names this machine too: otherwise a web page whose host name resolves to 127.0.0.1 (DNS
+    rebinding) could reach the server through a local browser.
 
     Args:
-        keys: the keys that are known; None: keys are off.
-        seen: told of each request when it ends: endpoint (its route, never a path that a caller made up), key name, status,
-            seconds.
-        clock: seconds; for tests.
+        keys: None turns keys off.
+        on_request_end: called with endpoint (its route, never the path that a caller sent), key name, status and seconds.
+        clock: returns seconds; for tests.
     """
 
     def __init__(
         self,
         app: ASGIApp,
         keys: KeyRing | None,
-        limits: Limits | None = None,
-        seen: Callable[[str, str, int, float], None] | None = None,
+        limits: KeyLimits | None = None,
+        on_request_end: Callable[[str, str, int, float], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.app, self.keys, self.limits, self.seen, self.clock = app, keys, limits or Limits(), seen, clock
-        # One for each key and no more, whatever callers send.
-        self.allowances = {name: Allowance(self.limits, clock) for name in (ANONYMOUS, *(keys.entries if keys else ()))}
+        self.app, self.keys, self.limits = app, keys, limits or KeyLimits()
+        self.on_request_end, self.clock = on_request_end, clock
+        # One per key, so that callers cannot make it grow.
+        names = (ANONYMOUS, *(keys.entries if keys else ()))
+        self.rate_limiters = {name: RateLimiter(self.limits, clock) for name in names}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
-            await self._http(scope, receive, send)
+            await self._handle_http(scope, receive, send)
         elif scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008, "reason": "no websockets here"})
+            await send({"type": "websocket.close", "code": 1008, "reason": "websockets are not supported"})
 
-    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started, status, name = self.clock(), _CLIENT_GONE, STRANGER
+    async def _handle_http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started, status, key_name = self.clock(), CLIENT_CLOSED_REQUEST, UNKNOWN_CALLER
 
-        async def watched(message: Message) -> None:
+        async def send_and_record_status(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -130,23 +134,24 @@ class Guard:
 
         try:
             try:
-                name = self._caller(scope)
-                scope.setdefault("state", {})["key_name"] = name
-                await self._admitted(name, scope, receive, watched)
-            except RequestError as refusal:
-                await refusal.response()(scope, receive, watched)
-        except _Gone:
+                key_name = self._identify_caller(scope)
+                scope.setdefault("state", {})["key_name"] = key_name
+                await self._forward(key_name, scope, receive, send_and_record_status)
+            except RequestError as error:
+                await error.response()(scope, receive, send_and_record_status)
+        except _ClientDisconnectedError:
             pass
         except Exception:
-            status = 500 if status == _CLIENT_GONE else status  # what Starlette answers with, outside of this
+            # Starlette's outermost middleware answers with 500, which does not pass through here.
+            status = 500 if status == CLIENT_CLOSED_REQUEST else status
             raise
         finally:
-            if self.seen is not None:
+            if self.on_request_end is not None:
                 endpoint = getattr(scope.get("route"), "path", None) or "other"
-                self.seen(endpoint, name, status, self.clock() - started)
+                self.on_request_end(endpoint, key_name, status, self.clock() - started)
 
-    def _caller(self, scope: Scope) -> str:
-        """The name of the caller's key.
+    def _identify_caller(self, scope: Scope) -> str:
+        """Return the name of the caller's key.
 
         Raises:
             RequestError: 401 or 403.
@@ -154,64 +159,67 @@ class Guard:
         if self.keys is None:
             client = scope.get("client")
             if not client or not is_loopback(client[0]) or not _names_loopback(_headers(scope, b"host")):
-                raise RequestError("keys are off, so only this machine is answered, as localhost", None, 403, "forbidden")
+                raise RequestError(
+                    "keys are off, so only requests from this machine to localhost are answered", None, 403, "forbidden"
+                )
             return ANONYMOUS
-        presented = _bearer(_headers(scope, b"authorization"))
-        name = None if presented is None else self.keys.name_of(presented)
-        if name is not None:
-            return name
-        if _path(scope) in OPEN:
+        token = _bearer_token(_headers(scope, b"authorization"))
+        key_name = None if token is None else self.keys.find_name(token)
+        if key_name is not None:
+            return key_name
+        if _path(scope) in OPEN_PATHS:
             return ANONYMOUS
-        said = "the key is not known" if presented else "a key is needed: send Authorization: Bearer KEY"
-        raise RequestError(said, None, 401, "unauthorized")
+        message = "unknown key; send a valid one" if token else "no key; send the header Authorization: Bearer KEY"
+        raise RequestError(message, None, 401, "unauthorized")
 
-    async def _admitted(self, name: str, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _forward(self, key_name: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on within the limits of its key."""
         for length in _headers(scope, b"content-length"):
-            # Python refuses to read numbers of thousands of digits; 18 are too many already.
+            # Python refuses to parse numbers of thousands of digits; 18 digits exceed every limit.
             if length.isdigit() and (len(length) > 18 or int(length) > self.limits.body_bytes):
                 raise self._too_large()
         if scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self.app(scope, receive, send)  # no route reads a body of these
         elif scope["method"] != "POST":
-            await self.app(scope, await self._whole(receive), send)
+            await self.app(scope, await self._read_body(receive), send)
         else:
-            # The slot is held while the body comes in: slow uploads are bounded like all else.
-            with self.allowances[name].slot():
-                await self.app(scope, await self._whole(receive), send)
+            # The slot is held while the body comes in, so slow uploads count too.
+            with self.rate_limiters[key_name].slot():
+                await self.app(scope, await self._read_body(receive), send)
 
-    async def _whole(self, receive: Receive) -> Receive:
-        """Read the body up to the limit; return a ``receive`` that gives it and then goes on.
+    async def _read_body(self, receive: Receive) -> Receive:
+        """Read the body; return a ``receive`` that first replays it and then continues with the connection's messages.
 
         Raises:
-            RequestError: 413, and the routes never hear of the request.
+            RequestError: 413, before any route sees the request.
         """
         body = bytearray()
         more = True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise _Gone
+                raise _ClientDisconnectedError
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > self.limits.body_bytes:
                 raise self._too_large()
-        given = False
+        replayed = False
 
         async def replay() -> Message:
-            nonlocal given
-            if given:
+            nonlocal replayed
+            if replayed:
                 return await receive()
-            given = True
+            replayed = True
             return {"type": "http.request", "body": bytes(body), "more_body": False}
 
         return replay
 
     def _too_large(self) -> RequestError:
-        return RequestError(f"the body is larger than {self.limits.body_bytes} bytes", None, 413)
+        return RequestError(f"the body is too large; the limit is {self.limits.body_bytes} bytes", None, 413)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether ``host``, an address without brackets or a name, is this machine's loopback."""
+    """Return whether ``host``, a name or an address without brackets, is this machine's loopback."""
     if host.lower() == "localhost":
         return True
     try:
@@ -225,16 +233,16 @@ def is_loopback(host: str) -> bool:
 def _names_loopback(hosts: list[bytes]) -> bool:
     if len(hosts) != 1:
         return False
-    found = _HOST.fullmatch(hosts[0].decode("latin-1"))
-    return found is not None and is_loopback(found[1].removeprefix("[").removesuffix("]"))
+    match = _HOST_HEADER.fullmatch(hosts[0].decode("latin-1"))
+    return match is not None and is_loopback(match[1].removeprefix("[").removesuffix("]"))
 
 
 def _headers(scope: Scope, name: bytes) -> list[bytes]:
     return [value.strip() for key, value in scope["headers"] if key.lower() == name]
 
 
-def _bearer(headers: list[bytes]) -> str | None:
-    """The token of the one ``Authorization: Bearer`` header; None where there is none, or more than one."""
+def _bearer_token(headers: list[bytes]) -> str | None:
+    """Return the token of the ``Authorization: Bearer`` header; None if there is not exactly one."""
     if len(headers) != 1:
         return None
     scheme, _, token = headers[0].partition(b" ")
@@ -242,6 +250,6 @@ def _bearer(headers: list[bytes]) -> str | None:
 
 
 def _path(scope: Scope) -> str:
-    """The path as routes see it, without the prefix that the application is mounted under."""
+    """Return the path without the prefix that the application is mounted under, as routes see it."""
     path, root = scope["path"], scope.get("root_path", "")
     return path[len(root) :] if root and path.startswith(f"{root}/") else path

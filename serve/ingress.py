@@ -1,6 +1,6 @@
-"""The ingress deployment: HTTP in front of the engines. It validates, asks an engine and says what was achieved.
+"""The ingress deployment: HTTP in front of the engines. It validates requests and reports what each prompt achieved.
 
-It imports no vLLM: a replica starts in seconds and holds no model.
+It does not import vLLM: a replica starts in seconds and holds no model.
 """
 
 import asyncio
@@ -17,122 +17,124 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 
 from serve import web
-from serve.api import RequestError
-from serve.drafts import Ask, Piece, SampleResult
+from serve.engine_protocol import Refusal, SampleRequest, SampleResult, TextDelta
 from serve.guard import is_loopback
 from serve.keys import KeyRing
-from serve.prometheus import RayMeters
-from serve.service import Service
-from udrl import commands, storage
+from serve.prometheus import RayMetrics
+from serve.request_errors import RequestError
+from serve.service import PromptService
+from udrl import internals, storage
 from udrl.commands import CommandVocabulary
 from udrl.errors import UserError
 from udrl.recipe import Recipe, Serve
+from udrl.run import StudentPaths
 
-log = logging.getLogger("ray.serve")
+log = logging.getLogger("ray.serve")  # Serve writes its own logger's records to the replica's log file
 
 
 @contextlib.contextmanager
-def told() -> Iterator[None]:
-    """Say what a failed call of an engine means to the client: all of it is worth another try."""
+def engine_errors_as_503() -> Iterator[None]:
+    """Turn any failure of an engine call into a 503: the request may succeed at another engine.
+
+    Raises:
+        RequestError: the call failed.
+    """
     try:
         yield
     except BackPressureError:
         raise RequestError("too many requests are waiting; try again", None, 503, "overloaded", 1) from None
     except (DeploymentUnavailableError, ReplicaUnavailableError, RayActorError) as error:
         log.warning("an engine was lost: %s", error)
-        raise RequestError("the engine that wrote this was lost; try again", None, 503, "engine_lost", 1) from None
+        raise RequestError("the engine of this request was lost; try again", None, 503, "engine_lost", 1) from None
     except Exception:
-        # What the engine raised, or gRPC on the way: with it, Serve hands on both as they are.
+        # With gRPC between replicas, Serve raises the engine's own exceptions and gRPC's unwrapped.
         log.exception("an engine failed")
         raise RequestError("the engine failed; try again", None, 503, "engine_lost", 1) from None
 
 
-def _accepted(answer: Any) -> Any:
-    """Raises:
-    RequestError: the engine refused what it was asked.
-    """
-    if isinstance(answer, dict) and "refused" in answer:
-        if answer["retry"]:
-            raise RequestError(f"the model is being replaced ({answer['refused']}); try again", None, 503, "updating", 2)
-        raise RequestError(f"{answer['param']}: {answer['refused']}", answer["param"])
-    return answer
+def _raise_if_refused(answer: Any) -> Any:
+    if not isinstance(answer, Refusal):
+        return answer
+    if answer.retryable:
+        raise RequestError(f"the model is being replaced ({answer.message}); try again", None, 503, "updating", 2)
+    raise RequestError(f"{answer.param}: {answer.message}", answer.param)
 
 
-class HandleEngine:
-    """The engines behind a Serve handle. Giving up a call cancels what the engine writes for it."""
+class EngineClient:
+    """The engines behind a Serve handle. Cancelling a call cancels its generation."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self.handle = handle
-        self.streams = handle.options(stream=True)
+        self.streaming_handle = handle.options(stream=True)
 
-    async def draw(self, ask: Ask) -> SampleResult:
-        response = self.handle.draw.remote(ask)
+    async def sample(self, request: SampleRequest) -> SampleResult:
+        response = self.handle.sample.remote(request)
         try:
-            with told():
+            with engine_errors_as_503():
                 answer = await response
-            return _accepted(answer)
+            return _raise_if_refused(answer)
         except asyncio.CancelledError:
             response.cancel()
             raise
 
-    async def stream(self, ask: Ask) -> AsyncGenerator[list[Piece] | SampleResult, None]:
-        response = self.streams.stream.remote(ask)
-        ended = False
+    async def stream(self, request: SampleRequest) -> AsyncGenerator[list[TextDelta] | SampleResult, None]:
+        response = self.streaming_handle.stream.remote(request)
+        complete = False
         try:
             while True:
-                with told():
+                with engine_errors_as_503():
                     item = await anext(response, None)
                 if item is None:
                     break
-                yield _accepted(item)
-            ended = True
+                yield _raise_if_refused(item)
+            complete = True
         finally:
-            if not ended:
+            if not complete:
                 response.cancel()
 
 
 class Readiness:
-    """Whether an engine runs, as Serve's controller has it; asked once a second at most."""
+    """Reports whether an engine runs, according to Serve's controller; asks it at most once per second."""
 
     def __init__(self, application: str, deployment: str) -> None:
         self.application, self.deployment = application, deployment
-        self.asked, self.known = -1.0, False
+        self.checked_at, self.is_ready = -1.0, False
 
     async def __call__(self) -> bool:
-        if time.monotonic() - self.asked > 1:
-            self.known = await asyncio.to_thread(self._ask)
-            self.asked = time.monotonic()
-        return self.known
+        if time.monotonic() - self.checked_at > 1:
+            self.is_ready = await asyncio.to_thread(self._check)
+            self.checked_at = time.monotonic()
+        return self.is_ready
 
-    def _ask(self) -> bool:
+    def _check(self) -> bool:
         application = ray_serve.status().applications.get(self.application)
         engine = application.deployments.get(self.deployment) if application else None
-        # A replica is RUNNING once its constructor is through, which ends with the warm-up. Scaled to zero, the next request
-        # starts one.
-        return engine is not None and (
-            engine.replica_states.get("RUNNING", 0) > 0 or (not engine.replica_states and str(engine.status.value) == "HEALTHY")
-        )
+        if engine is None:
+            return False
+        # A replica is RUNNING when its constructor has returned, and the constructor ends with the warm-up.
+        if engine.replica_states.get("RUNNING", 0) > 0:
+            return True
+        # Scaled to zero: the next request starts an engine.
+        return not engine.replica_states and str(engine.status.value) == "HEALTHY"
 
 
-def require_loopback() -> None:
-    """Refuse to run without keys where Serve itself listens to others, whatever the recipe says of its host.
+def require_loopback_host() -> None:
+    """Refuse to run without keys if Serve's HTTP proxies listen to other machines, whatever the recipe's host is.
 
-    The guard looks at each caller's address. Behind HAProxy (RAY_SERVE_ENABLE_HA_PROXY), on the same node, that is always this
-    machine's.
+    The guard checks each caller's address, but behind HAProxy (RAY_SERVE_ENABLE_HA_PROXY), which runs on the same node, every
+    caller has this machine's address.
 
     Raises:
         UserError: Serve's HTTP host is not loopback.
     """
-    from ray.serve.context import _get_global_client  # public nowhere: the address that Serve was started with
-
-    host = _get_global_client().http_config.host
+    host = internals.serve_http_host()
     if not is_loopback(host or ""):
-        raise UserError(f"http_options.host: {host} is reachable by others and keys are off; set serve.require_keys=true")
+        raise UserError(f"http_options.host: other machines can reach {host} while keys are off; set serve.require_keys=true")
 
 
 @ray_serve.ingress()
 class Ingress:
-    """Answers for one student.
+    """Answers HTTP requests for one student.
 
     Args:
         engine: handle of :class:`serve.engine.StudentServer`.
@@ -144,30 +146,30 @@ class Ingress:
     def __init__(
         self, engine: DeploymentHandle, model: str, student: str, settings: dict[str, Any], keys: dict[str, str] | None
     ) -> None:
-        vocabulary = CommandVocabulary.model_validate(storage.read_json(storage.join(student, commands.FILE)))
-        self.service = Service(HandleEngine(engine), model, vocabulary, Serve(**settings), RayMeters())
+        vocabulary = CommandVocabulary.model_validate(storage.read_json(StudentPaths(student).commands))
+        self.service = PromptService(EngineClient(engine), model, vocabulary, Serve(**settings), RayMetrics())
         self.keys = None if keys is None else KeyRing(keys)
         if self.keys is None:
-            require_loopback()
-        self.ready = Readiness(ray_serve.get_replica_context().app_name, engine.deployment_name)
+            require_loopback_host()
+        self.is_ready = Readiness(ray_serve.get_replica_context().app_name, engine.deployment_name)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        return web.create(self.service, self.keys, self.ready)
+        return web.create_app(self.service, self.keys, self.is_ready)
 
 
-def deployment(recipe: Recipe, student: str, engine: Any, keys: KeyRing | None) -> Any:
-    """The ingress in front of ``engine``, as a Serve application."""
-    wanted = recipe.serve
-    made: Any = ray_serve.deployment(
+def ingress_deployment(recipe: Recipe, student: str, engine: Any, keys: KeyRing | None) -> Any:
+    """Return the ingress in front of ``engine`` as a Serve application."""
+    settings = recipe.serve
+    deployment: Any = ray_serve.deployment(
         name="Ingress",
-        num_replicas=wanted.ingress_replicas,
-        # No whole CPU: the engine's placement group may hold every one.
+        num_replicas=settings.ingress_replicas,
+        # A placement group of an engine may hold every CPU.
         ray_actor_options={"num_cpus": 0},
-        # What is too much is said by us, in our error shape: Serve's own limit lies beyond it.
+        # Serve's own limit is out of reach: overload is reported by the engines' queue, in our error shape.
         max_ongoing_requests=10_000,
         max_surge_percent=100,
         graceful_shutdown_wait_loop_s=0.5,
-        graceful_shutdown_timeout_s=wanted.request_timeout_s + 5,
+        graceful_shutdown_timeout_s=settings.request_timeout_s + 5,
         health_check_period_s=2,
     )(Ingress)
-    return made.bind(engine, recipe.name, student, wanted.model_dump(), None if keys is None else keys.entries)
+    return deployment.bind(engine, recipe.name, student, settings.model_dump(), None if keys is None else keys.entries)

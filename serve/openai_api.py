@@ -1,195 +1,189 @@
-"""OpenAI's completions and chat completions, spoken well enough that its clients work unchanged.
+"""OpenAI's completions and chat completions: routes with which OpenAI's clients work unchanged.
 
-The prompt, or the last user message, is the intent. ``model`` is the model, or ``model:task``, which needs no further key;
-task, length and reward may stand beside OpenAI's own keys (``extra_body`` of its clients). Keys that would change the answer
-and that this server does not know are refused by name; those that ask for nothing are let through.
+The prompt, or the last user message, is the intent.
 """
 
-from typing import Annotated, Any, Literal
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, Response
 
-from serve.api import MAX_SEED, Commanding, CommandMeant, Intent, Prompt, RequestError, Usage
+from serve import schemas
+from serve.drafts import DraftAccepted
+from serve.engine_protocol import TextDelta
+from serve.openai_schemas import (
+    AssistantMessage,
+    ChatChoice,
+    ChatRequest,
+    ChatResponse,
+    CompletionRequest,
+    CompletionResponse,
+    OpenAIRequest,
+    PromptOutcome,
+    TextChoice,
+)
+from serve.request_errors import RequestError, error_responses
+from serve.resolver import ResolvedRequest
+from serve.schemas import Prompt, Usage
+from serve.service import PromptService, TaskEvent, to_prompt
+from serve.streaming import encode_event, stream_response, stream_schema
 
-Nothing = Annotated[float, Field(ge=0, le=0)] | None
-
-
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    include_usage: bool | None = None
-    include_obfuscation: bool | None = None
-
-
-class _Request(Commanding):
-    model: str = Field(description="an id of GET /v1/models: the model, or model:task")
-    n: int | None = Field(None, strict=True, ge=1)
-    temperature: float | None = Field(None, strict=True, ge=0, le=2, allow_inf_nan=False)
-    top_p: float | None = Field(None, strict=True, gt=0, le=1, allow_inf_nan=False)
-    seed: int | None = Field(None, strict=True, ge=0, le=MAX_SEED)
-    max_tokens: int | None = Field(
-        None, strict=True, ge=1, description="at most the recipe's serve.sampling.max_tokens is used"
-    )
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    # Accepted where they ask for nothing.
-    user: str | None = None
-    metadata: dict[str, str] | None = None
-    store: Literal[False] | None = None
-    presence_penalty: Nothing = None
-    frequency_penalty: Nothing = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-    stop: Annotated[list[str], Field(max_length=0)] | None = None
-
-    def sampling(self) -> dict[str, Any]:
-        """What it says about how drafts are drawn, under the engine's names."""
-        names = ("temperature", "top_p", "seed", "max_tokens")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+# Encodes a choice of a streamed response from its index, its text, the prompt (only in its last chunk) and whether this is its
+# first chunk.
+ChunkEncoder = Callable[[int, str, Prompt | None, bool], dict[str, Any]]
 
 
-class CompletionRequest(_Request):
-    """Body of ``POST /v1/completions``."""
-
-    prompt: Intent | Annotated[list[Intent], Field(min_length=1)] = Field(description="the intent, or several")
-    echo: Literal[False] | None = None
-    logprobs: None = None
-    suffix: None = None
-
-    def intents(self) -> list[str]:
-        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
-
-
-class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    type: Literal["text"]
-    text: str
-
-
-class Message(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
-
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else " ".join(part.text for part in self.content)
-
-
-class ResponseFormat(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    type: Literal["text"]
-
-
-class ChatRequest(_Request):
-    """Body of ``POST /v1/chat/completions``. The last user message is the intent; a student knows no instructions and no
-    history, so other messages are not read."""
-
-    messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, strict=True, ge=1)
-    logprobs: Literal[False] | None = None
-    response_format: ResponseFormat | None = None
-
-    def intent(self) -> str:
-        """Raises:
-        RequestError: no user message, or an empty one.
-        """
-        texts = [message.text().strip() for message in self.messages if message.role == "user"]
-        if not texts or not texts[-1]:
-            raise RequestError("messages: the last user message is the intent, and there is none", "messages")
-        return texts[-1]
-
-    def sampling(self) -> dict[str, Any]:
-        limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-        return {**super().sampling(), **({} if limit is None else {"max_tokens": limit})}
-
-
-class Achieved(BaseModel):
-    """What stands beside OpenAI's keys in each choice."""
-
-    task: str
-    words: int
-    command: CommandMeant
-    on_length: bool | None
-
-
-class Choice(BaseModel):
-    index: int
-    finish_reason: Literal["stop", "length"] | None
-    logprobs: None = None
-    udrl: Achieved | None = None
-
-
-class TextChoice(Choice):
-    text: str
-
-
-class AssistantMessage(BaseModel):
-    role: Literal["assistant"] = "assistant"
-    content: str
-    refusal: None = None
-
-
-class ChatChoice(Choice):
-    message: AssistantMessage
-
-
-class _Answer(BaseModel):
-    id: str
-    created: int
-    model: str
-    system_fingerprint: str | None = Field(description="hash of the weights, where the export names one")
-
-
-class CompletionResponse(_Answer):
-    object: Literal["text_completion"] = "text_completion"
-    choices: list[TextChoice]
-    usage: Usage
-
-
-class ChatResponse(_Answer):
-    object: Literal["chat.completion"] = "chat.completion"
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-def achieved(prompt: Prompt) -> Achieved:
-    return Achieved(task=prompt.task, words=prompt.words, command=prompt.command, on_length=prompt.on_length)
-
-
-def text_choice(index: int, prompt: Prompt) -> TextChoice:
-    return TextChoice(index=index, text=prompt.text, finish_reason=prompt.finish_reason, udrl=achieved(prompt))
-
-
-def chat_choice(index: int, prompt: Prompt) -> ChatChoice:
-    message = AssistantMessage(content=prompt.text)
-    return ChatChoice(index=index, message=message, finish_reason=prompt.finish_reason, udrl=achieved(prompt))
-
-
-def text_chunk(index: int, text: str, prompt: Prompt | None) -> dict[str, Any]:
-    """A choice of a streamed completion; ``prompt`` with the last piece of its choice."""
-    return {"text": text, **_ending(index, prompt)}
-
-
-def chat_chunk(index: int, text: str, prompt: Prompt | None, *, first: bool) -> dict[str, Any]:
-    """A choice of a streamed chat completion; the first one of a choice names the role."""
-    delta = {**({"role": "assistant"} if first else {}), **({"content": text} if text or first else {})}
-    return {"delta": delta, **_ending(index, prompt)}
-
-
-def _ending(index: int, prompt: Prompt | None) -> dict[str, Any]:
-    ending: dict[str, Any] = {"index": index, "finish_reason": None, "logprobs": None}
-    if prompt is not None:
-        ending |= {"finish_reason": prompt.finish_reason, "udrl": achieved(prompt).model_dump()}
-    return ending
-
-
-def task_of(model: str, known: str, tasks: list[str]) -> str | None:
-    """The task that a model's id stands for; None: the model itself.
+def parse_model_id(model_id: str, served_model: str, tasks: list[str]) -> str | None:
+    """Return the task of ``model:task``; None for the model itself.
 
     Raises:
-        RequestError: 404, no such model.
+        RequestError: 404, the model or task does not exist.
     """
-    name, colon, task = model.partition(":")
-    if name != known or (colon and task not in tasks):
-        names = ", ".join([known, *(f"{known}:{task}" for task in tasks)])
-        raise RequestError(f"model: {model[:100]!r} is not served here; there are {names}", "model", 404, "not_found")
+    name, colon, task = model_id.partition(":")
+    if name != served_model or (colon and task not in tasks):
+        names = ", ".join([served_model, *(f"{served_model}:{task}" for task in tasks)])
+        raise RequestError(f"model: unknown model ({model_id[:100]!r}); use one of {names}", "model", 404, "not_found")
     return task or None
+
+
+def add_openai_routes(app: FastAPI, service: PromptService) -> None:
+    """Add ``/v1/completions``, ``/v1/chat/completions`` and ``/v1/models``."""
+    tasks = list(service.vocabulary.tasks)
+    errors = error_responses(400, 401, 403, 404, 413, 422, 429, 500, 503, 504)
+    stream = {"content": stream_schema("error"), "description": "OpenAI's response, or its chunks"}
+
+    @app.post("/v1/completions", response_model=CompletionResponse, responses={**errors, 200: stream})
+    async def completions(body: CompletionRequest) -> Response:
+        """OpenAI's completions: the prompt is the intent."""
+        requests = _resolve(service, body, body.intents(), "prompt")
+        if body.stream:
+            return await _stream(service, body, requests, "text_completion", _text_chunk)
+        prompts, usage = await _answer(service, requests)
+        choices = [_text_choice(index, prompt) for index, prompt in enumerate(prompts)]
+        response = CompletionResponse(**_response_head(requests[0], body.model), choices=choices, usage=usage)
+        return JSONResponse(response.model_dump())
+
+    @app.post("/v1/chat/completions", response_model=ChatResponse, responses={**errors, 200: stream})
+    async def chat(body: ChatRequest) -> Response:
+        """OpenAI's chat completions: the last user message is the intent."""
+        requests = _resolve(service, body, [body.intent()], "messages")
+        if body.stream:
+            return await _stream(service, body, requests, "chat.completion.chunk", _chat_chunk)
+        prompts, usage = await _answer(service, requests)
+        choices = [_chat_choice(index, prompt) for index, prompt in enumerate(prompts)]
+        response = ChatResponse(**_response_head(requests[0], body.model), choices=choices, usage=usage)
+        return JSONResponse(response.model_dump())
+
+    @app.get("/v1/models", responses=error_responses(401, 403))
+    async def models() -> schemas.ModelList:
+        """The model, the commands that it accepts, and one more id for each of its tasks."""
+        return schemas.ModelList(data=service.model_cards())
+
+    @app.get("/v1/models/{model}", responses=error_responses(401, 403, 404))
+    async def model(model: str) -> schemas.ModelCard:
+        task = parse_model_id(model, service.model, tasks)
+        return next(card for card in service.model_cards() if card.task == task)
+
+
+def _resolve(service: PromptService, body: OpenAIRequest, intents: list[str], param: str) -> list[ResolvedRequest]:
+    task = parse_model_id(body.model, service.model, list(service.vocabulary.tasks))
+    if task is not None:
+        if body.task not in (None, task):
+            raise RequestError(f"task: contradicts the model {body.model!r}; leave one of them out", "task")
+        body = body.model_copy(update={"task": task})
+    limit = service.settings.limits.batch
+    if len(intents) > limit:
+        raise RequestError(f"{param}: too many ({len(intents)}); send at most {limit}", param)
+    options = body.options()
+    requests = [
+        service.resolver.resolve(
+            intent,
+            body,
+            body.n or 1,
+            options,
+            reject_cut=options.max_tokens is None,  # a client that sets the limit itself accepts cut texts
+            reject_duplicates=False,  # OpenAI's n does not promise distinct texts
+            param=param,
+        )
+        for intent in intents
+    ]
+    service.resolver.require_total_within_limit(requests)
+    return requests
+
+
+def _response_head(request: ResolvedRequest, model: str) -> dict[str, Any]:
+    return {"id": request.id, "created": request.created, "model": model, "system_fingerprint": request.cost.revision}
+
+
+async def _answer(service: PromptService, requests: list[ResolvedRequest]) -> tuple[list[Prompt], Usage]:
+    usage, prompts = Usage(), []
+    for answer in await service.answer_all(requests):
+        if isinstance(answer, RequestError):
+            raise answer
+        prompts += answer.prompts
+        usage.add(answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.drafts)
+    return prompts, usage
+
+
+async def _stream(
+    service: PromptService, body: OpenAIRequest, requests: list[ResolvedRequest], object_name: str, encode_chunk: ChunkEncoder
+) -> Response:
+    if len(requests) > 1:
+        raise RequestError("stream: not possible for several prompts; send one prompt per request", "stream")
+    request = requests[0]
+    # Text that was sent cannot be retracted: stream it live only if no draft can be rejected.
+    live = all(spec.min_words is None for spec in request.specs)
+    if live:
+        request.specs = [spec.accepting_any() for spec in request.specs]
+
+    def encode(choices: list[dict[str, Any]], **fields: Any) -> str:
+        return encode_event({**_response_head(request, body.model), "object": object_name, "choices": choices, **fields})
+
+    async def lines(events: AsyncIterator[TaskEvent]) -> AsyncIterator[str]:
+        started: set[int] = set()
+        async for item in events:
+            is_first = item.index not in started
+            match item.event:
+                case TextDelta(text=text):
+                    started.add(item.index)
+                    yield encode([encode_chunk(item.index, text, None, is_first)])
+                case DraftAccepted(draft=draft):
+                    prompt = to_prompt(item.spec, draft)
+                    text = prompt.text if is_first or not live else ""  # live text has been sent already
+                    yield encode([encode_chunk(item.index, text, prompt, is_first)])
+        if body.stream_options and body.stream_options.include_usage:
+            yield encode([], usage=request.usage().model_dump())
+        yield "data: [DONE]\n\n"
+
+    return await stream_response(service.events(request, live=live), lines)
+
+
+def _outcome(prompt: Prompt) -> PromptOutcome:
+    return PromptOutcome(task=prompt.task, words=prompt.words, command=prompt.command, on_length=prompt.on_length)
+
+
+def _text_choice(index: int, prompt: Prompt) -> TextChoice:
+    return TextChoice(index=index, text=prompt.text, finish_reason=prompt.finish_reason, udrl=_outcome(prompt))
+
+
+def _chat_choice(index: int, prompt: Prompt) -> ChatChoice:
+    message = AssistantMessage(content=prompt.text)
+    return ChatChoice(index=index, message=message, finish_reason=prompt.finish_reason, udrl=_outcome(prompt))
+
+
+def _text_chunk(index: int, text: str, prompt: Prompt | None, _is_first: bool) -> dict[str, Any]:
+    return {"text": text, **_chunk_end(index, prompt)}
+
+
+def _chat_chunk(index: int, text: str, prompt: Prompt | None, is_first: bool) -> dict[str, Any]:
+    role = {"role": "assistant"} if is_first else {}
+    content = {"content": text} if text or is_first else {}
+    return {"delta": {**role, **content}, **_chunk_end(index, prompt)}
+
+
+def _chunk_end(index: int, prompt: Prompt | None) -> dict[str, Any]:
+    fields: dict[str, Any] = {"index": index, "finish_reason": None, "logprobs": None}
+    if prompt is not None:
+        fields |= {"finish_reason": prompt.finish_reason, "udrl": _outcome(prompt).model_dump()}
+    return fields

@@ -1,6 +1,6 @@
-"""Operations under load: a new model takes over, an engine is killed, the application is taken down. Each request is counted.
+"""Operations under load: rolling update, killed engine, shutdown. Every request is accounted for.
 
-Real Ray Serve and real vLLM engines; the steps build on one another, since starting engines is most of the time.
+Real Ray Serve and real vLLM engines; the tests build on one another, because starting engines takes most of the time.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from students import TASKS, export_tiny_student, free_port
+from fakes.tiny_student import TASKS, export_tiny_student, find_free_port
 
 from serve import app
 from udrl import cluster
@@ -32,19 +32,19 @@ SETTINGS = {
 
 
 class Load:
-    """Clients that ask one request after another, and what each was answered with."""
+    """Clients that send one request after another; records status, body and Retry-After of each response."""
 
     def __init__(self, url: str, clients: int) -> None:
         self.url = url
-        self.answers: list[tuple[int, Any, Any]] = []
+        self.responses: list[tuple[int, Any, Any]] = []
         self.stop = threading.Event()
         self.threads = [threading.Thread(target=self._run) for _ in range(clients)]
 
     def _run(self) -> None:
         with httpx.Client(base_url=self.url, timeout=60) as http:
             while not self.stop.is_set():
-                answer = http.post("/v1/prompts", json={"intent": "a card", "task": TASKS[0], "n": 2})
-                self.answers.append((answer.status_code, answer.json(), answer.headers.get("retry-after")))
+                response = http.post("/v1/prompts", json={"intent": "a card", "task": TASKS[0], "n": 2})
+                self.responses.append((response.status_code, response.json(), response.headers.get("retry-after")))
 
     def __enter__(self) -> "Load":
         for thread in self.threads:
@@ -56,23 +56,24 @@ class Load:
         for thread in self.threads:
             thread.join(90)
 
-    def more(self, n: int) -> None:
-        """Wait for ``n`` further answers."""
-        wanted = len(self.answers) + n
-        until("the load goes on", lambda: len(self.answers) >= wanted)
+    def wait_for_responses(self, n: int) -> None:
+        """Wait for ``n`` further responses."""
+        total = len(self.responses) + n
+        wait_until("further responses", lambda: len(self.responses) >= total)
 
 
-def until(what: str, true: Callable[[], Any], seconds: float = 240) -> Any:
+def wait_until(label: str, condition: Callable[[], bool], seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
-    while not (found := true()):
-        assert time.monotonic() < deadline, f"never: {what}"
+    while not condition():
+        assert time.monotonic() < deadline, f"timeout: {label}"
         time.sleep(0.05)
-    return found
 
 
-class Served:
+class Deployment:
+    """An application that serves one of two students, which differ in their weights."""
+
     def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
+        self.folder, self.port = folder, find_free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.revisions = [export_tiny_student(folder / f"student-{seed}", seed) for seed in (0, 1)]
         text = {"name": "tiny", "storage": str(folder), "tasks": TASKS, "intents": {"limit": 9}, "serve": SETTINGS}
@@ -82,88 +83,88 @@ class Served:
         from ray import serve as ray_serve
 
         args = {"recipe": str(self.folder / "recipe.yaml"), "model": str(self.folder / f"student-{student}")}
-        ray_serve.run(app.build({**args, "overrides": list(overrides)}), name=app.NAME)
+        ray_serve.run(app.build({**args, "overrides": list(overrides)}), name=app.APPLICATION_NAME)
 
-    def running(self) -> int:
+    def n_running_engines(self) -> int:
         from ray import serve as ray_serve
 
-        engine = ray_serve.status().applications[app.NAME].deployments["StudentServer:tiny"]
+        engine = ray_serve.status().applications[app.APPLICATION_NAME].deployments["StudentServer:tiny"]
         return engine.replica_states.get("RUNNING", 0)
 
     def engine_state(self) -> dict[str, Any]:
-        found: dict[str, Any] = app.engine_handle("tiny").state.remote().result(timeout_s=60)
-        return found
+        state: dict[str, Any] = app.engine_handle("tiny").state.remote().result(timeout_s=60)
+        return state
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     import ray
     from ray import serve as ray_serve
 
-    made = Served(tmp_path_factory.mktemp("run"))
-    cluster.connect(num_cpus=4)  # logical: two engines stand beside one another
+    deployment = Deployment(tmp_path_factory.mktemp("run"))
+    cluster.connect(num_cpus=4)  # logical CPUs: two engines run at the same time
     try:
-        ray_serve.start(http_options={"host": "127.0.0.1", "port": made.port})
-        made.deploy(0, "serve.max_replicas=1")
-        yield made
+        ray_serve.start(http_options={"host": "127.0.0.1", "port": deployment.port})
+        deployment.deploy(0, "serve.max_replicas=1")
+        yield deployment
     finally:
         ray_serve.shutdown()
         ray.shutdown()
 
 
-def test_a_new_model_takes_over_under_load_and_no_request_fails(served: Served) -> None:
+def test_a_rolling_update_under_load_fails_no_request(served: Deployment) -> None:
     with Load(served.url, 4) as load:
-        load.more(20)
+        load.wait_for_responses(20)
         served.deploy(1, "serve.max_replicas=1")
-        until("the new model answers", lambda: load.answers[-1][1].get("revision") == served.revisions[1])
-        load.more(20)
-    statuses = Counter(status for status, _, _ in load.answers)
-    assert set(statuses) == {200}, [body for status, body, _ in load.answers if status != 200][:3]
-    revisions = [body["revision"] for _, body, _ in load.answers]
+        wait_until("the new model answers", lambda: load.responses[-1][1].get("revision") == served.revisions[1])
+        load.wait_for_responses(20)
+    statuses = Counter(status for status, _, _ in load.responses)
+    assert set(statuses) == {200}, [body for status, body, _ in load.responses if status != 200][:3]
+    revisions = [body["revision"] for _, body, _ in load.responses]
     assert set(revisions) == set(served.revisions)
-    # The old engine ends what it has begun, so the two overlap for a moment only: never back once all clients have moved.
+    # The two engines overlap only while the old one completes its requests.
     assert set(revisions[-16:]) == {served.revisions[1]}
     print(f"rolling update under load: {dict(statuses)}, of {Counter(revisions)}")
 
 
-@pytest.mark.parametrize("killed", ["replica", "the model's process within"])
-def test_of_a_killed_engine_only_what_it_was_writing_fails_and_says_try_again(served: Served, killed: str) -> None:
+@pytest.mark.parametrize("killed", ["replica", "model process"])
+def test_a_killed_engine_fails_only_its_requests_in_flight_with_a_retryable_error(served: Deployment, killed: str) -> None:
     served.deploy(1, "serve.min_replicas=2")
-    until("two engines", lambda: served.running() == 2)
+    wait_until("two engines", lambda: served.n_running_engines() == 2)
     clients = 6
     with Load(served.url, clients) as load:
-        load.more(30)
-        before = len(load.answers)
+        load.wait_for_responses(30)
+        n_before = len(load.responses)
         victim = served.engine_state()["pid"]
         if killed != "replica":
             (victim,) = (child.pid for child in psutil.Process(victim).children() if "EngineCore" in " ".join(child.cmdline()))
         os.kill(victim, signal.SIGKILL)
-        load.more(60)
-        lost = [(body, retry) for status, body, retry in load.answers[before:] if status != 200]
-        until("another engine in its place", lambda: served.running() == 2)
-        load.more(20)
-    assert {status for status, _, _ in load.answers} <= {200, 503}
-    failed = [entry for entry in load.answers if entry[0] == 503]
+        load.wait_for_responses(60)
+        lost = [(body, retry) for status, body, retry in load.responses[n_before:] if status != 200]
+        wait_until("the engine is replaced", lambda: served.n_running_engines() == 2)
+        load.wait_for_responses(20)
+    assert {status for status, _, _ in load.responses} <= {200, 503}
+    failed = [entry for entry in load.responses if entry[0] == 503]
     assert {body["error"]["type"] for _, body, _ in failed} <= {"engine_lost"}
     assert all(retry is not None for _, _, retry in failed)
-    assert len(failed) <= clients, f"{len(failed)} lost; no client can have had more than one at that engine"
+    assert len(failed) <= clients, f"{len(failed)} failed; no client has more than one request in flight"
     assert len(failed) == len(lost)
-    print(f"{killed} killed under load: {Counter(status for status, _, _ in load.answers)}")
+    print(f"{killed} killed under load: {Counter(status for status, _, _ in load.responses)}")
 
 
-def test_taking_the_application_down_lets_requests_in_flight_end(served: Served) -> None:
+def test_deleting_the_application_completes_requests_in_flight(served: Deployment) -> None:
     from ray import serve as ray_serve
 
-    answers: list[httpx.Response] = []
+    responses: list[httpx.Response] = []
 
-    def ask() -> None:
+    def send_request() -> None:
         body = {"intent": "a card", "task": "all", "n": 16, "temperature": 2.0}
-        answers.append(httpx.post(f"{served.url}/v1/prompts", json=body, timeout=60))
+        responses.append(httpx.post(f"{served.url}/v1/prompts", json=body, timeout=60))
 
-    thread = threading.Thread(target=ask)
+    thread = threading.Thread(target=send_request)
     thread.start()
-    until("it writes", lambda: any(served.engine_state()["writing"] for _ in range(4)))
-    ray_serve.delete(app.NAME)
+    wait_until("the engine writes", lambda: any(served.engine_state()["in_flight"] for _ in range(4)))
+    ray_serve.delete(app.APPLICATION_NAME)
     thread.join(60)
-    assert [answer.status_code for answer in answers] == [200]
-    assert len(answers[0].json()["prompts"]) > 16
+    assert [response.status_code for response in responses] == [200]
+    assert len(responses[0].json()["prompts"]) > 16

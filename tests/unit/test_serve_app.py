@@ -1,4 +1,4 @@
-"""The serve command line and its builder, as far as they go without Ray."""
+"""The serve command line and its builder, up to the point that needs Ray."""
 
 import json
 import socket
@@ -7,10 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from served import vocabulary as made_vocabulary
+from fakes.fake_engine import make_vocabulary
 
 from serve import app
-from serve.api import RequestError
+from serve.request_errors import RequestError
 from udrl.commands import CommandVocabulary
 from udrl.errors import UserError, exit_code
 from udrl.recipe import Recipe
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def vocabulary() -> CommandVocabulary:
-    return made_vocabulary()
+    return make_vocabulary()
 
 
 def _recipe(folder: Path, **changes: Any) -> Recipe:
@@ -34,18 +34,18 @@ def _export(folder: Path, vocabulary: CommandVocabulary, positions: int) -> str:
     return str(folder)
 
 
-def test_the_engine_holds_no_more_than_the_student_has_positions(tmp_path: Path, vocabulary: CommandVocabulary) -> None:
+def test_the_engines_context_is_limited_by_the_students_positions(tmp_path: Path, vocabulary: CommandVocabulary) -> None:
     student = _export(tmp_path / "student", vocabulary, 128)
-    assert app.inspect_student(_recipe(tmp_path), student) == (128, vocabulary)
+    assert app.check_student(_recipe(tmp_path), student) == (128, vocabulary)
     with pytest.raises(UserError, match=r"serve.sampling.max_tokens: 128 leaves no room"):
-        app.inspect_student(_recipe(tmp_path, serve={"sampling": {"max_tokens": 128}}), student)
+        app.check_student(_recipe(tmp_path, serve={"sampling": {"max_tokens": 128}}), student)
 
 
-def test_a_broken_export_is_one_clear_line(tmp_path: Path, vocabulary: CommandVocabulary) -> None:
+def test_a_broken_export_is_reported_in_one_line(tmp_path: Path, vocabulary: CommandVocabulary) -> None:
     student = _export(tmp_path / "student", vocabulary, 128)
     Path(student, "commands.json").write_text("{")
-    with pytest.raises(UserError, match="unreadable") as caught:
-        app.inspect_student(_recipe(tmp_path), student)
+    with pytest.raises(UserError, match=r"cannot read .*; export it again") as caught:
+        app.check_student(_recipe(tmp_path), student)
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -58,7 +58,7 @@ def _recipe_file(tmp_path: Path) -> str:
 def test_serving_before_training_exits_2_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(app.main, [_recipe_file(tmp_path)]) == 2
     line = capsys.readouterr().err.strip()
-    assert line.startswith(f"error: student {tmp_path}/run/student: no exported model here")
+    assert line.startswith(f"error: student: no exported model in {tmp_path}/run/student")
     assert "\n" not in line
 
 
@@ -67,20 +67,20 @@ def test_a_busy_port_exits_2_with_one_line(
 ) -> None:
     (tmp_path / "run").mkdir()
     _export(tmp_path / "run" / "student", vocabulary, 256)
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
         assert exit_code(app.main, [_recipe_file(tmp_path), f"serve.port={port}"]) == 2
     assert capsys.readouterr().err.strip() == f"error: serve.port: 127.0.0.1:{port} is in use; set serve.port=<a free port>"
 
 
-def test_a_wrong_key_in_a_serve_config_is_named() -> None:
+def test_an_unknown_key_of_a_serve_config_is_named() -> None:
     with pytest.raises(UserError, match="serve config: args: modle: unknown key"):
         app.build({"recipe": "r.yaml", "modle": "x"})
 
 
-def test_the_shipped_serve_config_is_what_ray_and_the_builder_take() -> None:
+def test_ray_and_the_builder_accept_the_shipped_serve_config() -> None:
     import yaml
     from ray.serve.schema import ServeDeploySchema
 
@@ -88,7 +88,7 @@ def test_the_shipped_serve_config_is_what_ray_and_the_builder_take() -> None:
     schema = ServeDeploySchema.model_validate(config)
     (application,) = schema.applications
     assert application.import_path == "serve.app:build"
-    app.Arguments.model_validate(application.args)
+    app.ApplicationArguments.model_validate(application.args)
 
 
 def test_the_playground_loads_nothing_from_other_hosts_and_never_parses_text_as_html() -> None:
@@ -99,26 +99,28 @@ def test_the_playground_loads_nothing_from_other_hosts_and_never_parses_text_as_
 
 
 @pytest.mark.parametrize("error", [RuntimeError("in /srv/models"), OSError("a socket was reset"), KeyError("in Ray")])
-def test_whatever_a_call_of_an_engine_raises_is_worth_another_try(error: Exception) -> None:
-    from serve.ingress import told
+def test_any_exception_of_an_engine_call_becomes_a_retryable_503(error: Exception) -> None:
+    from serve.ingress import engine_errors_as_503
 
-    with pytest.raises(RequestError) as caught, told():
+    with pytest.raises(RequestError) as caught, engine_errors_as_503():
         raise error
     assert (caught.value.status, caught.value.kind, caught.value.retry_after) == (503, "engine_lost", 1)
-    assert str(error) not in caught.value.message  # it may hold paths
+    assert str(error) not in caught.value.message  # it may contain paths
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "10.1.2.3", None])
-def test_without_keys_nothing_runs_where_serve_listens_to_others(host: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_keys_the_ingress_does_not_start_if_serve_listens_to_other_machines(
+    host: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ray.serve import context
 
-    from serve.ingress import require_loopback
+    from serve.ingress import require_loopback_host
 
-    def client(listens: str | None) -> SimpleNamespace:
-        return SimpleNamespace(http_config=SimpleNamespace(host=listens))
+    def client(http_host: str | None) -> SimpleNamespace:
+        return SimpleNamespace(http_config=SimpleNamespace(host=http_host))
 
     monkeypatch.setattr(context, "_get_global_client", lambda: client("127.0.0.1"))
-    require_loopback()
+    require_loopback_host()
     monkeypatch.setattr(context, "_get_global_client", lambda: client(host))
     with pytest.raises(UserError, match=r"http_options\.host"):
-        require_loopback()
+        require_loopback_host()

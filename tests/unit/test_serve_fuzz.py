@@ -1,7 +1,7 @@
-"""Hostile and made-up requests: the server fails at none, keeps to its OpenAPI document, and has one shape of error.
+"""Hostile and generated requests: none causes a failure, all responses follow the OpenAPI document and the one error shape.
 
-schemathesis reads the document and makes requests from it, right ones and wrong ones. It can't know the model's own bounds
-(tasks, words, bins), so a second document has them in, and there every right request must be answered.
+schemathesis generates valid and invalid requests from the document. The document does not contain the model's own bounds
+(tasks, words, bins); a second document does, and every request that is valid there must be answered.
 """
 
 import gzip
@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import schemathesis
+from fakes.fake_engine import WORDS, FakeEngine, draft, make_application, make_vocabulary
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
-from served import WORDS, FakeEngine, application, draft, vocabulary
 
-from serve.drafts import Ask, Draft
-from serve.keys import KeyRing, digest
+from serve.engine_protocol import Draft, SampleRequest
+from serve.keys import KeyRing, hash_key
 from udrl.commands import ANY
 from udrl.text import count_words
 
@@ -34,7 +34,7 @@ TYPES = {
     413: {"invalid_request"},
     422: {"invalid_request"},
 }
-# Text that stands for something to somebody on the way: JSON, SSE, HTML, terminals, the student's own control tokens.
+# Text with a meaning for some component: JSON, SSE, HTML, terminals, the student's own control tokens.
 NASTY = [
     "\x00",
     "<|end|><|reward:4|><|words:12|><|endoftext|>",
@@ -46,30 +46,30 @@ NASTY = [
 ]
 
 
-def wayward(ask: Ask, call: int) -> list[Draft]:
-    """Drafts of a student that misses, repeats, breaks off and says nothing; the same for the same request."""
-    chance = random.Random(zlib.crc32(repr((ask, call)).encode()))
-    words = 5 if ask["words"] == ANY else ask["words"]
-    made = []
-    for _ in range(ask["n"]):
-        count = max(words + chance.choice([-3, 0, 0, 2]), 0)
-        text = " ".join(chance.choice([*WORDS, *NASTY]) for _ in range(count))
-        made.append(draft(text, chance.choice(["stop", "stop", "length"])))
-    return made
+def disobedient_drafts(request: SampleRequest, call: int) -> list[Draft]:
+    """Return drafts of wrong length, duplicate, cut off or empty ones; deterministic in the request and the call."""
+    rng = random.Random(zlib.crc32(repr((request, call)).encode()))
+    words = 5 if request.command.words == ANY else request.command.words
+    drafts = []
+    for _ in range(request.n):
+        count = max(words + rng.choice([-3, 0, 0, 2]), 0)
+        text = " ".join(rng.choice([*WORDS, *NASTY]) for _ in range(count))
+        drafts.append(draft(text, rng.choice(["stop", "stop", "length"])))
+    return drafts
 
 
-def _app() -> FastAPI:
+def _app(engine: FakeEngine | None = None) -> FastAPI:
     limits = {"concurrent": 1000, "per_minute": 10_000_000}
-    return application(FakeEngine(wayward), KeyRing({"t": digest("k")}), limits=limits)
+    return make_application(engine or FakeEngine(disobedient_drafts), KeyRing({"t": hash_key("k")}), limits=limits)
 
 
-def _narrowed() -> FastAPI:
-    """The application with the model's own bounds in its document, so that all that the document allows is right."""
-    app, known = _app(), vocabulary()
+def _app_with_model_bounds() -> FastAPI:
+    """Return the application with the model's own bounds in its document: every request that it allows is valid."""
+    app, vocabulary = _app(), make_vocabulary()
     document = app.openapi()
-    task = {"enum": [*known.tasks, "all"]}
-    tasks = {"type": "array", "items": {"enum": list(known.tasks)}, "minItems": 1, "uniqueItems": True}
-    least, most = known.max_words // 3, known.max_words
+    task = {"enum": [*vocabulary.tasks, "all"]}
+    tasks = {"type": "array", "items": {"enum": list(vocabulary.tasks)}, "minItems": 1, "uniqueItems": True}
+    least, most = vocabulary.max_words // 3, vocabulary.max_words
     words = {"type": "integer", "minimum": 1, "maximum": most}
     between = {"min": {**words, "maximum": least}, "max": {**words, "minimum": least}}
     text = {"type": "string", "pattern": "^[A-Za-z<|>:\u00e9\u4e00-\u4e20]", "maxLength": 100}
@@ -82,14 +82,16 @@ def _narrowed() -> FastAPI:
                 {"type": "object", "properties": between, "required": ["min", "max"], "additionalProperties": False},
             ]
         },
-        "reward": {"anyOf": [{"enum": ["any", None]}, {"type": "integer", "minimum": 0, "maximum": known.reward_bins - 1}]},
+        "reward": {
+            "anyOf": [{"enum": ["any", None]}, {"type": "integer", "minimum": 0, "maximum": vocabulary.reward_bins - 1}]
+        },
         "n": {"type": "integer", "minimum": 1, "maximum": 16},
-        # At 0 no more than one prompt may be asked for.
+        # Temperature 0 allows only one prompt.
         "temperature": {"type": "number", "exclusiveMinimum": 0, "maximum": 2},
         "model": {"const": "tiny"},
         "intent": text,
         "intents": {"type": "array", "items": text, "minItems": 1, "maxItems": 5},
-        "prompt": text,  # of several none can be streamed
+        "prompt": text,  # several prompts cannot be streamed
         "messages": {
             "type": "array",
             "minItems": 1,
@@ -104,8 +106,8 @@ def _narrowed() -> FastAPI:
     }
     for name, schema in document["components"]["schemas"].items():
         if name.endswith("Request"):
-            given = schema["properties"]
-            given.update({key: value for key, value in narrower.items() if key in given})
+            properties = schema["properties"]
+            properties.update({key: value for key, value in narrower.items() if key in properties})
             schema["required"] = sorted({*schema.get("required", []), "task"})
     for path in list(document["paths"]):
         if path not in PATHS:
@@ -115,16 +117,18 @@ def _narrowed() -> FastAPI:
 
 
 def _schema(app: FastAPI, **generation: Any) -> Any:
-    config = schemathesis.Config.from_dict({"generation": generation, "max-stream-events": 100_000})  # streams are read whole
+    # max-stream-events: streams are read to their end
+    config = schemathesis.Config.from_dict({"generation": generation, "max-stream-events": 100_000})
     return schemathesis.openapi.from_asgi("/openapi.json", app, config=config)
 
 
-AS_PUBLISHED = _schema(_app(), mode="all")
-AS_UNDERSTOOD = _schema(_narrowed(), **{"mode": "positive", "with-security-parameters": False})
+PUBLISHED_SCHEMA = _schema(_app(), mode="all")
+BOUNDED_SCHEMA = _schema(_app_with_model_bounds(), **{"mode": "positive", "with-security-parameters": False})
 FUZZING = settings(max_examples=60, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
-def one_shape(response: Any) -> dict[str, Any]:
+def parse_error(response: Any) -> dict[str, Any]:
+    """Assert the one error shape and return the error."""
     body = response.json()
     assert set(body) == {"error"}
     error = body["error"]
@@ -137,69 +141,70 @@ def one_shape(response: Any) -> dict[str, Any]:
     return error
 
 
-def events(text: str) -> list[tuple[str, Any]]:
-    """The events of a stream, parsed as the standard says: lines end with CR, LF or both and with nothing else."""
-    found = []
+def parse_events(text: str) -> list[tuple[str, Any]]:
+    """Parse a stream as the standard says: only CR, LF or both end a line."""
+    events = []
     for block in text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n\n").split("\n\n"):
         fields = dict(line.split(": ", 1) for line in block.split("\n"))
         assert set(fields) <= {"event", "data"}
-        found.append((fields.get("event", "message"), fields["data"]))
-    return found
+        events.append((fields.get("event", "message"), fields["data"]))
+    return events
 
 
-@AS_PUBLISHED.parametrize()
+@PUBLISHED_SCHEMA.parametrize()
 @FUZZING
-def test_requests_made_from_the_document_get_what_it_says_or_the_one_shape_of_error(case: Any) -> None:
+def test_generated_requests_get_a_documented_response_or_the_one_error_shape(case: Any) -> None:
     response = case.call(headers=KEY)
-    # Whether a right request is accepted, the document can't say; the next test does.
+    # The document cannot decide whether a valid request is accepted; the next test does.
     case.validate_response(response, headers=KEY, excluded_checks=[positive_data_acceptance])
     assert response.status_code < 500
     if response.status_code >= 400:
-        one_shape(response)
+        parse_error(response)
 
 
-def whole(value: Any) -> Any:
-    """8.0 as 8: JSON Schema counts it as an integer, the server does not."""
+def with_integers(value: Any) -> Any:
+    """Replace 8.0 by 8: JSON Schema counts it as an integer, the server does not."""
     if isinstance(value, dict):
-        return {key: whole(item) for key, item in value.items()}
+        return {key: with_integers(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [whole(item) for item in value]
+        return [with_integers(item) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-@AS_UNDERSTOOD.parametrize()
+@BOUNDED_SCHEMA.parametrize()
 @FUZZING
 def test_every_request_within_the_models_bounds_is_answered(case: Any) -> None:
-    case.body = whole(case.body)
+    case.body = with_integers(case.body)
     response = case.call(headers=KEY)
     case.validate_response(response, headers=KEY)
     assert response.status_code == 200
-    streams = response.headers["content-type"][0].startswith("text/event-stream")
-    found = events(response.content.decode()) if streams else []
-    assert "error" not in {name for name, _ in found}
+    streamed = response.headers["content-type"][0].startswith("text/event-stream")
+    events = parse_events(response.content.decode()) if streamed else []
+    assert "error" not in {name for name, _ in events}
     if case.path == "/v1/prompts":
-        data = {name: [json.loads(text) for kind, text in found if kind == name] for name in ("prompt", "done")}
-        answer = {"prompts": data["prompt"], **data["done"][0]} if streams else response.json()
-        assert not streams or found[-1][0] == "done"
+        data = {name: [json.loads(text) for event, text in events if event == name] for name in ("prompt", "done")}
+        answer = {"prompts": data["prompt"], **data["done"][0]} if streamed else response.json()
+        assert not streamed or events[-1][0] == "done"
         check_prompts(case.body, answer)
-    elif streams:
-        assert found[-1] == ("message", "[DONE]")
-        choices = [choice for _, text in found[:-1] for choice in json.loads(text)["choices"]]
-        ended = [choice["index"] for choice in choices if choice["finish_reason"]]
-        assert len(set(ended)) == len(ended)
-        assert set(ended) == {choice["index"] for choice in choices}
+    elif streamed:
+        assert events[-1] == ("message", "[DONE]")
+        choices = [choice for _, text in events[:-1] for choice in json.loads(text)["choices"]]
+        finished = [choice["index"] for choice in choices if choice["finish_reason"]]
+        assert len(set(finished)) == len(finished)
+        assert set(finished) == {choice["index"] for choice in choices}
 
 
 def check_prompts(body: dict[str, Any], answer: dict[str, Any]) -> None:
-    """What an answer says of itself is so."""
-    known = list(vocabulary().tasks)
-    asked = known if body["task"] == "all" else [body["task"]] if isinstance(body["task"], str) else body["task"]
-    assert len(answer["prompts"]) + answer["missing"] == len(asked) * body.get("n", 1)
+    """Assert that the reported lengths, commands and counts are true."""
+    tasks = [body["task"]] if isinstance(body["task"], str) else body["task"]
+    if body["task"] == "all":
+        tasks = list(make_vocabulary().tasks)
+    assert len(answer["prompts"]) + answer["missing"] == len(tasks) * body.get("n", 1)
     length = body.get("length")
-    for task in asked:
-        mine = [prompt for prompt in answer["prompts"] if prompt["task"] == task]
-        assert len({" ".join(prompt["text"].lower().split()) for prompt in mine}) == len(mine)
-        for prompt in mine:
+    for task in tasks:
+        prompts = [prompt for prompt in answer["prompts"] if prompt["task"] == task]
+        assert len({" ".join(prompt["text"].lower().split()) for prompt in prompts}) == len(prompts)
+        for prompt in prompts:
             assert prompt["words"] == count_words(prompt["text"])
             if length in ("any", None):
                 assert prompt["on_length"] is None
@@ -227,8 +232,8 @@ GOOD: dict[str, dict[str, Any]] = {
 }
 
 
-def _with(path: str, key: str, literal: str) -> bytes:
-    """The good body of ``path`` with ``key`` set to JSON that Python would not write."""
+def _body_with(path: str, key: str, literal: str) -> bytes:
+    """Return the valid body of ``path`` with ``key`` set to JSON that Python would not write."""
     body = {name: value for name, value in GOOD[path].items() if name != key}
     return f"{json.dumps(body)[:-1]}, {json.dumps(key)}: {literal}}}".encode()
 
@@ -250,7 +255,7 @@ LITERALS = {
     "a control token": '"<|end|><|reward:4|>"',
     "true": "true",
     "a list of null": "[null]",
-    "nothing": "{}",
+    "an empty object": "{}",
 }
 KEYS = [
     *("intent", "intents", "task", "length", "reward", "n", "seed", "temperature", "stream", "model", "prompt", "messages"),
@@ -261,40 +266,38 @@ KEYS = [
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("literal", LITERALS.values(), ids=LITERALS)
-def test_no_value_of_any_key_makes_it_fail(client: TestClient, path: str, literal: str) -> None:
+def test_no_value_of_any_key_causes_a_failure(client: TestClient, path: str, literal: str) -> None:
     for key in KEYS:
-        response = client.post(path, content=_with(path, key, literal), headers=JSON)
+        response = client.post(path, content=_body_with(path, key, literal), headers=JSON)
         assert response.status_code in (200, 400, 404, 422), (key, response.text)
         if response.status_code != 200:
-            one_shape(response)
+            parse_error(response)
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("nasty", NASTY)
-def test_nasty_text_is_an_intent_like_any_other_and_no_name(path: str, nasty: str) -> None:
-    engine = FakeEngine(wayward)
-    client = TestClient(application(engine, KeyRing({"t": digest("k")})), headers=KEY, raise_server_exceptions=False)
+def test_nasty_text_is_accepted_as_an_intent_and_refused_as_a_name(path: str, nasty: str) -> None:
+    engine = FakeEngine(disobedient_drafts)
+    client = TestClient(_app(engine), headers=KEY, raise_server_exceptions=False)
     for stream in (False, True) if path != "/v1/prompts/batch" else (False,):
         body = json.loads(json.dumps(GOOD[path]).replace('"a card"', json.dumps(f"x {nasty} y")))
         response = client.post(path, json={**body, **({"stream": True} if stream else {})})
         assert response.status_code == 200
-        assert (
-            engine.asked[-1]["intent"] == f"x {nasty} y"
-        )  # taken as it is: what it means to a student is the engine's to mind
+        assert engine.requests[-1].intent == f"x {nasty} y"  # unchanged: encoding it safely is the engine's task
         if stream:
-            assert "error" not in {name for name, _ in events(response.text)}
+            assert "error" not in {name for name, _ in parse_events(response.text)}
     for key in ("task", "model", "unknown", nasty):
         assert client.post(path, json={**GOOD[path], key: nasty}).status_code in (404, 422)
     if "model" in GOOD[path]:
         assert client.post(path, json={**GOOD[path], "user": nasty, "metadata": {nasty: nasty}}).status_code == 200
         for model in (nasty, f"tiny:{nasty}", "tiny:", ":", ""):
-            assert one_shape(client.post(path, json={**GOOD[path], "model": model}))["param"] == "model"
+            assert parse_error(client.post(path, json={**GOOD[path], "model": model}))["param"] == "model"
 
 
 BODIES: dict[str, tuple[bytes, dict[str, str], set[int]]] = {
     "2 MB": (b'{"intent": "' + b"x" * 2_000_000 + b'"}', JSON, {413}),
     "2 MB of spaces": (b" " * 2_000_000, JSON, {413}),
-    "nothing": (b"", JSON, {400, 422}),
+    "empty": (b"", JSON, {400, 422}),
     "not UTF-8": (b'{"intent": "\xff\xfe"}', JSON, {400}),
     "an encoded surrogate": (b'{"intent": "\xed\xa0\x80"}', JSON, {400, 422}),
     "cut short": (b'{"intent": "a ca', JSON, {400}),
@@ -316,35 +319,32 @@ BODIES: dict[str, tuple[bytes, dict[str, str], set[int]]] = {
 }
 
 
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("body", "headers", "statuses"), BODIES.values(), ids=BODIES)
-def test_a_body_that_is_none_is_refused(
-    client: TestClient, path: str, body: bytes, headers: dict[str, str], statuses: set[int]
-) -> None:
-    response = client.post(path, content=body, headers=headers)
+def test_an_invalid_body_is_refused(client: TestClient, body: bytes, headers: dict[str, str], statuses: set[int]) -> None:
+    response = client.post("/v1/prompts", content=body, headers=headers)
     assert response.status_code in statuses
-    one_shape(response)
+    parse_error(response)
 
 
-def test_what_is_not_json_is_called_so(client: TestClient) -> None:
+def test_a_body_that_is_not_json_has_its_own_error_type(client: TestClient) -> None:
     for body in (b"{", b'{"intent": "\xff"}', b"[" * 60_000):
-        assert one_shape(client.post("/v1/prompts", content=body, headers=JSON))["type"] == "invalid_json"
+        assert parse_error(client.post("/v1/prompts", content=body, headers=JSON))["type"] == "invalid_json"
 
 
-def test_of_two_equal_keys_the_last_counts(client: TestClient) -> None:
+def test_the_last_of_two_equal_keys_counts(client: TestClient) -> None:
     body = b'{"intent": "one", "task": "nope", "intent": "two", "task": "image_search"}'
     response = client.post("/v1/prompts", content=body, headers=JSON)
     assert response.status_code == 200
     assert response.json()["intent"] == "two"
 
 
-def test_a_method_that_a_path_has_not_says_which_it_has(client: TestClient) -> None:
-    for path, has in [("/v1/prompts", "POST"), ("/v1/models", "GET"), ("/healthz", "GET")]:
+def test_a_wrong_method_is_405_with_the_allowed_one(client: TestClient) -> None:
+    for path, allowed in [("/v1/prompts", "POST"), ("/v1/models", "GET"), ("/healthz", "GET")]:
         for method in ("PUT", "PATCH", "DELETE", "TRACE"):
             response = client.request(method, path)
             assert response.status_code == 405
-            assert response.headers["allow"] == has
-            one_shape(response)
+            assert response.headers["allow"] == allowed
+            parse_error(response)
 
 
 @pytest.mark.parametrize(
@@ -354,16 +354,16 @@ def test_a_method_that_a_path_has_not_says_which_it_has(client: TestClient) -> N
         *("/v1/models/..%2f..%2fetc%2fpasswd", "/v1/models/" + "x" * 10_000, "/playground/../../etc/passwd", "/v1/models/a/b"),
     ],
 )
-def test_a_path_that_is_none_is_404(client: TestClient, path: str) -> None:
+def test_an_unknown_path_or_model_is_404(client: TestClient, path: str) -> None:
     response = client.get(path)
     assert response.status_code == 404
-    one_shape(response)
+    parse_error(response)
 
 
-def test_every_error_of_a_call_is_told_in_the_one_shape_whatever_the_engine_raises() -> None:
+def test_an_exception_of_the_engine_is_500_and_reveals_no_detail() -> None:
     engine = FakeEngine()
-    engine.fails = RuntimeError("secret \ud800 detail")
-    client = TestClient(application(engine, KeyRing({"t": digest("k")})), headers=KEY, raise_server_exceptions=False)
+    engine.error = RuntimeError("secret \ud800 detail")
+    client = TestClient(_app(engine), headers=KEY, raise_server_exceptions=False)
     for path in PATHS:
         for stream in (False, True) if path != "/v1/prompts/batch" else (False,):
             response = client.post(path, json={**GOOD[path], **({"stream": True} if stream else {})})

@@ -1,7 +1,6 @@
-"""A student small enough for any test, and where to serve it."""
+"""A student that is small enough for any test, and an object store and a port to serve it with."""
 
 import contextlib
-import json
 import logging
 import os
 import socket
@@ -13,12 +12,12 @@ from fakes.vocabularies import fit_to
 
 from udrl import commands, storage
 from udrl import tokenizer as student_tokenizer
-from udrl.train.export import TRAINING
+from udrl.run import StudentPaths, TrainingSummary
 
 TASKS = ["text_to_image", "image_search"]
 MAX_WORDS = 12
-# What the loopback object store lets in: anything, but something.
-STORE = {
+# The loopback object store accepts any credentials, but requires some.
+STORE_ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "none",
     "AWS_SECRET_ACCESS_KEY": "none",
     "AWS_REGION": "us-east-1",
@@ -27,7 +26,7 @@ STORE = {
 
 
 def export_tiny_student(folder: Path, seed: int = 0) -> str:
-    """An untrained GPT-2 exported as a real student is: weights, tokenizer, commands.json, and the revision returned."""
+    """Export an untrained GPT-2 as the train stage exports a student; return its revision."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -40,7 +39,7 @@ def export_tiny_student(folder: Path, seed: int = 0) -> str:
         "relevance": rng.random(80),
     }
     vocabulary = fit_to(TASKS, columns, max_words=MAX_WORDS)
-    words = ["watercolour", "dinosaur", "birthday", "card", "poster", "lighthouse", "soft", "morning", "light", "garden"]
+    words = ["watercolor", "dinosaur", "birthday", "card", "poster", "lighthouse", "soft", "morning", "light", "garden"]
     texts = [" " + " ".join(rng.choice(words, 6)) for _ in range(200)]
     tokenizer = student_tokenizer.train(texts, vocabulary, vocab_size=400)
     end, pad = student_tokenizer.control_ids(tokenizer, [commands.END, commands.PAD])
@@ -58,22 +57,25 @@ def export_tiny_student(folder: Path, seed: int = 0) -> str:
     GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     vocabulary.save(str(folder))
-    revision = f"weights-{seed}"
-    (folder / TRAINING).write_text(json.dumps({"weights": revision}))
-    return revision
+    summary = TrainingSummary(fingerprint="tiny", weights=f"weights-{seed}")
+    summary.save(StudentPaths(str(folder)).training)
+    return summary.weights
 
 
 @contextlib.contextmanager
-def in_an_object_store(folder: Path) -> Iterator[str]:
-    """The student in ``folder``, put into an S3 server on loopback; its URI. Processes started meanwhile have a way in."""
+def in_object_store(folder: Path) -> Iterator[str]:
+    """Copy the student in ``folder`` to an S3 server on loopback; yield its URI.
+
+    Processes that start meanwhile inherit credentials for it.
+    """
     from moto.server import ThreadedMotoServer
 
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it logs one line per request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    kept = {name: os.environ.get(name) for name in STORE}
-    os.environ.update(STORE)
+    previous = {name: os.environ.get(name) for name in STORE_ENVIRONMENT}
+    os.environ.update(STORE_ENVIRONMENT)
     try:
         query = f"?scheme=http&endpoint_override={host}:{port}&allow_bucket_creation=true"
         storage.open_filesystem(f"s3://models{query}")[0].create_dir("models")
@@ -81,7 +83,7 @@ def in_an_object_store(folder: Path) -> Iterator[str]:
             storage.write_bytes(f"s3://models/tiny/student/{file.name}{query}", file.read_bytes())
         yield f"s3://models/tiny/student{query}"
     finally:
-        for name, value in kept.items():
+        for name, value in previous.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
@@ -89,7 +91,7 @@ def in_an_object_store(folder: Path) -> Iterator[str]:
         server.stop()
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
