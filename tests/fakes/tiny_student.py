@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from fakes.vocabularies import fit_to
 
+from fakes.vocabularies import fit_to
 from udrl import commands, storage
 from udrl import tokenizer as student_tokenizer
 from udrl.run import StudentPaths, TrainingSummary
