@@ -83,7 +83,7 @@ def child(*command: str, env: dict[str, str] | None = None) -> str:
 def engine_part(recipe: Recipe, n: int, turns: int, folder: str) -> dict[str, Any]:
     from udrl.generate.cost import steady
     from udrl.generate.prepare import prepare
-    from udrl.policies.engine_args import engine_kwargs, environment
+    from udrl.policies.policy import engine_environment, engine_kwargs
 
     per_intent = len(recipe.tasks) * recipe.teacher.samples
     values = {
@@ -105,7 +105,7 @@ def engine_part(recipe: Recipe, n: int, turns: int, folder: str) -> dict[str, An
     rates: dict[str, list[float]] = {"bare": [], "stage": []}
     print(f"{'':<8}{'tokens/s':>10}{'whole run':>11}{'tokens':>10}   {len(rows):,} requests, {recipe.teacher.model}")
     for _ in range(turns):
-        threads = environment(recipe.teacher.placement)
+        threads = engine_environment(recipe.teacher.placement)
         child("-m", "benchmarks.bare_engine", f"{folder}/bare.json", f"{folder}/out.json", env=threads)
         alone = json.loads(Path(folder, "out.json").read_text())
         alone["tokens"] = sum(tokens for _, _, tokens in alone["finished"])

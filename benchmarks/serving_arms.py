@@ -69,12 +69,11 @@ def _serve_memory() -> dict[str, float]:
 def measure_bare_engine(work: dict[str, Any], _: str) -> dict[str, Any]:
     """Measure vLLM's AsyncLLM with the server's engine arguments, without HTTP and Ray."""
     from udrl import command_line
-    from udrl.policies.engine_args import engine_kwargs, environment
-    from udrl.policies.policy import draws
-    from udrl.policies.student import fit
+    from udrl.policies.policy import engine_environment, engine_kwargs, sampling_kwargs
+    from udrl.policies.student import engine_for_student
 
     settings = command_line.load(work["recipe"], work["overrides"]).serve
-    os.environ.update(environment(settings.placement))
+    os.environ.update(engine_environment(settings.placement))
 
     from vllm import SamplingParams
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -92,7 +91,7 @@ def measure_bare_engine(work: dict[str, Any], _: str) -> dict[str, Any]:
     end = tokenizers.control_ids(tokenizer, [commands.END])
 
     async def measure() -> dict[str, Any]:
-        arguments = engine_kwargs(fit(settings.engine, positions), settings.placement)
+        arguments = engine_kwargs(engine_for_student(settings.engine, positions), settings.placement)
         if not settings.placement.gpus:  # as internals.in_process_vllm_engine does
             arguments = {"distributed_executor_backend": "uni", **arguments}
         engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=student, **arguments))
@@ -101,7 +100,7 @@ def measure_bare_engine(work: dict[str, Any], _: str) -> dict[str, Any]:
         async def send(intent: str, max_tokens: int) -> int:
             nonlocal n_requests
             n_requests += 1
-            kwargs = {**draws(settings.sampling), "max_tokens": max_tokens, "stop_token_ids": end}
+            kwargs = {**sampling_kwargs(settings.sampling), "max_tokens": max_tokens, "stop_token_ids": end}
             params = SamplingParams(**kwargs, output_kind=RequestOutputKind.FINAL_ONLY)
             prompt: Any = {"prompt_token_ids": tokenizers.encode_request(tokenizer, vocabulary, intent, command)}
             n_tokens = 0

@@ -25,9 +25,8 @@ from serve.engine_protocol import Draft, Refusal, SampleRequest, SampleResult, T
 from udrl import commands, internals, storage
 from udrl import tokenizer as tokenizers
 from udrl.commands import Command, CommandVocabulary
-from udrl.policies.engine_args import bundles, engine_kwargs, environment
-from udrl.policies.policy import draws
-from udrl.policies.student import fit
+from udrl.policies.policy import engine_environment, engine_kwargs, resource_bundles, sampling_kwargs
+from udrl.policies.student import engine_for_student
 from udrl.recipe import Recipe, Sampling, Serve
 from udrl.run import StudentPaths, TrainingSummary
 
@@ -52,7 +51,7 @@ class StudentServer(LLMServer):
         # ray/llm/_internal/serve/utils/node_initialization_utils.py); the engine then loads it as a local path.
         engine_config: Any = llm_config.get_engine_config()
         folder = await asyncio.to_thread(local_folder, student)
-        engine_config.hf_model_id = folder
+        internals.set_model_folder(llm_config, folder)
         self.sampling = Sampling(**sampling)
         self.context = int(llm_config.engine_kwargs["max_model_len"])  # tokens
         self.tokenizer, self.vocabulary = tokenizers.load(folder), CommandVocabulary.load(folder)
@@ -156,7 +155,7 @@ class StudentServer(LLMServer):
     ) -> AsyncGenerator[RequestOutput, None]:
         """Start the generation. Closing the iteration aborts it."""
         options = {name: value for name, value in asdict(request.options).items() if value is not None}
-        kwargs = draws(self.sampling) | options
+        kwargs = sampling_kwargs(self.sampling) | options
         kwargs["max_tokens"] = min(options.get("max_tokens", self.sampling.max_tokens), self.sampling.max_tokens)
         params = SamplingParams(**kwargs, n=request.n, stop_token_ids=[self.end_token_id], output_kind=kind)
         engine: Any = self.engine
@@ -197,8 +196,8 @@ def engine_deployment(recipe: Recipe, student: str, context: int) -> Application
         model_loading_config={"model_id": recipe.name},
         accelerator_type=settings.placement.accelerator,
         placement_group_config={"bundles": _bundles(settings)},
-        runtime_env={"env_vars": environment(settings.placement)},
-        engine_kwargs=engine_kwargs(fit(settings.engine, context), settings.placement),
+        runtime_env={"env_vars": engine_environment(settings.placement)},
+        engine_kwargs=engine_kwargs(engine_for_student(settings.engine, context), settings.placement),
         deployment_config={
             # Ray adds the replica actor's CPUs (default 1) to the first bundle: on two cores that would take both.
             "ray_actor_options": {"num_cpus": 0},
@@ -230,5 +229,5 @@ def _bundles(settings: Serve) -> list[dict[str, float]]:
     # Ray takes an engine for a CPU engine if its bundles have no GPU key (infer_hardware_kind_from_bundles).
     return [
         {name: amount for name, amount in bundle.items() if amount or name == "CPU"}
-        for bundle in bundles(settings.engine, settings.placement)
+        for bundle in resource_bundles(settings.engine, settings.placement)
     ]

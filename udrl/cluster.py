@@ -1,4 +1,4 @@
-"""Joining a Ray cluster, or starting one on this machine."""
+"""Connecting to a Ray cluster, or starting one on this machine."""
 
 import contextlib
 import logging
@@ -7,43 +7,14 @@ import secrets
 import sys
 from typing import Any
 
+from udrl import internals
 from udrl.errors import UserError
-
-# What a node's Ray is started with. cluster.yaml sets the first; the second is for engines on CPUs.
-NODE_ENV = {
-    # An engine that is killed leaves its core process behind, with the model in memory, unless the raylet ends its group.
-    "RAY_process_group_cleanup_enabled": "true",
-    # Ray gives its workers a low priority (nice 15); on two cores its own daemons then interrupt the engine.
-    "RAY_worker_niceness": "0",
-}
-
-# What a node that serves is started with (docs/results/serving-cpu.md has what they are worth). Ray Serve reads them when it is
-# imported, in every process of its own: set them where Ray is started, as cluster.yaml does.
-SERVE_ENV = {
-    # Serve's set for many small requests: one event loop a replica, gRPC between replicas, logs written in blocks.
-    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    # Read before that set is made, so it must be said on its own (ray/serve/_private/constants.py).
-    "RAY_SERVE_PROXY_USE_GRPC": "1",
-    # The set has replicas listen on ports of their own. Without HAProxy in front nobody asks there.
-    "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
-    # Ten looks a second, the default, took 4% of a core from an engine that had two.
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
-}
-
-
-def set_serve_env() -> None:
-    """Set :data:`SERVE_ENV`, but for what is set already; to be called before Ray is imported.
-
-    Where a cluster is joined, that is for this process alone.
-    """
-    for name, value in SERVE_ENV.items():
-        os.environ.setdefault(name, value)
 
 
 def connect(**options: Any) -> None:
-    """Join the cluster of ``RAY_ADDRESS`` (what ``ray job submit`` sets), else start one for this process alone.
+    """Join the cluster of ``RAY_ADDRESS``, which ``ray job submit`` sets; without it, start one for this process only.
 
-    A bare ``ray.init()`` would attach to whatever cluster an earlier program left on this machine.
+    A bare ``ray.init()`` would attach to any cluster that an earlier program has left running on this machine.
     """
     ensure_auth_token()
     import ray
@@ -55,23 +26,61 @@ def connect(**options: Any) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO" if verbose else "ERROR")
     if not address:
         options.setdefault("include_dashboard", False)
-        for name, value in NODE_ENV.items():
+        for name, value in internals.NODE_ENV.items():
             os.environ.setdefault(name, value)
-    # ray.data.llm calls ray.init() again, and Ray remarks on it.
-    logging.getLogger("ray._private.worker").addFilter(lambda record: "ray.init() again" not in record.getMessage())
+    internals.hide_repeated_init()
     ray.init(
         address=address or "local",
-        log_to_driver=verbose,  # workers log thousands of lines; the logs lie in Ray's session folder
+        log_to_driver=verbose,  # workers log thousands of lines; Ray's session folder has them
         logging_level=logging.INFO if verbose else logging.WARNING,
         **options,
     )
     silence_ray_data()
 
 
-def require_resources(section: str, cpus: float, gpus: float) -> None:
-    """Refuse what a cluster on this machine can never grant: Ray would wait for it without end.
+def ensure_auth_token() -> None:
+    """Turn on token authentication for a cluster on this machine, with a token file that only this user can read.
 
-    A cluster that was joined may still grow, so nothing is said there.
+    Ray reads these variables when it is imported. If it has been imported already, nothing changes: Ray then does the same by
+    itself, with a warning.
+    """
+    if "RAY_AUTH_MODE" in os.environ or "RAY_ADDRESS" in os.environ or "ray" in sys.modules:
+        return
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH", os.path.expanduser("~/.ray/auth_token"))
+    if not os.path.exists(path):
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+    os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN_PATH"] = "token", path
+
+
+def set_serve_env() -> None:
+    """Set the variables of :data:`udrl.internals.SERVE_ENV` that are not set; call it before Ray is imported.
+
+    It affects a cluster that this process starts. In a cluster that it joins, it affects only this process.
+    """
+    for name, value in internals.SERVE_ENV.items():
+        os.environ.setdefault(name, value)
+
+
+def silence_ray_data() -> None:
+    """Turn off Ray Data's progress bars, plan dumps and log lines, in favor of our own progress lines."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    if not os.environ.get("UDRL_VERBOSE"):
+        for name in ("ray.data", "ray.llm", "vllm"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        # If this logger has a handler, ray.llm does not add a handler to the logger of each of its modules.
+        logging.getLogger("ray.llm").addHandler(logging.NullHandler())
+
+
+def require_resources(section: str, cpus: float, gpus: float) -> None:
+    """Refuse a placement that this machine can never grant, and for which Ray would wait forever.
+
+    A cluster that was joined may still grow, so nothing is checked there.
 
     Raises:
         UserError: naming the recipe's section.
@@ -80,17 +89,18 @@ def require_resources(section: str, cpus: float, gpus: float) -> None:
 
     if os.environ.get("RAY_ADDRESS"):
         return
-    there = ray.cluster_resources()
-    for what, wanted, resource in (("CPUs", cpus, "CPU"), ("GPUs", gpus, "GPU")):
-        if wanted > there.get(resource, 0):
-            raise UserError(f"{section}: {wanted:g} {what} wanted, this machine has {there.get(resource, 0):g}")
+    resources = ray.cluster_resources()
+    for unit, required, resource in (("CPUs", cpus, "CPU"), ("GPUs", gpus, "GPU")):
+        available = resources.get(resource, 0)
+        if required > available:
+            raise UserError(f"{section}: needs {required:g} {unit}, this machine has {available:g}; lower it in the recipe")
 
 
 def lower_priority_of_other_processes(name: str) -> None:
-    """On a cluster of this process alone, let all of Ray's processes step back behind those whose title has ``name``.
+    """Lower the CPU priority of all Ray processes except those whose title contains ``name``; only in a cluster of our own.
 
-    A CPU's training threads wait for each other at every operation: with two of them on two cores, whatever else runs for a
-    moment stops both.
+    The training threads of a CPU wait for each other in every operation: with two threads on two cores, any other process that
+    runs for a moment stops both.
     """
     import psutil
 
@@ -98,42 +108,11 @@ def lower_priority_of_other_processes(name: str) -> None:
         return
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            # The raylet keeps its place: workers that it starts later would inherit another.
+            # The raylet keeps its priority, because workers that it starts later inherit it.
             if process.name() != "raylet" and name not in " ".join(process.cmdline()):
                 process.nice(15)
 
 
-def ensure_auth_token() -> None:
-    """Token authentication for a cluster on this machine: a token file of this user, made once, readable by nobody else.
-
-    Ray reads these variables when it is imported; where that has happened already, its own default stands, which is the
-    same with a warning.
-    """
-    if "RAY_AUTH_MODE" in os.environ or "RAY_ADDRESS" in os.environ or "ray" in sys.modules:
-        return
-    path = os.environ.get("RAY_AUTH_TOKEN_PATH", os.path.expanduser("~/.ray/auth_token"))
-    if not os.path.exists(path):
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
-            out.write(secrets.token_hex(32))
-    os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN_PATH"] = "token", path
-
-
-def silence_ray_data() -> None:
-    """Our own progress lines stand in for Ray Data's bars and plan dumps."""
-    from ray.data import DataContext
-
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    if not os.environ.get("UDRL_VERBOSE"):
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        for name in ("ray.llm", "vllm"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        # With a handler of its own there, ray.llm does not give each of its modules a chatty one.
-        logging.getLogger("ray.llm").addHandler(logging.NullHandler())
-
-
 def cpu_count() -> int:
-    """Cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))

@@ -7,10 +7,10 @@ from udrl.recipe import Recipe
 
 @dataclass(frozen=True)
 class StageContext:
-    """What every layer of a stage needs to know besides its own arguments.
+    """The settings that every layer of a stage takes in addition to its own arguments.
 
-    ``engine_actor`` replaces the vLLM actor (a subclass of ``udrl.policies.actor.RequestActor``); benchmarks and tests use it
-    to measure or exercise everything except the engine.
+    ``engine_actor`` replaces the vLLM actor by another ``udrl.policies.actor.RequestActor``; benchmarks and tests use it to
+    measure or exercise everything except the engine.
     """
 
     watchdog_minutes: float = 30.0

@@ -13,8 +13,8 @@ class Progress:
     Call :meth:`update` with the count so far, or pass ``poll`` and use it as a context manager: a thread then asks it.
     """
 
-    def __init__(self, what: str, total: int, unit: str, poll: Callable[[], int] | None = None, start: int = 0) -> None:
-        self.what, self.total, self.unit, self.poll, self.start = what, total, unit, poll, start
+    def __init__(self, label: str, total: int, unit: str, poll: Callable[[], int] | None = None, start: int = 0) -> None:
+        self.label, self.total, self.unit, self.poll, self.start = label, total, unit, poll, start
         self._begun = time.monotonic()
         self._last = -1e9
         self._stop = threading.Event()
@@ -32,7 +32,7 @@ class Progress:
         left = f"{duration((self.total - done) / speed)} left" if speed > 0 else "starting"
         share = 100 * done / self.total if self.total else 100
         rate = f"{speed:,.1f} {self.unit}/s"
-        line = f"{self.what}: {done:,}/{self.total:,} {self.unit} ({share:.0f}%), {rate}, {left}{'; ' + note if note else ''}"
+        line = f"{self.label}: {done:,}/{self.total:,} {self.unit} ({share:.0f}%), {rate}, {left}{'; ' + note if note else ''}"
         sys.stderr.write(f"\r\x1b[2K{line}" if self._terminal else line + "\n")
         sys.stderr.flush()
 
@@ -41,7 +41,7 @@ class Progress:
         seconds = time.monotonic() - self._begun
         speed = (done - self.start) / seconds if seconds > 0 else 0
         tail = f" ({speed:,.1f} {self.unit}/s){'; ' + note if note else ''}"
-        line = f"{self.what}: {done:,} {self.unit} in {duration(seconds)}{tail}"
+        line = f"{self.label}: {done:,} {self.unit} in {duration(seconds)}{tail}"
         sys.stderr.write(f"\r\x1b[2K{line}\n" if self._terminal else line + "\n")
         sys.stderr.flush()
 

@@ -1,61 +1,66 @@
-"""Nothing hangs: a stage that brings nothing for minutes is ended, and says what was going on."""
+"""The watchdog: ends a stage that makes no progress, and logs the state of the cluster."""
 
+import logging
 import queue
-import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeVar
 
+from udrl import internals
 from udrl.errors import StalledError
 from udrl.progress import duration
 
+log = logging.getLogger(__name__)
+
 Item = TypeVar("Item")
-LOOK = 1.0  # seconds between looks at the clock
+POLL_SECONDS = 1.0  # seconds between looks at the clock
 
 
-def watched(
-    items: Iterable[Item], minutes: float, what: str, idle: Callable[[], None] | None = None
+def iterate_with_watchdog(
+    items: Iterable[Item], minutes: float, label: str, idle: Callable[[], None] | None = None
 ) -> Generator[Item, None, None]:
-    """Yield ``items``; call ``idle`` every second in which none came.
+    """Yield ``items``; call ``idle`` about every second without a new one.
 
     Raises:
-        StalledError: no item came for ``minutes``. What the cluster was doing is told on stderr.
+        StalledError: no item came for ``minutes``. The state of the cluster is logged before.
     """
-    box: queue.Queue[tuple[Any, BaseException | None, bool]] = queue.Queue(maxsize=1)
+    # (item, error, whether the source has ended)
+    entries: queue.Queue[tuple[Any, BaseException | None, bool]] = queue.Queue(maxsize=1)
     closed = threading.Event()
 
     def put(*entry: Any) -> bool:
+        """Return whether the reader is still there to take the entry."""
         while not closed.is_set():
             try:
-                box.put(entry, timeout=LOOK)
+                entries.put(entry, timeout=POLL_SECONDS)
                 return True
             except queue.Full:
                 continue
         return False
 
-    def pull() -> None:
+    def read_source() -> None:
         try:
             for item in items:
                 if not put(item, None, False):
-                    return  # the reader has gone; leaving the loop ends what makes the items
+                    return  # leaving the loop ends the source
             put(None, None, True)
         except BaseException as error:
             put(None, error, True)
 
-    # The source is read in a thread of its own: a read of Ray's that never returns can't be interrupted from outside.
-    threading.Thread(target=pull, daemon=True, name=f"watched {what}").start()
-    last = time.monotonic()
+    # In a thread of its own, because nothing can interrupt a read of Ray's that never returns.
+    threading.Thread(target=read_source, daemon=True, name=f"source of {label}").start()
+    last_item = time.monotonic()
     try:
         while True:
             try:
-                item, error, ended = box.get(timeout=LOOK)
+                item, error, ended = entries.get(timeout=POLL_SECONDS)
             except queue.Empty:
-                quiet = time.monotonic() - last
-                if quiet > 60 * minutes:
-                    print("\n".join([f"{what}: what was going on", *cluster_state()]), file=sys.stderr, flush=True)
+                silence = time.monotonic() - last_item
+                if silence > 60 * minutes:
+                    log.warning("\n".join([f"{label}: no progress; state of the cluster:", *describe_cluster()]))
                     raise StalledError(
-                        f"{what}: no progress for {duration(quiet)} (watchdog_minutes={minutes:g}); what is done is kept,"
+                        f"{label}: no progress for {duration(silence)} (watchdog_minutes={minutes:g}); finished work is kept,"
                         " run the same command again to resume"
                     ) from None
                 if idle:
@@ -66,49 +71,38 @@ def watched(
             if ended:
                 return
             yield item
-            last = time.monotonic()  # the reader's own work is not the source's silence
+            last_item = time.monotonic()  # time that the reader spends on an item does not count
     finally:
         closed.set()
 
 
-def cluster_state() -> list[str]:
-    """What Ray knows of itself, a line each: nodes, free resources, memory, the operators of running datasets."""
+def describe_cluster() -> list[str]:
+    """Return a line for each node, free resources, this node's memory, and each operator of a running dataset."""
+    import psutil
     import ray
 
     if not ray.is_initialized():
         return ["  Ray is not running"]
     lines = []
     for node in ray.nodes():
-        held = ", ".join(f"{n:g} {kind}" for kind, n in sorted(node["Resources"].items()) if kind in ("CPU", "GPU"))
-        lines.append(f"  node {node['NodeManagerAddress']}: {'alive' if node['Alive'] else 'DEAD'}, {held or 'nothing'}")
+        resources = ", ".join(f"{n:g} {kind}" for kind, n in sorted(node["Resources"].items()) if kind in ("CPU", "GPU"))
+        state = "alive" if node["Alive"] else "DEAD"
+        lines.append(f"  node {node['NodeManagerAddress']}: {state}, {resources or 'no CPU and no GPU'}")
     free = ray.available_resources()
     lines.append(f"  free: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU")
-    return lines + _memory() + _operators()
-
-
-def _memory() -> list[str]:
-    import psutil
-
     memory = psutil.virtual_memory()
-    return [f"  memory of this node: {memory.used / 2**30:.1f} of {memory.total / 2**30:.1f} GiB used"]
+    lines.append(f"  memory of this node: {memory.used / 2**30:.1f} of {memory.total / 2**30:.1f} GiB used")
+    return lines + _describe_operators()
 
 
-def _operators() -> list[str]:
-    """Operators of the datasets that run, from Ray Data's own statistics actor; nothing where it does not answer."""
-    import ray
-    from ray.data._internal.stats import get_or_create_stats_actor
-
+def _describe_operators() -> list[str]:
     try:
-        datasets = ray.get(get_or_create_stats_actor().get_datasets.remote(), timeout=5)
+        datasets = internals.running_datasets(timeout_s=5)
     except Exception as error:
         return [f"  Ray Data does not answer ({type(error).__name__})"]
-    lines = []
-    for name, facts in datasets.items():
-        if facts.get("state") != "RUNNING":
-            continue
-        for operator, state in facts.get("operators", {}).items():
-            lines.append(
-                f"  {name} / {operator}: {state.get('progress', 0)} of {state.get('total', '?')} blocks,"
-                f" {state.get('queued_blocks', 0)} queued, {state.get('state', '?')}"
-            )
-    return lines
+    return [
+        f"  {dataset} / {operator}: {state.get('progress', 0)} of {state.get('total', '?')} blocks,"
+        f" {state.get('queued_blocks', 0)} queued, {state.get('state', '?')}"
+        for dataset, operators in datasets.items()
+        for operator, state in operators.items()
+    ]

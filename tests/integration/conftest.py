@@ -1,6 +1,5 @@
 """A real local Ray for the integration tests, and a run with made-up episodes."""
 
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,24 +12,12 @@ def local_ray() -> Iterator[None]:
     """A cluster of this process alone; three CPUs are declared so that two workers leave one for Ray Data."""
     import ray
 
-    from udrl import cluster
+    from udrl import cluster, internals
 
     cluster.connect(num_cpus=3)
     yield
-    _end_executors()
+    internals.end_data_executors(timeout_s=60)
     ray.shutdown()
-
-
-def _end_executors() -> None:
-    """Ray Data waits two seconds for the thread of an execution that was given up. One that is slower calls a Ray that has been
-    shut down, and then Ray ends this whole process (GetCoreWorker in core_worker_process.cc), tests and all, without a word."""
-    from ray.data._internal.execution.streaming_executor import StreamingExecutor
-
-    for thread in threading.enumerate():
-        if isinstance(thread, StreamingExecutor):
-            thread.shutdown(force=True)
-            thread.join(60)
-            assert not thread.is_alive(), f"{thread.name} does not end"
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from fakes.vocabularies import fake_vocabulary
 
 from udrl import recipe, tokenizer
 from udrl.commands import Command, CommandVocabulary
-from udrl.policies.engine_args import engine_kwargs, environment
-from udrl.policies.student import fit
+from udrl.policies.policy import engine_environment, engine_kwargs
+from udrl.policies.student import engine_for_student
 from udrl.recipe import Engine, Placement
 from udrl.train import export
 from udrl.train import gpt2 as model
@@ -93,12 +93,12 @@ def test_transformers_and_vllm_write_the_same(exported: str) -> None:
         )
         mine.append(out[0, len(ids) :].tolist())
     place = Placement()
-    settings = engine_kwargs(fit(Engine(dtype="float32", max_num_seqs=8), 128), place)
+    settings = engine_kwargs(engine_for_student(Engine(dtype="float32", max_num_seqs=8), 128), place)
     settings["logits_processors"] = list(settings["logits_processors"])
     # Not the tests' working folder: what vLLM loads by name has to be installed.
     done = subprocess.run(
         [sys.executable, "-c", WRITE, json.dumps([exported, requests_of(exported), settings])],
-        env={**os.environ, **environment(place)},
+        env={**os.environ, **engine_environment(place)},
         capture_output=True,
         text=True,
         timeout=300,

@@ -17,7 +17,7 @@ from udrl.errors import UserError
 from udrl.generate import dry_run
 from udrl.generate import stage as generate
 from udrl.policies import stage as engine
-from udrl.policies.ledger import list_parts, read_shard
+from udrl.policies.ledger import list_parts, load_attempts, read_shard
 from udrl.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -163,7 +163,7 @@ def test_a_run_tells_what_it_cost(setup: dict[str, Any]) -> None:
     ):
         assert part in text
     ledger = storage.join(setup["values"]["storage"], "completions", setup["summary"]["ledger"])
-    assert sum(run["rows"] for run in engine.attempts(ledger)) >= setup["summary"]["requested"]
+    assert sum(run["rows"] for run in load_attempts(ledger)) >= setup["summary"]["requested"]
 
 
 def test_a_dry_run_plans_and_generates_nothing(setup: dict[str, Any], tmp_path: Path) -> None:

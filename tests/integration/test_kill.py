@@ -13,9 +13,8 @@ from killing import HERE, WAIT, Killable, gone, wait
 from udrl import storage
 from udrl.command_line import load
 from udrl.generate.prepare import prepare
-from udrl.policies.backpressure import UNWRITTEN
 from udrl.policies.ledger import list_parts, read_shard
-from udrl.policies.stage import _tasks_in_flight
+from udrl.policies.stage import UNWRITTEN_BLOCKS, tasks_in_flight
 
 SHARD, SEQS, INTENTS, SAMPLES = 8, 8, 20, 4
 REQUESTS = INTENTS * SAMPLES
@@ -95,7 +94,7 @@ class Job(Killable):
         asked = [i for i, _, _ in self.asked()]
         assert set(asked) == set(ids)
         # Shards that the engine held, and those on their way to a file.
-        bound = kills * SHARD * (_tasks_in_flight(prepare(self.recipe).policy, SHARD) + UNWRITTEN)
+        bound = kills * SHARD * (tasks_in_flight(prepare(self.recipe).policy, SHARD) + UNWRITTEN_BLOCKS)
         print(f"{self.engine}: {kills} kills, {len(asked) - len(ids)} of {REQUESTS} requests taken twice; at most {bound}")
         assert len(asked) - len(ids) <= bound
 
@@ -177,7 +176,13 @@ def test_an_engine_that_hangs_ends_the_job_with_what_was_going_on(job: Callable[
     assert stuck.driver
     assert stuck.driver.wait(WAIT) == 3, stuck.told()
     told = stuck.told()
-    for part in ("what was going on", "alive", "MapBatches(Stuck)", "generate: no progress for", "run the same command again"):
+    for part in (
+        "state of the cluster",
+        "alive",
+        "MapBatches(Stuck)",
+        "generate: no progress for",
+        "run the same command again",
+    ):
         assert part in told
 
 

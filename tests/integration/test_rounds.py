@@ -19,8 +19,9 @@ from udrl.commands import CommandVocabulary
 from udrl.errors import UserError
 from udrl.hashing import stable_id
 from udrl.policies import stage as engine
-from udrl.policies.actor import NOTHING, Row
+from udrl.policies.actor import EMPTY_ANSWER
 from udrl.policies.ledger import list_parts
+from udrl.policies.policy import Row
 from udrl.recipe import Recipe
 from udrl.train import fit as train
 from udrl.train import stage as rounds
@@ -125,7 +126,7 @@ class Dull(DummyEngine):
 
     async def answer(self, row: Row) -> Row:
         said = ["soft light on a quiet forest path", "a bold poster with warm paper texture", "wide shot of the blue night sky"]
-        return {**NOTHING, "completion": said[row["episode_id"] % 3], "finish_reason": "stop", "output_tokens": 9}
+        return {**EMPTY_ANSWER, "completion": said[row["episode_id"] % 3], "finish_reason": "stop", "output_tokens": 9}
 
 
 def pretend_a_student(settings: Recipe) -> str:

@@ -13,8 +13,9 @@ from udrl.generate.expand import expand_intents
 from udrl.generate.intent_lines import HeldOut
 from udrl.intents.intent import INTENT_SCHEMA
 from udrl.policies.ledger import list_parts, read_shard
+from udrl.policies.requests import intent_requests
 from udrl.policies.stage import complete
-from udrl.policies.teacher import intent_requests, teacher_policy
+from udrl.policies.teacher import teacher_policy
 from udrl.recipe import Recipe
 from udrl.run import IntentPaths
 from udrl.scoring.rubric import judge_relevance

@@ -19,7 +19,8 @@ from udrl.evaluate import stage as evaluate
 from udrl.evaluate.metrics import compute as metrics
 from udrl.evaluate.outputs import OUTPUTS
 from udrl.evaluate.report import write_report as report
-from udrl.policies.teacher import key_columns, teacher_policy
+from udrl.policies.requests import key_columns
+from udrl.policies.teacher import teacher_policy
 from udrl.recipe import Recipe, Teacher
 from udrl.tasks import load_tasks
 

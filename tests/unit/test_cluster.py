@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import yaml
-from ray.autoscaler._private.util import prepare_config, validate_config
 
 import udrl.command_line
+from udrl import internals
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster.yaml"
@@ -21,14 +21,13 @@ def cluster() -> dict[str, Any]:
 
 
 def test_rays_own_validator_accepts_what_ray_up_makes_of_the_file(cluster: dict[str, Any]) -> None:
-    prepared = prepare_config(cluster)  # `ray up`'s first step: AWS defaults, merged commands, docker, worker counts
-    validate_config(prepared)
+    prepared = internals.prepare_cluster_config(cluster)  # AWS defaults, merged commands, docker, worker counts
     assert prepared["head_setup_commands"][: len(cluster["setup_commands"])] == cluster["setup_commands"]
 
 
 def test_the_validator_would_refuse_a_misspelt_key(cluster: dict[str, Any]) -> None:
     with pytest.raises(Exception, match="max_workerz"):
-        validate_config(prepare_config({**cluster, "max_workerz": 1}))
+        internals.prepare_cluster_config({**cluster, "max_workerz": 1})
 
 
 def test_the_head_has_no_gpu_and_runs_no_tasks(cluster: dict[str, Any]) -> None:
@@ -91,5 +90,5 @@ def test_there_is_no_secret_in_the_file() -> None:
 
 def test_validation_leaves_the_file_alone(cluster: dict[str, Any]) -> None:
     before = copy.deepcopy(cluster)
-    prepare_config(cluster)
+    internals.prepare_cluster_config(cluster)
     assert cluster["available_node_types"].keys() == before["available_node_types"].keys()

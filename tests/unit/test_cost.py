@@ -15,14 +15,15 @@ from udrl import storage
 from udrl.episodes import COMPLETIONS
 from udrl.generate import cost
 from udrl.generate.cost import Figure, Rates
-from udrl.policies.ledger import Requests, part_name
-from udrl.policies.tally import FIRST_TOKEN_EDGES, Tally
+from udrl.policies.ledger import part_name
+from udrl.policies.requests import Requests
+from udrl.policies.statistics import FIRST_TOKEN_EDGES, CompletionStatistics
 from udrl.recipe import Engine, Placement, Rewards, RewardWeights, Teacher
 
 GPU = Placement(replicas=2, gpus=1, dollars_per_hour=1.5)
 
 
-def a_tally(**values: Any) -> Tally:
+def a_tally(**values: Any) -> CompletionStatistics:
     first = np.zeros(len(FIRST_TOKEN_EDGES) + 1, dtype=np.int64)
     first[np.searchsorted(FIRST_TOKEN_EDGES, 0.1)] = 90
     first[np.searchsorted(FIRST_TOKEN_EDGES, 2.0)] = 10
@@ -38,7 +39,7 @@ def a_tally(**values: Any) -> Tally:
         "startup_seconds": 80.0,
         "seconds": 100.0,
     }
-    return Tally(**{**base, **values})
+    return CompletionStatistics(**{**base, **values})
 
 
 def cell(lines: list[str], name: str) -> str:
@@ -71,10 +72,10 @@ class TestTable:
         assert not any("$" in line for line in lines)
 
     def test_a_finished_run_costs_nothing(self) -> None:
-        assert cost.describe_cost(Tally(reused=7), GPU, 5) == ["cost: none, all 7 requests were done before"]
+        assert cost.describe_cost(CompletionStatistics(reused=7), GPU, 5) == ["cost: none, all 7 requests were done before"]
 
     def test_what_was_not_measured_is_not_invented(self) -> None:
-        blank = Tally(rows=5, output_tokens=10, seconds=1.0)
+        blank = CompletionStatistics(rows=5, output_tokens=10, seconds=1.0)
         lines = cost.describe_cost(blank, Placement(), 0)
         assert cell(lines, "time to first token") == "not measured"
         assert cell(lines, "engines busy") == "not measured"

@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from udrl import storage
 from udrl.episodes import COMPLETIONS, EPISODES, REJECTS
 from udrl.hashing import stable_id
-from udrl.policies import engine_args as settings
 from udrl.policies import ledger
-from udrl.policies.policy import Policy, draws
-from udrl.policies.teacher import intent_requests, key_columns, teacher_policy
+from udrl.policies import policy as policies
+from udrl.policies.policy import Policy, sampling_kwargs
+from udrl.policies.requests import intent_requests, key_columns
+from udrl.policies.teacher import teacher_policy
 from udrl.recipe import Sampling, Teacher
 from udrl.tasks import Example, Format, Task
 
@@ -25,8 +26,8 @@ TASK = Task(
 
 
 def test_settings_that_do_nothing_are_not_sent() -> None:
-    assert set(draws(Sampling())) == {"temperature", "min_p", "max_tokens"}
-    assert draws(Sampling(top_k=5, frequency_penalty=0.3))["frequency_penalty"] == 0.3
+    assert set(sampling_kwargs(Sampling())) == {"temperature", "min_p", "max_tokens"}
+    assert sampling_kwargs(Sampling(top_k=5, frequency_penalty=0.3))["frequency_penalty"] == 0.3
 
 
 def write_intents(folder: str, n: int, group: int = 7) -> str:
@@ -100,7 +101,7 @@ def test_other_weights_in_the_same_folder_are_another_model(tmp_path: object) ->
 
 def test_a_hub_model_is_loaded_at_the_revision_that_is_recorded() -> None:
     teacher = teacher_policy(Teacher(model="owner/name", revision="abc"), [TASK])
-    assert settings.pinned(teacher) == {"revision": "abc", "tokenizer_revision": "abc"}
+    assert policies.revision_kwargs(teacher) == {"revision": "abc", "tokenizer_revision": "abc"}
     assert teacher.revision == "abc"
 
 

@@ -18,7 +18,8 @@ from udrl.episodes import EPISODES
 from udrl.errors import UserError
 from udrl.hashing import stable_id
 from udrl.policies.policy import Policy
-from udrl.policies.teacher import read_intents, teacher_policy
+from udrl.policies.requests import read_intents
+from udrl.policies.teacher import teacher_policy
 from udrl.recipe import Recipe, Teacher
 from udrl.tasks import Example, Task
 from udrl.train import achieved

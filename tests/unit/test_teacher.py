@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from udrl.errors import UserError
-from udrl.policies.teacher import intent_requests, json_of, key_columns, teacher_policy
+from udrl.policies.requests import intent_requests, key_columns
+from udrl.policies.teacher import structured_outputs, teacher_policy
 from udrl.recipe import Teacher
 from udrl.tasks import Example, Format, Task, load_task, render_chat_json, render_completion, render_completion_json, shipped
 
@@ -95,7 +96,7 @@ def test_the_examples_keep_the_form_that_is_asked_for(name: str) -> None:
     shown = load_task(name)
     answers = [line.split(": ", 1)[1] for line in render_completion_json(shown, "a fox", 2).split("\n") if '{"prompts"' in line]
     turns = [m["content"] for m in render_chat_json(shown, "a fox", 2) if m["role"] == "assistant"]
-    guide = json_of(shown, 1)["regex"]
+    guide = structured_outputs(shown, 1)["regex"]
     assert answers == turns
     for answer, example in zip(answers, shown.examples, strict=True):
         assert json.loads(answer) == {"prompts": [example.prompt]}
@@ -103,7 +104,7 @@ def test_the_examples_keep_the_form_that_is_asked_for(name: str) -> None:
 
 
 def guided(rules: Task, n: int, text: str) -> bool:
-    return re.fullmatch(json_of(rules, n)["regex"], text) is not None
+    return re.fullmatch(structured_outputs(rules, n)["regex"], text) is not None
 
 
 def test_the_guide_holds_the_number_of_prompts_and_leaves_no_room_for_blanks_or_endless_text() -> None:

@@ -18,8 +18,9 @@ from udrl.evaluate.judges.validation import KINDS, shuffled
 from udrl.evaluate.outputs import STUDENT, TEACHER
 from udrl.hashing import stable_id
 from udrl.policies.policy import Policy, Row
+from udrl.policies.requests import key_columns
 from udrl.policies.student import student_policy
-from udrl.policies.teacher import key_columns, teacher_policy
+from udrl.policies.teacher import teacher_policy
 from udrl.recipe import Baseline, Recipe, Teacher
 from udrl.tasks import Task
 from udrl.text import count_words

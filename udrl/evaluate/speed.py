@@ -16,8 +16,7 @@ from udrl.context import StageContext
 from udrl.errors import StalledError
 from udrl.evaluate.evaluated_policies import EvaluatedPolicy
 from udrl.hashing import fingerprint
-from udrl.policies.engine_args import bundles, engine_kwargs, environment, pinned
-from udrl.policies.policy import Policy
+from udrl.policies.policy import Policy, engine_environment, engine_kwargs, resource_bundles, revision_kwargs
 from udrl.progress import duration
 
 AT_ONCE = 64  # requests of the measurement of throughput
@@ -96,13 +95,13 @@ def _measure(contender: EvaluatedPolicy, requests: int, context: StageContext) -
     from ray.exceptions import GetTimeoutError
 
     policy, place = contender.policy, contender.policy.placement
-    need = bundles(policy.engine, place)
+    need = resource_bundles(policy.engine, place)
     cpus, gpus = sum(b["CPU"] for b in need), sum(b["GPU"] for b in need)
     cluster.require_resources(f"{policy.name}: placement", cpus, gpus)
-    options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "runtime_env": {"env_vars": environment(place)}}
+    options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "runtime_env": {"env_vars": engine_environment(place)}}
     if place.accelerator:
         options["accelerator_type"] = place.accelerator
-    kwargs = {**engine_kwargs(policy.engine, place), **pinned(policy)}
+    kwargs = {**engine_kwargs(policy.engine, place), **revision_kwargs(policy)}
     actor = ray.remote(**options)(_Stopwatch).remote(policy.path, kwargs)
     # Spread over all requests, as they come: default commands and sweeps.
     step = max(1, len(contender.requests) // AT_ONCE)
@@ -128,7 +127,7 @@ def costs(contender: EvaluatedPolicy, prompts_per_second: float) -> dict[str, fl
     place = contender.policy.placement
     seconds = 1000 / prompts_per_second
     if place.gpus:
-        found = {"gpu_seconds_per_1000": seconds * sum(b["GPU"] for b in bundles(contender.policy.engine, place))}
+        found = {"gpu_seconds_per_1000": seconds * sum(b["GPU"] for b in resource_bundles(contender.policy.engine, place))}
     else:
         found = {"core_seconds_per_1000": seconds * (place.threads or cluster.cpu_count())}
     if place.dollars_per_hour is not None:

@@ -28,11 +28,12 @@ from udrl.evaluate.metrics import compute as metrics
 from udrl.evaluate.outputs import OUTPUTS
 from udrl.evaluate.report import write_report as report
 from udrl.hashing import fingerprint, stable_id
-from udrl.policies.ledger import Requests, rows_done
+from udrl.policies.ledger import count_rows
 from udrl.policies.policy import Row
+from udrl.policies.requests import Requests
 from udrl.policies.stage import complete
-from udrl.policies.student import fetch
-from udrl.policies.tally import Tally
+from udrl.policies.statistics import CompletionStatistics
+from udrl.policies.student import fetch_student
 from udrl.recipe import Recipe, dump
 from udrl.run import ScoringPaths
 from udrl.scoring.parsing import clean
@@ -54,7 +55,7 @@ def run(recipe: Recipe) -> EvaluationDocument:
     """
     tasks = load_tasks(recipe.tasks)
     storage.require_writable(recipe.storage)
-    fetch(storage.join(recipe.storage, "student"))  # without one, that is what the user should hear first
+    fetch_student(storage.join(recipe.storage, "student"))  # without one, that is what the user should hear first
     chosen, source = _intents(recipe)
     contenders, vocabulary = who.gather(recipe, tasks, chosen)
     for model in (recipe.rewards.embedder, *(judge.model for judge in recipe.evaluate.judges)):
@@ -181,7 +182,7 @@ def _plan(
 ) -> list[str]:
     missing = {}
     for contender in contenders:
-        done = rows_done(storage.join(_folder(work, contender), "completions"))
+        done = count_rows(storage.join(_folder(work, contender), "completions"))
         missing[contender.policy.name] = len(contender.requests) - sum(done.values())
     asked = who.judged_texts(recipe, contenders, len(tasks))
     judging = []
@@ -201,7 +202,9 @@ def _folder(work: str, contender: EvaluatedPolicy) -> str:
     return storage.join(work, f"{policy.name}-{fingerprint(depends)}")
 
 
-def _outputs(recipe: Recipe, contender: EvaluatedPolicy, tasks: Sequence[Task], work: str) -> tuple[pa.Table, Tally]:
+def _outputs(
+    recipe: Recipe, contender: EvaluatedPolicy, tasks: Sequence[Task], work: str
+) -> tuple[pa.Table, CompletionStatistics]:
     """Complete and score the requests of one policy, as a table of :data:`~udrl.evaluate.outputs.OUTPUTS`."""
     policy, folder = contender.policy, _folder(work, contender)
     probes = {row["episode_id"]: row["probe"] for row in contender.requests}
@@ -224,7 +227,7 @@ def _outputs(recipe: Recipe, contender: EvaluatedPolicy, tasks: Sequence[Task], 
     return pa.Table.from_pylist(named, schema=OUTPUTS), done
 
 
-def _facts(contender: EvaluatedPolicy, speeds: dict[str, float], done: Tally, folder: str) -> dict[str, Any]:
+def _facts(contender: EvaluatedPolicy, speeds: dict[str, float], done: CompletionStatistics, folder: str) -> dict[str, Any]:
     """What a policy is, how it draws, and what one replica of it costs. Rates are those that were measured before the start;
     where nothing was, those of the evaluation's own requests, if they were made in one go."""
     policy = contender.policy

@@ -8,10 +8,9 @@ from typing import Any, Literal
 import pyarrow.fs as pafs
 
 from udrl import storage
-from udrl.policies.engine_args import bundles, pinned
-from udrl.policies.ledger import Requests
-from udrl.policies.policy import Policy
-from udrl.policies.tally import Tally
+from udrl.policies.policy import Policy, resource_bundles, revision_kwargs
+from udrl.policies.requests import Requests
+from udrl.policies.statistics import CompletionStatistics
 from udrl.progress import duration
 from udrl.recipe import Placement, Rewards, Teacher
 from udrl.tasks import Task
@@ -68,9 +67,9 @@ class Plan:
     dollars: Figure | None
 
 
-def describe_cost(tally: Tally, placement: Placement, accepted: int, devices: int = 1) -> list[str]:
+def describe_cost(tally: CompletionStatistics, placement: Placement, accepted: int, devices: int = 1) -> list[str]:
     """The table that ends a job, as lines. ``accepted`` counts the run's episodes, ``devices`` the GPUs of a replica
-    (``len(bundles(engine, placement))``).
+    (``len(resource_bundles(engine, placement))``).
 
     Hours and money count the whole time that the replicas were held, start-up included; rates count from the first
     request on.
@@ -138,7 +137,7 @@ def steady(points: Sequence[tuple[float, int, int]], seats: int) -> float | None
     return sum(tokens for _, tokens in window[1:]) / (window[-1][0] - window[0][0])
 
 
-def measured_rates(tally: Tally, teacher: Teacher, ledger: str) -> Rates:
+def measured_rates(tally: CompletionStatistics, teacher: Teacher, ledger: str) -> Rates:
     """Rates of a calibration run by one replica: its tally and the ledger that it wrote."""
     rate = steady_rate(ledger, teacher.engine.max_num_seqs) or tally.tokens_per_second
     rows = max(tally.rows, 1)
@@ -192,7 +191,7 @@ def plan(
     n, place = requests.total, teacher.placement
     out = rates.output_tokens.times(n)
     size = BYTES_PER_FILE * requests.shards + BYTES_PER_ROW * n + BYTES_PER_TOKEN * out.value
-    devices = len(bundles(teacher.engine, place))
+    devices = len(resource_bundles(teacher.engine, place))
     unit, per_replica = _unit(place, devices)
     generation = hours = dollars = scoring = None
     if rewards.relevance == "embedding":  # a judge generates too: its speed is another engine's
@@ -258,7 +257,7 @@ def duration_fine(seconds: float) -> str:
 def _encoder(policy: Policy) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(policy.path, revision=pinned(policy).get("revision"))
+    tokenizer = AutoTokenizer.from_pretrained(policy.path, revision=revision_kwargs(policy).get("revision"))
 
     def encode(rendered: dict[str, Any]) -> list[int]:
         ids = rendered["tokenized_prompt"] if "tokenized_prompt" in rendered else tokenizer(rendered["prompt"])["input_ids"]

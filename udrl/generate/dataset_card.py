@@ -15,7 +15,7 @@ from udrl.episodes import COMPONENTS, Reason
 from udrl.generate import histograms
 from udrl.generate.histograms import Counts, median
 from udrl.licenses import License, license_of, license_section
-from udrl.policies.policy import draws
+from udrl.policies.policy import sampling_kwargs
 from udrl.recipe import Recipe, Rewards
 from udrl.storage import without_credentials
 from udrl.tables import markdown_table
@@ -186,7 +186,7 @@ def _recipe(recipe: Recipe) -> str:
         ["tasks", ", ".join(f"`{task}`" for task in recipe.tasks)],
         ["prompts", f"{teacher.samples} for each intent and task"],
         ["asked by", "chat template" if teacher.style == "chat" else "raw few-shot completion"],
-        ["sampling", ", ".join(f"{name} {value}" for name, value in draws(teacher.sampling).items())],
+        ["sampling", ", ".join(f"{name} {value}" for name, value in sampling_kwargs(teacher.sampling).items())],
         ["structured", ", ".join(f"{t}: {k} prompts a request" for t, k in teacher.structured.items()) or "no"],
         ["seed", str(recipe.seed)],
         ["reward", mix],

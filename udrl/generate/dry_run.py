@@ -9,8 +9,8 @@ from udrl import cluster, storage
 from udrl.context import StageContext
 from udrl.generate import cost
 from udrl.generate.prepare import Work, prepare
-from udrl.policies.ledger import Requests
 from udrl.policies.policy import Row
+from udrl.policies.requests import Requests
 from udrl.policies.stage import complete
 from udrl.recipe import Recipe
 

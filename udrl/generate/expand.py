@@ -23,10 +23,11 @@ from udrl.generate.intent_lines import HeldOut, Reason, lines_of, problem_of
 from udrl.hashing import stable_id
 from udrl.intents.intent import INTENT_SCHEMA as SCHEMA
 from udrl.intents.intent import ROW_GROUP
-from udrl.policies.ledger import Requests, list_parts, read_shard
+from udrl.policies.ledger import list_parts, read_shard
 from udrl.policies.policy import Policy, Row
+from udrl.policies.requests import Requests, count_intents, key_columns
 from udrl.policies.stage import complete
-from udrl.policies.teacher import chat_ids, count_intents, key_columns
+from udrl.policies.teacher import encode_chat
 from udrl.recipe import Deduplicate, Expand, Recipe, Teacher
 from udrl.scoring import deduplication as dedup
 
@@ -59,7 +60,7 @@ class _Render:
             f"{_HEAD}\n\n{listed}\n\nContinue the list with {self.per_request} new requests, numbered {first} to {last}, one a"
             " line, of the same kind and length, each about something that is not on it. Write nothing else."
         )
-        return {"tokenized_prompt": chat_ids(self.path, self.revision, [{"role": "user", "content": asked}])}
+        return {"tokenized_prompt": encode_chat(self.path, self.revision, [{"role": "user", "content": asked}])}
 
 
 def expansion_policy(teacher: Teacher, config: Expand) -> Policy:

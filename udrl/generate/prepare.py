@@ -7,9 +7,9 @@ from udrl import intents, models, storage
 from udrl.generate.expand import ABOUT as EXPANDED
 from udrl.generate.expand import TRAIN, expand_intents
 from udrl.hashing import fingerprint
-from udrl.policies.ledger import Requests
 from udrl.policies.policy import Policy
-from udrl.policies.teacher import count_intents, intent_requests, teacher_policy
+from udrl.policies.requests import Requests, count_intents, intent_requests
+from udrl.policies.teacher import teacher_policy
 from udrl.recipe import Recipe
 from udrl.run import IntentPaths
 from udrl.tasks import Task, load_tasks
@@ -57,7 +57,7 @@ def prepare(recipe: Recipe, grow: bool = True) -> Work:
     requests = intent_requests(policy, train, names, samples, size, recipe.teacher.structured)
     prompts = n_train * len(tasks) * samples
     facts = {
-        "teacher": policy.facts(),
+        "teacher": policy.fingerprint_inputs(),
         "intents": recipe.intents.model_dump(),
         "tasks": names,
         "samples": samples,

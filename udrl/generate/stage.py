@@ -14,10 +14,10 @@ from udrl.generate.dataset_card import write_card
 from udrl.generate.prepare import Work, prepare
 from udrl.hashing import differences
 from udrl.licenses import describe_license
-from udrl.policies.engine_args import bundles
-from udrl.policies.policy import Row
-from udrl.policies.stage import attempts, complete
-from udrl.policies.tally import Tally
+from udrl.policies.ledger import load_attempts
+from udrl.policies.policy import Row, resource_bundles
+from udrl.policies.stage import complete
+from udrl.policies.statistics import CompletionStatistics
 from udrl.progress import duration
 from udrl.recipe import Recipe, dump
 from udrl.run import Run
@@ -112,8 +112,8 @@ def _resume(recipe: Recipe, work: Work) -> None:
     print(f"generate: {changed}; starting anew, the old completions stay in {old}", file=sys.stderr)
 
 
-def _summary(recipe: Recipe, work: Work, scored: ScoringResult, done: Tally) -> dict[str, Any]:
-    runs = attempts(work.ledger)
+def _summary(recipe: Recipe, work: Work, scored: ScoringResult, done: CompletionStatistics) -> dict[str, Any]:
+    runs = load_attempts(work.ledger)
     return {
         "requested": work.prompts,
         "accepted": scored.accepted,
@@ -139,17 +139,17 @@ def _summary(recipe: Recipe, work: Work, scored: ScoringResult, done: Tally) -> 
         "cost": _cost(recipe, work, done, scored.accepted),
         "attempts": {
             "runs": len(runs),
-            "unfinished": sum(not run["ended"] for run in runs),
-            "engine_hours": round(sum(run["seconds"] for run in runs) * recipe.teacher.placement.replicas / 3600, 4),
+            "unfinished": sum(not run.ended for run in runs),
+            "engine_hours": round(sum(run.seconds for run in runs) * recipe.teacher.placement.replicas / 3600, 4),
         },
     }
 
 
-def _cost(recipe: Recipe, work: Work, done: Tally, accepted: int) -> list[str]:
+def _cost(recipe: Recipe, work: Work, done: CompletionStatistics, accepted: int) -> list[str]:
     if not done.rows:
         return []
     place = recipe.teacher.placement
-    lines = describe_cost(done, place, accepted, len(bundles(recipe.teacher.engine, place)))
+    lines = describe_cost(done, place, accepted, len(resource_bundles(recipe.teacher.engine, place)))
     # A run that went on where another was killed took a part of the planned time.
     return lines + ([] if done.reused else dry_run.compare(recipe, work.mark, done.seconds))
 

@@ -26,7 +26,7 @@ from udrl.scoring import deduplication as dedup
 from udrl.scoring.parsing import parse_row
 from udrl.tasks import Task
 from udrl.text import count_words
-from udrl.watchdog import watched
+from udrl.watchdog import iterate_with_watchdog
 
 log = logging.getLogger(__name__)
 RULES = 2  # version; bump it when a pass's code changes its output, so that cached files are rebuilt
@@ -74,7 +74,7 @@ def filter_completions(
         progress = Progress(label, len(parts), "shards", start=done)
         files = [uri for folder in earlier for uri in storage.parquet_files(folder)] if deduplicate else []
         steps = _filter_shards(ledger, paths.filtered, parts, set(missing), list(tasks), deduplicate, files)
-        for n in watched(steps, context.watchdog_minutes, label):
+        for n in iterate_with_watchdog(steps, context.watchdog_minutes, label):
             if n is not None:
                 done, rows = done + 1, rows + n
             progress.update(done)

@@ -18,13 +18,14 @@ import pyarrow as pa
 from udrl import models, storage
 from udrl.context import DEFAULT_CONTEXT, StageContext
 from udrl.hashing import stable_id
-from udrl.policies.ledger import Requests, list_parts, read_shard
+from udrl.policies.ledger import list_parts, read_shard
 from udrl.policies.policy import Policy, Row
+from udrl.policies.requests import Requests, key_columns
 from udrl.policies.stage import complete
-from udrl.policies.teacher import chat_ids, key_columns
+from udrl.policies.teacher import encode_chat
 from udrl.recipe import RubricJudge, Sampling
 from udrl.tasks import Task
-from udrl.watchdog import watched
+from udrl.watchdog import iterate_with_watchdog
 
 TOP = 20  # what vLLM gives at most unless told otherwise (max_logprobs)
 HALF = 0.5  # a judgement with less of its probability on scores counts as a parse failure
@@ -61,7 +62,7 @@ class _Render:
         messages = [{"role": "system", "content": rubric}]
         for pair, score in graded:
             messages += [{"role": "user", "content": pair}, {"role": "assistant", "content": score}]
-        return {"tokenized_prompt": chat_ids(self.path, self.revision, [*messages, {"role": "user", "content": asked}])}
+        return {"tokenized_prompt": encode_chat(self.path, self.revision, [*messages, {"role": "user", "content": asked}])}
 
 
 def _pair(task: Task, intent: str, prompt: str) -> str:
@@ -237,7 +238,7 @@ def answer(
     work = [(name, parts.get(names.index(name), [])) for name in todo]
     collect = _Collect(filtered, ledger, out, read, column, work)
     dataset = ray.data.range(len(work), override_num_blocks=len(work)).map_batches(collect, batch_size=None, num_cpus=0.5)
-    for _ in watched(dataset.iter_batches(batch_size=None), context.watchdog_minutes, f"{policy.name}, collect"):
+    for _ in iterate_with_watchdog(dataset.iter_batches(batch_size=None), context.watchdog_minutes, f"{policy.name}, collect"):
         pass
 
 

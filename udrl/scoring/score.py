@@ -31,7 +31,7 @@ from udrl.run import Manifest, ScoringPaths
 from udrl.scoring import rewards as components
 from udrl.scoring.filtering import RULES, filter_completions, filter_inputs, ledger_name, shard_file
 from udrl.tasks import Task
-from udrl.watchdog import watched
+from udrl.watchdog import iterate_with_watchdog
 
 RELEVANCE = pa.schema([("episode_id", pa.int64()), ("relevance", pa.float32())])
 
@@ -153,7 +153,7 @@ def _map_shards(function: Callable[..., Any], shards: list[int], label: str, con
     dataset = source.map_batches(function, batch_size=1, **options)
     progress = Progress(label, len(shards), "shards")
     done, rows = 0, 0
-    for batch in watched(dataset.iter_batches(batch_size=None), context.watchdog_minutes, label):
+    for batch in iterate_with_watchdog(dataset.iter_batches(batch_size=None), context.watchdog_minutes, label):
         done += len(batch["rows"])
         rows += int(np.sum(batch["rows"]))
         progress.update(done)

@@ -17,12 +17,11 @@ import os
 import re
 import shutil
 import tempfile
-from argparse import Namespace
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from udrl import storage
+from udrl import internals, storage
 
 TAG = "state"
 NOTE = "complete-{:05d}.json"
@@ -126,7 +125,7 @@ def sweep(runs: str) -> None:
         uri = storage.join(runs, name)
         if uri != keep and not is_complete(uri):
             storage.remove(uri)
-    storage.remove(storage.join(runs, "checkpoint_manager_snapshot.json"))
+    storage.remove(storage.join(runs, internals.CHECKPOINT_INDEX))
 
 
 def prune(runs: str, keep: int) -> None:
@@ -146,20 +145,10 @@ def fetch(uri: str, folder: str) -> str:
 def universal(source: str, folder: str) -> str:
     """Convert the local checkpoint ``source`` to DeepSpeed's universal form in ``folder``, which any number of workers can
     load; return ``folder``."""
-    from deepspeed.checkpoint import ds_to_universal
-
     shutil.rmtree(folder, ignore_errors=True)
-    settings = Namespace(
-        input_folder=os.path.join(source, TAG),
-        output_folder=os.path.join(folder, TAG),
-        num_extract_workers=1,
-        num_merge_workers=1,
-        keep_temp_folder=False,
-        strict=True,
-        inject_missing_state=True,
-    )
-    os.makedirs(settings.output_folder)
-    ds_to_universal.main(settings)
+    target = os.path.join(folder, TAG)
+    os.makedirs(target)
+    internals.convert_to_universal(os.path.join(source, TAG), target)
     return folder
 
 

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from typing import Any
 
+from udrl import internals
 from udrl.recipe import Train
 from udrl.train import checkpoint
 from udrl.train.gpt2 import packed_loss
@@ -43,9 +44,10 @@ def start(
         config=settings,
         dist_init_required=False,
     )
-    if isinstance(getattr(engine.optimizer, "optimizer", None), torch.optim.AdamW) and "optimizer" not in settings:
+    inner = internals.inner_optimizer(engine)
+    if isinstance(inner, torch.optim.AdamW) and "optimizer" not in settings:
         # Some of DeepSpeed's wrappers make the states by a step on zero gradients, which AdamW counts as its first.
-        for state in engine.optimizer.optimizer.state.values():
+        for state in inner.state.values():
             state["step"].zero_()
     if not found:
         return engine, {}
@@ -66,7 +68,7 @@ def start(
                 # DeepSpeed gives all groups the first one's settings, and all states one counter of steps.
                 for group, decay in zip(engine.optimizer.param_groups, decays, strict=True):
                     group["weight_decay"] = decay
-                for state in engine.optimizer.optimizer.state.values():
+                for state in inner.state.values():
                     state["step"] = state["step"].clone()
             torch.distributed.barrier()  # all have read it
             shutil.rmtree(local, ignore_errors=True)

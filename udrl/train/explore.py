@@ -22,12 +22,11 @@ from udrl.generate.expand import TRAIN
 from udrl.generate.prepare import shard_size
 from udrl.generate.stage import Inspect
 from udrl.hashing import differences, fingerprint, stable_id
-from udrl.policies.ledger import Requests
 from udrl.policies.policy import Policy, Row
+from udrl.policies.requests import Requests, count_intents, key_columns, read_intents
 from udrl.policies.stage import complete
+from udrl.policies.statistics import CompletionStatistics
 from udrl.policies.student import student_policy
-from udrl.policies.tally import Tally
-from udrl.policies.teacher import count_intents, key_columns, read_intents
 from udrl.recipe import Recipe
 from udrl.tasks import Task
 from udrl.train.achieved import best, counted
@@ -144,7 +143,7 @@ def plan(recipe: Recipe, round_: int, student: str, folder: str) -> Plan:
     intents = min(config.intents or sys.maxsize, count_intents(source))
     facts = {
         # The student's revision stands for the buffer that it learnt from, and so for what commands are drawn from.
-        "student": policy.facts(),
+        "student": policy.fingerprint_inputs(),
         "round": round_,
         "intents": intents,
         "intents_source": source.split("/intents/")[-1],
@@ -168,7 +167,9 @@ def training_intents(recipe: Recipe) -> str:
     raise UserError(f"{run}: no training intents of a finished generate stage; run jobs.generate first")
 
 
-def explore(recipe: Recipe, what: Plan, tasks: Sequence[Task], buffer: Sequence[str], context: StageContext) -> Tally:
+def explore(
+    recipe: Recipe, what: Plan, tasks: Sequence[Task], buffer: Sequence[str], context: StageContext
+) -> CompletionStatistics:
     """Let the student write what is missing of ``what``; ``buffer`` are the folders of the earlier rounds' episodes.
 
     Raises:

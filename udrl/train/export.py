@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from typing import Any
 
-from udrl import storage
+from udrl import internals, storage
 from udrl import tokenizer as tokenizers
 from udrl.commands import CommandVocabulary
 from udrl.recipe import Recipe, Sampling
@@ -24,8 +24,7 @@ def weights(engine: Any, network: Any, rank: int) -> dict[str, Any]:
     import torch
 
     if engine.zero_optimization_stage() == 3:
-        state = engine._zero3_consolidated_16bit_state_dict()
-        state = {k.removeprefix("network."): v for k, v in state.items()} if rank == 0 else {}
+        state = {name.removeprefix("network."): v for name, v in internals.gather_zero3_weights(engine).items()}
     else:
         state = network.state_dict() if rank == 0 else {}
     # bf16 copies of tied weights are no longer one tensor, and transformers would save both.

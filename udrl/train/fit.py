@@ -272,7 +272,7 @@ def note(facts: dict[str, Any]) -> str:
 
 def _stall(quiet: float, minutes: float) -> None:
     """End the process: the main thread waits inside Ray, which nothing else interrupts for sure."""
-    print("\n".join(["train: what was going on", *watchdog.cluster_state()]), file=sys.stderr)
+    print("\n".join(["train: what was going on", *watchdog.describe_cluster()]), file=sys.stderr)
     print(
         f"train: no progress for {duration(quiet)} (watchdog_minutes={minutes:g}); checkpoints are kept, run the same command"
         " again to resume",

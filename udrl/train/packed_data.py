@@ -26,7 +26,7 @@ from udrl.train.augment import rare_words
 from udrl.train.packed_rows import PackedRows, local_files
 from udrl.train.packing_task import PackedCounts, PackingJob, pack_files
 from udrl.train.replay_buffer import BufferFile, list_buffer_files
-from udrl.watchdog import watched
+from udrl.watchdog import iterate_with_watchdog
 
 SAMPLE_EPISODES = 200_000  # read to train the tokenizer and to find rare words: neither changes much with more
 COUNTING_TASKS = 2048  # Ray tasks of the counting pass, at most
@@ -127,7 +127,7 @@ def _count_episodes(recipe: Recipe, files: list[BufferFile], tasks: list[str]) -
     batches = numbers.map_batches(count, batch_size=None, num_cpus=1).iter_batches(batch_size=None, batch_format="pyarrow")
     tables: list[pa.Table] = []
     buffered = 0
-    for table in watched(batches, recipe.watchdog_minutes, "count rewards"):
+    for table in iterate_with_watchdog(batches, recipe.watchdog_minutes, "count rewards"):
         tables.append(table)
         buffered += table.num_rows
         if buffered > BUFFERED_COUNTS:
@@ -204,7 +204,7 @@ def _pack_all(job: PackingJob, groups: list[list[BufferFile]]) -> tuple[PackedCo
     bar = Progress(label, len(groups), "files of rows")
     n_groups = 0
     totals = PackedCounts()
-    for batch in watched(batches, job.recipe.watchdog_minutes, label):
+    for batch in iterate_with_watchdog(batches, job.recipe.watchdog_minutes, label):
         for text in batch["counts"]:
             totals.add(PackedCounts.model_validate_json(text))
             n_groups += 1

@@ -17,7 +17,7 @@ import numpy as np
 
 from udrl import cluster, storage, tokenizer
 from udrl.commands import CommandVocabulary
-from udrl.policies.student import fetch
+from udrl.policies.student import fetch_student
 from udrl.recipe import Recipe
 from udrl.run import PackedDataPaths, PackedDataSummary, ValidationIntents
 from udrl.train import checkpoint, export, flops, monitor
@@ -73,7 +73,8 @@ class _Worker:
         self.words, self.vocabulary = tokenizer.load(self.folder), CommandVocabulary.load(self.folder)
         train, student = self.recipe.train, self.recipe.student
         self.plan = Plan.of(student, train, len(self.rows), self.data_summary.budget_rows, self.world)
-        self.network = model.build(student, train, self.words, self.recipe.seed, start=fetch(job.start) if job.start else None)
+        start = fetch_student(job.start) if job.start else None
+        self.network = model.build(student, train, self.words, self.recipe.seed, start=start)
         self.history: list[tuple[int, float]] = []
         self.step = self.resumed_at = 0
         self.best = math.inf

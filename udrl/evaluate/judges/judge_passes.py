@@ -18,7 +18,7 @@ from udrl.progress import Progress
 from udrl.recipe import Judge, RubricJudge
 from udrl.scoring import rubric
 from udrl.tasks import Task
-from udrl.watchdog import watched
+from udrl.watchdog import iterate_with_watchdog
 
 RATE = "rate.json"
 
@@ -104,11 +104,11 @@ def _pass(judge: Judge, folder: str, todo: list[str], context: StageContext) -> 
         options["accelerator_type"] = place.accelerator
     parts = ray.data.from_items([{"part": name} for name in todo], override_num_blocks=len(todo))
     dataset = parts.map_batches(_Parts, batch_size=1, fn_constructor_kwargs={"judge": judge, "folder": folder}, **options)
-    what = f"judge {judge.display_name}"
+    label = f"judge {judge.display_name}"
     sizes = [storage.read_table(storage.join(store.asked(folder), name), []).num_rows for name in todo]
-    bar, done = Progress(what, sum(sizes), "pairs"), 0
+    bar, done = Progress(label, sum(sizes), "pairs"), 0
     bar.update(0, "loading the model", force=True)
-    for batch in watched(dataset.iter_batches(batch_size=None), context.watchdog_minutes, what):
+    for batch in iterate_with_watchdog(dataset.iter_batches(batch_size=None), context.watchdog_minutes, label):
         done += int(np.sum(batch["rows"]))
         bar.update(done)
     bar.finish(done)

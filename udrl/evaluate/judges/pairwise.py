@@ -17,7 +17,7 @@ from udrl import models
 from udrl.evaluate.outputs import STUDENT
 from udrl.hashing import stable_id
 from udrl.policies.policy import Policy, Row
-from udrl.policies.teacher import chat_ids
+from udrl.policies.teacher import encode_chat
 from udrl.recipe import Judge, Sampling
 from udrl.scoring import rubric
 from udrl.tasks import Task
@@ -50,7 +50,7 @@ class _Render:
         messages = [{"role": "system", "content": instruction}]
         for pair, better in _compared(task):
             messages += [{"role": "user", "content": pair}, {"role": "assistant", "content": better}]
-        return {"tokenized_prompt": chat_ids(self.path, self.revision, [*messages, {"role": "user", "content": asked}])}
+        return {"tokenized_prompt": encode_chat(self.path, self.revision, [*messages, {"role": "user", "content": asked}])}
 
 
 def _fields(intent: str, first: str, second: str) -> str:
