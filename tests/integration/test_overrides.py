@@ -72,11 +72,11 @@ def test_a_second_init_in_one_process_leaves_no_remark() -> None:
     """As in a driver: connect, then call ``ray.init()`` again as ``ray.data.llm`` does."""
     code = """
 import logging
-from udrl import cluster
+from udrl import cluster, internals
 cluster.connect(num_cpus=1)
 import ray
 ray.init(ignore_reinit_error=True, logging_level=logging.INFO)
-logging.getLogger("ray._private.worker").info("still logged")
+logging.getLogger(internals.INIT_LOGGER).info("still logged")
 """
     driver = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert "still logged" in driver.stderr
