@@ -39,17 +39,13 @@ class StudentServer(LLMServer):
     """Ray's LLM server for a student under any URI that pyarrow opens, with methods that take an intent and a command.
 
     Ray's own download accepts only s3, gs, abfss and azure, caches by model id (it would mix a retrained student of the same
-    name with the old files) and only logs a failure (CloudModelDownloader.get_model in
-    ray/llm/_internal/common/utils/download_utils.py).
+    name with the old files) and only logs a failure.
 
     The tokenizer and the command vocabulary are loaded with the weights: while an update replaces engines one by one, no
     engine receives token ids of another student.
     """
 
     async def __init__(self, llm_config: LLMConfig, student: str, sampling: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits constructors
-        # Ray itself sets hf_model_id to a downloaded model's folder (initialize_node in
-        # ray/llm/_internal/serve/utils/node_initialization_utils.py); the engine then loads it as a local path.
-        engine_config: Any = llm_config.get_engine_config()
         folder = await asyncio.to_thread(local_folder, student)
         internals.set_model_folder(llm_config, folder)
         self.sampling = Sampling(**sampling)

@@ -154,8 +154,8 @@ def test_a_handle_is_initialized_once_with_a_router_of_its_own() -> None:
 
     calls: list[dict[str, Any]] = []
     handle = SimpleNamespace(is_initialized=False, _init=lambda **options: calls.append(options))
-    internals.run_router_in_own_loop(handle)
-    internals.run_router_in_own_loop(SimpleNamespace(is_initialized=True))
+    internals.use_own_event_loop(handle)
+    internals.use_own_event_loop(SimpleNamespace(is_initialized=True))
     assert calls == [{"_run_router_in_separate_loop": True}]
     assert callable(DeploymentHandle._init)
     assert isinstance(DeploymentHandle.is_initialized, property)
@@ -164,17 +164,25 @@ def test_a_handle_is_initialized_once_with_a_router_of_its_own() -> None:
     assert InitHandleOptions.create(_run_router_in_separate_loop=True)._run_router_in_separate_loop is True
 
 
+def test_serve_knows_the_host_of_its_proxies() -> None:
+    from ray.serve import context
+    from ray.serve.config import HTTPOptions
+
+    assert callable(context._get_global_client)
+    assert "host" in HTTPOptions.model_fields
+
+
 # ---- Ray Serve LLM; tests/integration/test_serve.py looks at the processes of a real engine
 
 
 def test_ray_calls_the_override_of_its_engine_config_when_an_engine_starts() -> None:
     from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 
-    engine = internals.in_process_engine_class()
+    engine = internals.in_process_vllm_engine()
     assert issubclass(engine, VLLMEngine)
     assert engine._prepare_engine_config is not VLLMEngine._prepare_engine_config
     assert "self._prepare_engine_config(" in inspect.getsource(VLLMEngine.start)
-    assert "self._engine_client = " in inspect.getsource(VLLMEngine.start)
+    assert "self._engine_client = " in inspect.getsource(VLLMEngine.start)  # read by the property async_llm
 
 
 @pytest.mark.parametrize(("backend", "workers", "expected"), [("mp", 1, "uni"), ("mp", 2, "mp"), ("ray", 1, "ray")])
@@ -187,7 +195,7 @@ def test_one_cpu_worker_runs_in_the_engines_process(
     monkeypatch.setattr(
         VLLMEngine, "_prepare_engine_config", lambda *_: ("args", "frontend", SimpleNamespace(parallel_config=parallel))
     )
-    engine = object.__new__(internals.in_process_engine_class())
+    engine = object.__new__(internals.in_process_vllm_engine())
     engine_args, frontend_args, config = engine._prepare_engine_config(None)
     assert (engine_args, frontend_args) == ("args", "frontend")
     assert config.parallel_config.distributed_executor_backend == expected
