@@ -17,7 +17,7 @@ from udrl.generate import cost
 from udrl.generate.cost import Figure, Rates
 from udrl.policies.ledger import part_name
 from udrl.policies.requests import Requests
-from udrl.policies.statistics import FIRST_TOKEN_EDGES, CompletionStatistics
+from udrl.policies.statistics import FIRST_TOKEN_EDGES, CompletionStatistics, EngineSeconds
 from udrl.recipe import Engine, Placement, Rewards, RewardWeights, Teacher
 
 GPU = Placement(replicas=2, gpus=1, dollars_per_hour=1.5)
@@ -34,7 +34,7 @@ def a_tally(**values: Any) -> CompletionStatistics:
         "input_tokens": 200_000,
         "cached_tokens": 150_000,
         "output_tokens": 40_000,
-        "engines": {"a": (90.0, 100.0), "b": (100.0, 100.0)},
+        "engines": {"a": EngineSeconds(90.0, 100.0), "b": EngineSeconds(100.0, 100.0)},
         "first_token": first,
         "startup_seconds": 80.0,
         "seconds": 100.0,
