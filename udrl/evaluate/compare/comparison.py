@@ -1,213 +1,218 @@
-"""Finished evaluations side by side, paired on the intents that all of them have; the first one is the base.
+"""Finished evaluations side by side, paired on the intents that all of them have; the first is the base.
 
-What rows tell is measured again from each ``outputs.parquet`` on the shared intents alone, so that values and differences
-belong together; what an evaluation timed, and which judges it asked, stands in its ``metrics.json``. A thing that would
-compare unlike with unlike (a judge with another model, another scorer of relevance) is left out, with the reason.
+Metrics of rows are measured again from each ``outputs.parquet`` on the shared intents, so that values and differences are
+consistent; speeds are those of ``metrics.json``. Means over rows have paired intervals; other figures have none.
 """
 
-import json
-import string
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import numpy as np
-import pyarrow as pa
-import yaml
+from pydantic import Field
 
-from udrl import storage
-from udrl.errors import UserError
-from udrl.evaluate.compare.paired import JUDGED, MEASURED, SPEEDS, Metric, scopes
-from udrl.evaluate.outputs import JUDGE, OUTPUTS, STUDENT, Columns, columns, select
+from udrl.evaluate.compare.evaluated_runs import EvaluatedRun, find_comparable_parts
+from udrl.evaluate.document import Interval, Number, Part
+from udrl.evaluate.metrics import diversity
+from udrl.evaluate.metrics.control import spearman
+from udrl.evaluate.metrics.intervals import Bootstrap, Sample
+from udrl.evaluate.outputs import JUDGE, STUDENT, Columns, select
 
-FOLDER = "evaluation"  # where a run's evaluation lies by default
-SHOWN = 3  # examples in a warning
-BY_RELEVANCE = ("relevance", "reward.spearman", "reward.difference")
+ALL = "all"  # the scope of all shared tasks together
 
 
-@dataclass(frozen=True)
-class Run:
-    """A finished evaluation: ``rows`` of :func:`udrl.evaluate.outputs.columns`, ``intents`` by id."""
+class Metric(Part):
+    """The better direction of a metric, and the format of its values."""
 
-    label: str  # A, B, ...
+    better: Literal["higher", "lower"] = "higher"
+    form: str = ".3f"
+
+
+class MetricComparison(Part):
+    """One metric in one scope, by the label of the run."""
+
+    values: dict[str, Interval]
+    differences: dict[str, Interval]  # to the first run, paired by intent
+
+
+class ComparedRun(Part):
+    label: str
+    name: str
     uri: str
-    document: dict[str, Any]
-    rows: Columns
-    intents: dict[int, str]
+    intents: int
 
 
-def load(uris: Sequence[str]) -> list[Run]:
-    """Read evaluations, each by the storage of its run or by its own folder, and name them A, B, ...
+class Verdict(Part):
+    """Whether one bound of a threshold holds for one run."""
+
+    metric: str
+    task: str
+    run: str
+    bound: str
+    limit: float
+    certain: bool
+    base: Interval
+    candidate: Interval
+    difference: Interval
+    holds: bool
+
+
+class Comparison(Part):
+    """``compare.json``. ``scopes`` holds each metric by task, and for all shared tasks together under :data:`ALL`."""
+
+    policy: str
+    runs: list[ComparedRun]
+    intents: int
+    bootstrap: int
+    seed: int
+    warnings: list[str]
+    left_out: dict[str, str]  # metric -> reason
+    metrics: dict[str, Metric]
+    scopes: dict[str, dict[str, MetricComparison]]
+    thresholds: list[Verdict] = Field(default_factory=list)
+
+    @property
+    def base(self) -> str:
+        return self.runs[0].label
+
+    @property
+    def candidates(self) -> list[str]:
+        return [run.label for run in self.runs[1:]]
+
+
+SPEEDS = {
+    "tokens_per_second": Metric(form=",.0f"),
+    "latency_p50": Metric(better="lower"),
+    "latency_p95": Metric(better="lower"),
+}
+JUDGED = Metric()  # every judge.NAME
+METRICS = {
+    "rejected": Metric(better="lower"),
+    "length.mae": Metric(better="lower"),
+    "length.exact": Metric(),
+    "length.within_2": Metric(),
+    "reward.spearman": Metric(),
+    "reward.difference": Metric(),
+    "diversity.distinct_2": Metric(),
+    "diversity.vendi": Metric(form=".2f"),
+    "diversity.self_bleu": Metric(better="lower"),
+    **SPEEDS,
+}
+Figures = dict[str, dict[str, Number]]  # label -> metric without an interval -> value
+
+
+def compare(runs: Sequence[EvaluatedRun], policy: str = STUDENT) -> Comparison:
+    """Compare the outputs of ``policy`` in all runs.
 
     Raises:
-        UserError: no finished evaluation there, or one that can't be read.
+        UserError: ``policy`` has no outputs in one of the runs, or the runs share no task or intent.
     """
-    if len(uris) > len(string.ascii_uppercase):
-        raise UserError(f"{len(uris)} runs: at most {len(string.ascii_uppercase)} can be compared at once")
-    return [_load(uri, label) for uri, label in zip(uris, string.ascii_uppercase, strict=False)]
+    parts = find_comparable_parts(runs, policy)
+    metrics = {"relevance": Metric(), **{f"judge.{name}": JUDGED for name in parts.judges}, **METRICS}
+    metrics = {name: metric for name, metric in metrics.items() if name not in parts.left_out}
+    bootstrap = Bootstrap(runs[0].document.bootstrap, runs[0].document.seed)
+    first = parts.outputs[runs[0].label]
+    tasks = sorted(set(first["task"]))
+    by_task = {task: {run: select(rows, rows["task"] == task) for run, rows in parts.outputs.items()} for task in tasks}
+    figures = {task: _figures(outputs, bootstrap.seed) for task, outputs in by_task.items()}
+    speeds = {run.label: _speeds(run, policy) for run in runs}
+    # Texts of different tasks, and ranks of their bins, are not pooled: over all tasks their figures are the mean of the tasks.
+    over_all = {run: {**_mean([figures[task][run] for task in tasks]), **speeds[run]} for run in parts.outputs}
+    scopes = {ALL: _measure(parts.outputs, over_all, list(metrics), bootstrap)}
+    scopes |= {task: _measure(by_task[task], figures[task], list(metrics), bootstrap) for task in tasks}
+    return Comparison(
+        policy=policy,
+        runs=[ComparedRun(label=r.label, name=r.document.name, uri=r.uri, intents=len(r.intents)) for r in runs],
+        intents=len(np.unique(first["intent_id"])),
+        bootstrap=bootstrap.resamples,
+        seed=bootstrap.seed,
+        warnings=parts.warnings,
+        left_out=parts.left_out,
+        metrics=metrics,
+        scopes=scopes,
+    )
 
 
-def _load(uri: str, label: str) -> Run:
-    places = (uri, storage.join(uri, FOLDER))
-    folder = next((place for place in places if storage.exists(storage.join(place, "metrics.json"))), None)
-    if folder is None:
-        raise UserError(f"{uri}: no finished evaluation (metrics.json); run jobs.evaluate, or name its evaluate.folder")
-    tables = storage.join(folder, "outputs.parquet")
-    if not storage.exists(tables):
-        raise UserError(f"{folder}: no outputs.parquet beside metrics.json; run jobs.evaluate again")
-    try:
-        document, table = storage.read_json(storage.join(folder, "metrics.json")), storage.read_table(tables)
-    except (ValueError, pa.ArrowException) as error:
-        raise UserError(f"{folder}: can't be read ({' '.join(str(error).split())[:100]}); run jobs.evaluate again") from error
-    absent = [name for name in OUTPUTS.names if name not in table.column_names]
-    if absent or not isinstance(document, dict) or not isinstance(document.get("policies"), dict):
-        missing = f"outputs.parquet has no {', '.join(absent)}" if absent else "metrics.json has no policies"
-        raise UserError(f"{folder}: made by another version ({missing}); run jobs.evaluate again")
-    if document.get("rows") not in (None, table.num_rows):
-        raise UserError(f"{folder}: metrics.json and outputs.parquet are of different evaluations; run jobs.evaluate again")
-    intents = dict(zip(table["intent_id"].to_pylist(), table["intent"].to_pylist(), strict=True))
-    return Run(label, folder, document, columns(table), intents)
+def _measure(
+    outputs: dict[str, Columns], figures: Figures, metrics: Sequence[str], bootstrap: Bootstrap
+) -> dict[str, MetricComparison]:
+    """Compare all metrics in one scope; the first of ``outputs`` is the base."""
+    base, *candidates = outputs
+    samples = {run: _samples(rows) for run, rows in outputs.items()}
+    comparisons = {}
+    for name in metrics:
+        if name in samples[base]:
+            values = {run: bootstrap.mean(samples[run][name]) for run in outputs}
+            differences = {run: bootstrap.difference(samples[run][name], samples[base][name]) for run in candidates}
+        else:
+            values = {run: Interval(value=figures[run][name]) for run in outputs}
+            differences = {run: Interval(value=_subtract(values[run].value, values[base].value)) for run in candidates}
+        comparisons[name] = MetricComparison(values=values, differences=differences)
+    return comparisons
 
 
-def compare(runs: Sequence[Run], policy: str = STUDENT) -> dict[str, Any]:
-    """Measure what ``policy`` wrote in each run, and how far each is from the first.
+def _subtract(value: Number, base: Number) -> Number:
+    return None if value is None or base is None else value - base
 
-    Returns:
-        ``policy``, ``runs``, ``intents`` (shared), ``warnings``, ``left_out`` (metric -> reason), ``metrics`` (name -> better,
-        form) and ``scopes``: by task, and ``all`` for all together, a metric's ``values`` (by label) and ``differences`` to the
-        first run (by label), each ``value``, ``low`` and ``high`` (95%, paired by intent), None where unknown.
 
-    Raises:
-        UserError: ``policy`` wrote nothing in one of them, or they share no intent or task.
-    """
-    for run in runs:
-        if policy not in run.rows["policy"]:
-            names = ", ".join(sorted(set(run.rows["policy"]))) or "nobody"
-            raise UserError(f"{run.uri}: policy {policy!r} wrote nothing there; who did: {names}")
-    sides = {run.label: select(run.rows, run.rows["policy"] == policy) for run in runs}
-    warnings: list[str] = []
-    tasks = _shared("task", "tasks", sides, {}, warnings)
-    sides = {label: select(rows, np.isin(rows["task"], tasks)) for label, rows in sides.items()}
-    texts = {key: text for run in runs for key, text in run.intents.items()}
-    shared = _shared("intent_id", "intents", sides, texts, warnings)
-    sides = {label: select(rows, np.isin(rows["intent_id"], shared)) for label, rows in sides.items()}
-    judges, left_out = _judges(runs, warnings)
-    left_out |= _scorers(runs, warnings)
-    _sweeps(sides, warnings)
-    _machines(runs, warnings)
-    metrics = {"relevance": Metric(), **{f"judge.{name}": JUDGED for name in judges}, **MEASURED}
-    metrics = {name: metric for name, metric in metrics.items() if name not in left_out}
-    first = runs[0].document
-    options = {"resamples": first.get("bootstrap") or 1000, "seed": first.get("seed") or 0}
+def _samples(rows: Columns) -> dict[str, Sample]:
+    """Return the metrics that are means over rows, and so have intervals."""
+    default = select(rows, rows["probe"] == "default")
+    swept = select(rows, (rows["probe"] == "length") & (rows["command_words"] >= 1))
+    error = np.abs(swept["n_words"] - swept["command_words"])
+    judges = {f"judge.{name.removeprefix(JUDGE)}": default[name] for name in rows if name.startswith(JUDGE)}
+    of_default = {"relevance": default["relevance"], **judges, "rejected": default["rejected"]}
+    of_swept = {"length.mae": error, "length.exact": error == 0, "length.within_2": error <= 2}
     return {
-        "policy": policy,
-        "runs": [_told(run) for run in runs],
-        "intents": len(shared),
-        "bootstrap": options["resamples"],
-        "seed": options["seed"],
-        "warnings": warnings,
-        "left_out": left_out,
-        "metrics": {name: metric._asdict() for name, metric in metrics.items()},
-        "scopes": scopes(sides, tasks, metrics, {run.label: _speeds(run, policy) for run in runs}, options),
+        **{name: Sample(values, default["intent_id"]) for name, values in of_default.items()},
+        **{name: Sample(values, swept["intent_id"]) for name, values in of_swept.items()},
+        "reward.difference": _reward_gains(select(rows, rows["probe"] == "reward")),
     }
 
 
-def _told(run: Run) -> dict[str, Any]:
-    known = run.document
-    return {"label": run.label, "name": known.get("name"), "uri": run.uri, "intents": len(run.intents)}
+def _reward_gains(rows: Columns) -> Sample:
+    """Return the mean relevance of the top bin minus that of the bottom one, by task and intent, of accepted prompts.
 
-
-def _shared(column: str, what: str, sides: dict[str, Columns], texts: dict[int, str], warnings: list[str]) -> list[Any]:
-    """The values of ``column`` that all sides have; those that not all have are named."""
-    found = {label: set(rows[column].tolist()) for label, rows in sides.items()}
-    shared = set.intersection(*found.values())
-    if not shared:
-        counts = ", ".join(f"{label} has {len(values)}" for label, values in found.items())
-        remedy = "tasks" if column == "task" else "evaluate.source, or the same episodes_from and seed"
-        raise UserError(f"no common {what} ({counts}); evaluate the runs with the same {remedy}")
-    for label, values in found.items():
-        extra = sorted(values - shared)
-        if extra:
-            named = [repr(texts.get(value, value)) for value in extra[:SHOWN]] + (["..."] if len(extra) > SHOWN else [])
-            warnings.append(f"{what}: {len(extra)} of {label} left out, not in all runs: {', '.join(named)}")
-    return sorted(shared)
-
-
-def _judges(runs: Sequence[Run], warnings: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The pointwise judges that all runs asked in the same way; the reason for each of the others, by metric."""
-    asked = {run.label: run.document.get("judges") or {} for run in runs}
-    names, left_out = [], {}
-    for name in dict.fromkeys(name for judges in asked.values() for name in judges):
-        told = {label: judges[name] for label, judges in asked.items() if name in judges}
-        absent = [run.label for run in runs if run.label not in told or JUDGE + name not in run.rows]
-        models = {label: f"{facts.get('kind')} by {facts.get('model')}" for label, facts in told.items()}
-        if all(facts.get("kind") == "pairwise" for facts in told.values()):
-            left_out[f"judge.{name}"] = "it compares the policies of one evaluation"
+    Intents without both are left out.
+    """
+    gains, intents = [], []
+    for task in sorted(set(rows["task"])):
+        bins = rows["command_reward"][(rows["task"] == task) & (rows["command_reward"] >= 0)]
+        if not len(bins) or bins.min() == bins.max():
             continue
-        if absent:
-            left_out[f"judge.{name}"] = f"no scores of it in {', '.join(absent)}"
-        elif len(set(models.values())) > 1:
-            left_out[f"judge.{name}"] = (
-                f"not the same judge: {', '.join(f'{label} {model}' for label, model in models.items())}"
-            )
-        else:
-            names.append(name)
-            doubted = [label for label, facts in told.items() if facts.get("validated", facts.get("believable")) is False]
-            if doubted:
-                warnings.append(f"judge.{name}: did not prove itself on the controls in {', '.join(doubted)}: don't lean on it")
-            continue
-        warnings.append(f"judge.{name}: left out, {left_out[f'judge.{name}']}")
-    return names, left_out
+        accepted = select(rows, (rows["task"] == task) & ~rows["rejected"])
+        for intent in np.unique(accepted["intent_id"]):
+            own = select(accepted, accepted["intent_id"] == intent)
+            top, bottom = (own["relevance"][own["command_reward"] == end] for end in (bins.max(), bins.min()))
+            if len(top) and len(bottom):
+                gains.append(top.mean() - bottom.mean())
+                intents.append(intent)
+    return Sample(np.array(gains, dtype=float), np.array(intents, dtype=np.int64))
 
 
-def _scorers(runs: Sequence[Run], warnings: list[str]) -> dict[str, str]:
-    """Relevance, and what rests on it, is left out where different scorers made it."""
-    found = {run.label: _scorer(run.document) for run in runs}
-    if len({scorer for scorer in found.values() if scorer}) < 2:
-        return {}
-    reason = f"not the same scorer: {', '.join(f'{label} {scorer}' for label, scorer in found.items() if scorer)}"
-    warnings.append(f"{', '.join(BY_RELEVANCE)}: left out, {reason}")
-    return dict.fromkeys(BY_RELEVANCE, reason)
+def _figures(outputs: dict[str, Columns], seed: int) -> Figures:
+    """Return one task's metrics without an interval, of each run; speeds are measured over all tasks only.
+
+    All runs are cut to one length and number of prompts, as policies are in an evaluation. The Vendi score is over word pairs,
+    so that no model is loaded.
+    """
+    default = {run: select(rows, rows["probe"] == "default") for run, rows in outputs.items()}
+    names = ("rejected", "prompt", "intent_id", "variation")
+    pooled = {name: np.concatenate([rows[name] for rows in default.values()]) for name in names}
+    pooled["policy"] = np.repeat(np.array(list(default), dtype=object), [len(rows["prompt"]) for rows in default.values()])
+    diversities = diversity.measure_task(pooled, list(outputs), seed=seed).diversity.policies
+    figures: Figures = {}
+    for run, rows in outputs.items():
+        swept = select(rows, (rows["probe"] == "reward") & (rows["command_reward"] >= 0) & ~rows["rejected"])
+        figures[run] = {f"diversity.{name}": value for name, value in diversities[run]}
+        figures[run]["reward.spearman"] = spearman(swept["command_reward"], swept["relevance"])
+        figures[run] |= dict.fromkeys(SPEEDS)
+    return figures
 
 
-def _scorer(document: dict[str, Any]) -> str | None:
-    recipe = yaml.safe_load(document.get("recipe") or "")
-    rewards = recipe.get("rewards") if isinstance(recipe, dict) else None
-    if not isinstance(rewards, dict):
-        return None
-    if rewards.get("relevance") != "judge":
-        return rewards.get("embedder")
-    judge = rewards.get("judge") or {}
-    return f"judge {judge.get('model')}"
+def _mean(by_task: Sequence[dict[str, Number]]) -> dict[str, Number]:
+    return {name: float(np.mean(np.array([task[name] for task in by_task], dtype=float))) for name in by_task[0]}
 
 
-def _sweeps(sides: dict[str, Columns], warnings: list[str]) -> None:
-    """Errors of other commands are not the same question; so where commands differ, that is said."""
-    for probe, column, remedy in (
-        ("length", "command_words", "set evaluate.lengths in both"),
-        ("reward", "command_reward", "train both with the same commands.reward_bins"),
-    ):
-        asked: dict[str, set[tuple[str, int]]] = {}
-        for label, rows in sides.items():
-            here = select(rows, (rows["probe"] == probe) & (rows[column] >= 0))
-            asked[label] = set(zip(here["task"].tolist(), here[column].tolist(), strict=True))
-        known = [commands for commands in asked.values() if commands]
-        tasks = sorted({task for commands in known for task, _ in commands ^ known[0]})
-        if tasks:
-            warnings.append(f"{probe}.*: the runs were not asked for the same {probe}s in {', '.join(tasks)}; {remedy}")
-
-
-def _machines(runs: Sequence[Run], warnings: list[str]) -> None:
-    found = [run.document.get("environment") or {} for run in runs]
-    if len({(known.get("machine"), known.get("cores")) for known in found if known}) > 1:
-        warnings.append(f"{', '.join(SPEEDS)}: not measured on the same machine")
-
-
-def _speeds(run: Run, policy: str) -> dict[str, float]:
-    facts = run.document["policies"].get(policy) or {}
-    return {name: np.nan if facts.get(name) is None else float(facts[name]) for name in SPEEDS}
-
-
-def one_line(document: dict[str, Any]) -> str:
-    """The document as one line of strict JSON."""
-    return json.dumps(document, ensure_ascii=False, allow_nan=False)
+def _speeds(run: EvaluatedRun, policy: str) -> dict[str, Number]:
+    profile = run.document.policies.get(policy)
+    return {name: getattr(profile, name) if profile else None for name in SPEEDS}

@@ -1,23 +1,24 @@
-"""Rules on a comparison, for CI: how far a run may be from the base, and what it must reach.
+"""Rules on a comparison, for CI: how far a run may be from the base, and the values that it must reach.
 
-Words are literal: ``max_drop`` bounds how much smaller a number is than the base's, ``max_rise`` how much larger, whichever
-way is better. A rule that can't be checked is an error, never a pass.
+Bounds are literal: ``max_drop`` bounds how much smaller a number is than the base's, ``max_rise`` how much larger, whichever
+direction is better. A rule that can't be checked is an error, never a pass.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from udrl import storage
 from udrl.errors import UserError
-from udrl.evaluate.compare.paired import ALL
+from udrl.evaluate.compare.comparison import ALL, Comparison, Verdict
+from udrl.evaluate.document import Interval
 from udrl.recipe import Section, problem_line
 
 DROPS, RISES = ("max_drop", "max_drop_percent"), ("max_rise", "max_rise_percent")
 BOUNDS = (*DROPS, *RISES, "min", "max")
-ROUNDING = 1e-6  # scores are stored as float32, where 0.40 - 0.38 is 0.0200000107, and still a drop of 0.02
+ROUNDING = 1e-6  # scores are stored as float32, in which 0.40 - 0.38 is 0.0200000107, which still is a drop of 0.02
 
 
 class Rule(Section):
@@ -34,36 +35,20 @@ class Rule(Section):
     certain: bool = Field(False, description="fails only when the whole 95% interval lies beyond the bound")
 
     @model_validator(mode="after")
-    def _bounded(self) -> "Rule":
+    def _require_a_bound(self) -> "Rule":
         if not self.bounds():
-            raise ValueError(f"no bound is given; give at least one of {', '.join(BOUNDS)}")
+            raise ValueError(f"no bound; set at least one of {', '.join(BOUNDS)}")
         return self
 
     def bounds(self) -> dict[str, float]:
-        """The bounds that are given, by name."""
         return {name: value for name in BOUNDS if (value := getattr(self, name)) is not None}
 
 
-class Verdict(NamedTuple):
-    """What one bound says of one run; the three measurements are intervals of the comparison."""
-
-    metric: str
-    task: str
-    run: str
-    bound: str
-    limit: float
-    certain: bool
-    base: dict[str, float | None]
-    candidate: dict[str, float | None]
-    difference: dict[str, float | None]
-    holds: bool
-
-
-def load(uri: str) -> list[Rule]:
+def load_rules(uri: str) -> list[Rule]:
     """Read a YAML list of rules.
 
     Raises:
-        UserError: file absent, not YAML, or a rule that is not allowed, a line each.
+        UserError: the file is absent or not YAML, or a rule is not allowed; one line per problem.
     """
     try:
         values = yaml.safe_load(storage.read_bytes(uri))
@@ -90,20 +75,17 @@ def _problem(origin: str, problem: Any) -> str:
     return problem_line(origin, problem)
 
 
-def check(rules: Sequence[Rule], document: dict[str, Any]) -> list[Verdict]:
-    """Hold every run but the first against the rules.
-
-    Args:
-        document: of :func:`udrl.evaluate.compare.comparison.compare`.
+def check(rules: Sequence[Rule], comparison: Comparison) -> list[Verdict]:
+    """Check every run except the first against the rules.
 
     Raises:
-        UserError: a rule names what is unknown or was not measured, a line each.
+        UserError: a rule names an unknown metric or task, or one that was not measured; one line per problem.
     """
     verdicts, problems = [], []
     for i, rule in enumerate(rules, start=1):
-        for run in document["runs"][1:]:
+        for run in comparison.candidates:
             try:
-                verdicts += _check(rule, document, run["label"])
+                verdicts += _check(rule, comparison, run)
             except UserError as error:
                 problems.append(f"rule {i}: {error}")
     if problems:
@@ -111,49 +93,68 @@ def check(rules: Sequence[Rule], document: dict[str, Any]) -> list[Verdict]:
     return verdicts
 
 
-def _check(rule: Rule, document: dict[str, Any], run: str) -> list[Verdict]:
-    if rule.metric not in document["metrics"]:
-        reason = document["left_out"].get(rule.metric)
-        known = ", ".join(document["metrics"])
-        raise UserError(
-            f"{rule.metric}: not compared, {reason}" if reason else f"{rule.metric}: unknown metric; known: {known}"
-        )
-    if rule.task not in document["scopes"]:
-        raise UserError(f"task {rule.task}: not in all runs; known: {', '.join(document['scopes'])}")
-    found = document["scopes"][rule.task][rule.metric]
-    first = document["runs"][0]["label"]
-    base, candidate, difference = found["values"][first], found["values"][run], found["differences"][run]
+def _check(rule: Rule, comparison: Comparison, run: str) -> list[Verdict]:
+    if rule.metric in comparison.left_out:
+        raise UserError(f"{rule.metric}: not compared, {comparison.left_out[rule.metric]}")
+    if rule.metric not in comparison.metrics:
+        raise UserError(f"{rule.metric}: unknown metric; known: {', '.join(comparison.metrics)}")
+    if rule.task not in comparison.scopes:
+        raise UserError(f"task {rule.task}: not in all runs; known: {', '.join(comparison.scopes)}")
+    measured = comparison.scopes[rule.task][rule.metric]
+    base, candidate, difference = measured.values[comparison.base], measured.values[run], measured.differences[run]
     verdicts = []
     for bound, limit in rule.bounds().items():
-        judged = candidate if bound in ("min", "max") else difference
-        if judged["value"] is None:
-            absent = [label for label in (first, run) if found["values"][label]["value"] is None]
-            raise UserError(f"{rule.metric} ({rule.task}): not measured in {', '.join(absent)}")
-        if rule.certain and judged["low"] is None:
+        interval = candidate if bound in ("min", "max") else difference
+        if interval.value is None:
+            missing = [label for label in (comparison.base, run) if measured.values[label].value is None]
+            raise UserError(f"{rule.metric} ({rule.task}): not measured in {', '.join(missing)}")
+        if rule.certain and interval.low is None:
             raise UserError(f"{rule.metric} ({rule.task}): has no interval, so nothing is certain; leave certain out")
-        if bound.endswith("_percent") and not base["value"]:
-            absolute = bound.removesuffix("_percent")
-            raise UserError(f"{rule.metric} ({rule.task}): the base is 0, of which there are no per cent; use {absolute}")
-        most = limit * abs(base["value"]) / 100 if bound.endswith("_percent") else limit
-        holds = _beyond(bound, most, judged, rule.certain) <= ROUNDING
-        told = (rule.metric, rule.task, run, bound, limit, rule.certain, base, candidate, difference)
-        verdicts.append(Verdict(*told, holds))
+        if bound.endswith("_percent"):
+            if not base.value:
+                remedy = bound.removesuffix("_percent")
+                raise UserError(f"{rule.metric} ({rule.task}): the base is 0, so a percentage is undefined; use {remedy}")
+            excess = excess_over(bound, limit * abs(base.value) / 100, interval, rule.certain)
+        else:
+            excess = excess_over(bound, limit, interval, rule.certain)
+        verdicts.append(
+            Verdict(
+                metric=rule.metric,
+                task=rule.task,
+                run=run,
+                bound=bound,
+                limit=limit,
+                certain=rule.certain,
+                base=base,
+                candidate=candidate,
+                difference=difference,
+                holds=excess <= ROUNDING,
+            )
+        )
     return verdicts
 
 
-def _beyond(bound: str, most: float, judged: dict[str, Any], certain: bool) -> float:
-    """How far the measurement lies beyond the bound; where that must be certain, its end that is nearest to the bound."""
+def excess_over(bound: str, limit: float, interval: Interval, certain: bool) -> float:
+    """Return how far a measurement lies beyond a bound; if that must be certain, its end that is nearest to the bound."""
+    value, low, high = interval.value, interval.low, interval.high
+    assert value is not None
     if bound in RISES or bound == "max":
-        return (judged["low"] if certain else judged["value"]) - most
-    nearest = judged["high"] if certain else judged["value"]
-    return most - nearest if bound == "min" else -nearest - most
+        return (low if certain and low is not None else value) - limit
+    nearest = high if certain and high is not None else value
+    return limit - nearest if bound == "min" else -nearest - limit
 
 
-def doubts(rules: Sequence[Rule], document: dict[str, Any]) -> list[str]:
-    """Rules that bound an improvement, which is hardly ever meant."""
-    found = []
+def doubtful_rules(rules: Sequence[Rule], comparison: Comparison) -> list[str]:
+    """Return a line for each bound on an improvement, which is hardly ever meant."""
+    lines = []
     for i, rule in enumerate(rules, start=1):
-        better = document["metrics"].get(rule.metric, {}).get("better")
-        wrong = {"lower": (*DROPS, "min"), "higher": (*RISES, "max")}.get(better, ())
-        found += [f"rule {i}: {b} bounds an improvement: {rule.metric} is better {better}" for b in rule.bounds() if b in wrong]
-    return found
+        if rule.metric not in comparison.metrics:
+            continue
+        better = comparison.metrics[rule.metric].better
+        doubtful = (*DROPS, "min") if better == "lower" else (*RISES, "max")
+        lines += [
+            f"rule {i}: {bound} bounds an improvement: {rule.metric} is better {better}"
+            for bound in rule.bounds()
+            if bound in doubtful
+        ]
+    return lines
