@@ -1,4 +1,4 @@
-"""Tables keep their columns whatever text the cells contain."""
+"""Tables keep their columns for any text in their cells."""
 
 import re
 
