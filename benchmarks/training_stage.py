@@ -40,8 +40,7 @@ def main() -> None:
         storage.remove(storage.join(config.storage, name))
     # One core more than the workers take, for Ray Data's tasks; cores are numbers to Ray and bind no process.
     cluster.connect(num_cpus=max(cluster.cpu_count(), int(config.train.workers * config.train.cpus_per_worker) + 1))
-    facts = train.run(config)
-    found = {name: facts.get(name) for name in WANTED}
+    found = {name: value for name, value in train.run(config).model_dump().items() if name in WANTED}
     if arguments.describe:
         found |= describe(config.storage)
     print(json.dumps(found))

@@ -13,23 +13,23 @@ def main(argv: Sequence[str]) -> None:
     from udrl import progress
     from udrl.evaluate import stage as evaluate
     from udrl.generate import stage as generate
-    from udrl.train import stage as rounds
+    from udrl.train import stage as train
 
     times = []
-    for name, stage in (("generate", generate), ("train", rounds), ("evaluate", evaluate)):
+    for name, stage in (("generate", generate), ("train", train), ("evaluate", evaluate)):
         if stage is generate and recipe.episodes_from:
             print(f"generate: skipped; the episodes are those of {recipe.episodes_from}", flush=True)
             continue
-        begun = time.monotonic()
+        start = time.monotonic()
         result = stage.run(recipe)
-        times.append(f"{name} {progress.duration(time.monotonic() - begun)}")
+        times.append(f"{name} {progress.duration(time.monotonic() - start)}")
         print(stage.describe(result), flush=True)
     print(f"took: {', '.join(times)}")
     print(f"serve the student: python -m serve.app {recipe_argument(argv)}")
 
 
 def recipe_argument(argv: Sequence[str]) -> str:
-    """The command line's own words: a recipe with the same overrides finds the same run."""
+    """Return the command line's arguments: the recipe with the same overrides names the same run."""
     return " ".join(argv)
 
 

@@ -9,9 +9,9 @@ from udrl.errors import exit_code
 
 def main(argv: Sequence[str]) -> None:
     recipe = parse_recipe(argv, "Train the student by upside-down reinforcement learning, in rounds if the recipe has any.")
-    from udrl.train import stage as rounds
+    from udrl.train import stage as train
 
-    print(rounds.describe(rounds.run(recipe)))
+    print(train.describe(train.run(recipe)))
 
 
 if __name__ == "__main__":

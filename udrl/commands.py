@@ -15,7 +15,7 @@ END = "<|end|>"
 PAD = "<|pad|>"
 ANY = -1  # no preference: the length or reward of an unconditioned request
 
-FILE = "commands.json"
+_FILE_NAME = "commands.json"
 
 
 class Command(BaseModel):
@@ -28,7 +28,7 @@ class Command(BaseModel):
 
 
 class TaskCommands(BaseModel):
-    """The reward bins of one task, what its training episodes achieved, and its default command."""
+    """One task's reward bins, the outcomes of its training episodes, and its default command."""
 
     model_config = ConfigDict(extra="forbid")
     edges: list[float] = Field(
@@ -80,12 +80,12 @@ class CommandVocabulary(BaseModel):
         return Command(task=task, words=task_commands.default_words, reward=task_commands.default_reward)
 
     def save(self, folder: str) -> None:
-        with open(os.path.join(folder, FILE), "w", encoding="utf-8") as out:
+        with open(os.path.join(folder, _FILE_NAME), "w", encoding="utf-8") as out:
             json.dump(self.model_dump(), out, indent=2)
 
     @classmethod
     def load(cls, folder: str) -> "CommandVocabulary":
-        with open(os.path.join(folder, FILE), encoding="utf-8") as source:
+        with open(os.path.join(folder, _FILE_NAME), encoding="utf-8") as source:
             return cls.model_validate_json(source.read())
 
 

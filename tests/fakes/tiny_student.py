@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fakes.vocabularies import fit_to
+from fakes.fake_vocabulary import fit_to
 from udrl import commands, storage
 from udrl import tokenizer as student_tokenizer
 from udrl.run import StudentPaths, TrainingSummary

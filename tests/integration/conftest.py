@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fakes.episodes import fill_with_episodes
+from fakes.fake_episodes import fill_with_episodes
 
 
 @pytest.fixture(scope="module")

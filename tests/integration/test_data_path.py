@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
-from fakes.episodes import fill_with_episodes
+from fakes.fake_episodes import fill_with_episodes
 
 from udrl import tokenizer
 from udrl.commands import ANY, Command, CommandVocabulary
@@ -112,13 +112,13 @@ def test_every_episode_is_trained_or_validated_on_and_counted(prepared: tuple[st
 def test_the_saved_validation_intents_are_not_trained_on(prepared: tuple[str, Path]) -> None:
     _, out = prepared
     saved = ValidationIntents.load(PackedDataPaths(str(out)).validation_intents).intents
-    words, vocabulary = tokenizer.load(str(out / "tokenizer")), CommandVocabulary.load(str(out / "tokenizer"))
+    student_tokenizer, vocabulary = tokenizer.load(str(out / "tokenizer")), CommandVocabulary.load(str(out / "tokenizer"))
     assert {entry.task for entry in saved} == set(TASKS)
     assert len({(entry.task, entry.intent) for entry in saved}) == len(saved)
     assert all(0 < sum(entry.task == task for entry in saved) <= 32 for task in TASKS)
     train, validation = sequences(out), sequences(out, "validation")
     for entry in saved:
-        request = tokenizer.encode_request(words, vocabulary, entry.intent, Command(task=entry.task))
+        request = tokenizer.encode_request(student_tokenizer, vocabulary, entry.intent, Command(task=entry.task))
         begin = tuple(request[:-2])  # intent and task
         assert any(ids[: len(begin)] == begin for ids in validation)
         assert not any(ids[: len(begin)] == begin for ids in train)
@@ -165,11 +165,11 @@ def test_plain_fine_tuning_has_the_same_texts_and_budget_and_commands_only_the_t
     udrl = PackedDataSummary.load(PackedDataPaths(str(out)).summary)
     plain = prepare(run, tmp_path, train={"objective": objective, "top_share": 0.3})
     vocabulary = CommandVocabulary.load(str(tmp_path / "tokenizer"))
-    words = tokenizer.load(str(tmp_path / "tokenizer"))
-    any_ids = tuple(tokenizer.control_ids(words, vocabulary.tokens(Command(task=TASKS[0])))[1:])
+    student_tokenizer = tokenizer.load(str(tmp_path / "tokenizer"))
+    any_ids = tuple(tokenizer.control_ids(student_tokenizer, vocabulary.tokens(Command(task=TASKS[0])))[1:])
     assert vocabulary.default(TASKS[0]) == Command(task=TASKS[0], words=ANY, reward=ANY)
-    control = set(tokenizer.control_ids(words, vocabulary.control_tokens()))
-    tasks = set(tokenizer.control_ids(words, [vocabulary.tokens(Command(task=task))[0] for task in TASKS]))
+    control = set(tokenizer.control_ids(student_tokenizer, vocabulary.control_tokens()))
+    tasks = set(tokenizer.control_ids(student_tokenizer, [vocabulary.tokens(Command(task=task))[0] for task in TASKS]))
 
     def without_commands(ids: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(i for i in ids if i not in control or i in tasks)
@@ -228,19 +228,21 @@ def test_a_pretrained_tokenizer_keeps_its_pieces(prepared: tuple[str, Path], tmp
     pretrained.save_pretrained(tmp_path / "gpt2")
     GPT2Config(vocab_size=300).save_pretrained(tmp_path / "gpt2")
     summary = prepare(run, tmp_path / "out", student={"init": str(tmp_path / "gpt2"), "context": 160})
-    words = tokenizer.load(str(tmp_path / "out" / "tokenizer"))
+    student_tokenizer = tokenizer.load(str(tmp_path / "out" / "tokenizer"))
     text = "a fox in the forest"
-    assert tokenizer.encode_text(words, [text]) == tokenizer.encode_text(pretrained, [text])
+    assert tokenizer.encode_text(student_tokenizer, [text]) == tokenizer.encode_text(pretrained, [text])
     assert len(sequences(tmp_path / "out")) == summary.trained
-    assert all(ids[-1] == words.eos_token_id for ids in sequences(tmp_path / "out"))
+    assert all(ids[-1] == student_tokenizer.eos_token_id for ids in sequences(tmp_path / "out"))
 
 
 def test_both_passes_rank_alike_within_the_intent(prepared: tuple[str, Path], tmp_path: Path) -> None:
     run, _ = prepared
     prepare(run, tmp_path, commands={"rank_within": "intent", "reward_bins": 2, "dropout": 0}, train={"validation": 0})
     vocabulary = CommandVocabulary.load(str(tmp_path / "tokenizer"))
-    words = tokenizer.load(str(tmp_path / "tokenizer"))
-    control = {task: tokenizer.control_ids(words, [f"<|task:{task}|>", "<|reward:0|>", "<|reward:1|>"]) for task in TASKS}
+    student_tokenizer = tokenizer.load(str(tmp_path / "tokenizer"))
+    control = {
+        task: tokenizer.control_ids(student_tokenizer, [f"<|task:{task}|>", "<|reward:0|>", "<|reward:1|>"]) for task in TASKS
+    }
     for task, (task_id, *bins) in control.items():
         of_task = [ids for ids in sequences(tmp_path) if task_id in ids]
         labeled = [sum(b in ids for ids in of_task) for b in bins]

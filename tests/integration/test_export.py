@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fakes.vocabularies import fake_vocabulary
+from fakes.fake_vocabulary import fake_vocabulary
 
 from udrl import recipe, tokenizer
 from udrl.commands import Command, CommandVocabulary

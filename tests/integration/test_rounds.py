@@ -1,4 +1,4 @@
-"""Rounds for real: a tiny student explores through vLLM, is scored and retrained; a round that goes wrong is left out."""
+"""Rounds with real training: a tiny student explores through vLLM, is scored and retrained; a dull round is refused."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from fakes.vocabularies import fit_to
+from fakes.fake_vocabulary import fit_to
 from ray import cloudpickle
 
 from benchmarks.dummy_engine import DummyEngine
@@ -23,11 +23,12 @@ from udrl.policies.actor import EMPTY_ANSWER
 from udrl.policies.ledger import list_parts
 from udrl.policies.policy import Row
 from udrl.recipe import Recipe
-from udrl.train import fit as train
-from udrl.train import stage as rounds
+from udrl.run import GenerateSummary, RoundRecord, RoundsSummary, Run, TrainingSummary
+from udrl.train import stage
+from udrl.train.fit import first_training, training_fingerprint
 
 pytestmark = pytest.mark.usefixtures("local_ray")
-# The engine below travels to Ray's workers, which know no module of the tests.
+# Ray's workers cannot import the module of the engine below.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 SUBJECTS = ["owl", "fox", "lynx", "otter", "heron"]
@@ -49,12 +50,13 @@ def recipe(run: str, **more: Any) -> Recipe:
 
 @pytest.fixture
 def run(run_with_episodes: str) -> str:
-    """The run's storage, with the training intents that its generate stage would have left."""
+    """Add the training intents that the run's generate stage would have left; return the run's storage."""
+    paths = Run(run_with_episodes)
     texts = [f"poster of a {SUBJECTS[i % 5]} {i % 3} {i // 2}" for i in range(40)]
     table = pa.table({"intent_id": [stable_id(t) for t in texts], "intent": texts, "subject": texts})
-    storage.write_table(storage.join(run_with_episodes, "intents", "here", "train.parquet"), table)
-    summary = storage.join(run_with_episodes, "generate.json")
-    storage.write_json(summary, {**storage.read_json(summary), "intents": "here", "requested": 300})
+    storage.write_table(paths.intents("here").train, table)
+    summary = GenerateSummary.load(paths.generate_summary)
+    summary.model_copy(update={"intents": "here", "requested": 300}).save(paths.generate_summary)
     return run_with_episodes
 
 
@@ -62,115 +64,124 @@ def rows(*folders: str) -> list[Row]:
     return [row for folder in folders for part in storage.iter_tables(folder) for row in part.to_pylist()]
 
 
-def start_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def forbid_engines_and_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.train.torch import TorchTrainer
 
-    def started(*_: object, **__: object) -> None:
+    def start(*_: object, **__: object) -> None:
         raise AssertionError("an engine or a training was started")
 
-    monkeypatch.setattr(engine, "_dataset", started)
-    monkeypatch.setattr(TorchTrainer, "fit", started)
+    monkeypatch.setattr(engine, "_dataset", start)
+    monkeypatch.setattr(TorchTrainer, "fit", start)
 
 
-def test_a_round_explores_under_commands_and_learns_from_the_buffer(
+def test_a_round_explores_under_commands_and_trains_on_the_buffer(
     run: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = train.run(recipe(run))
-    facts = rounds.run(recipe(run, rounds=1))
-    first, second = storage.join(run, "rounds", "0"), storage.join(run, "rounds", "1")
+    without_rounds = stage.run(recipe(run)).training
+    result = stage.run(recipe(run, rounds=1))
+    paths = Run(run)
     # The student of the run without rounds is round 0's.
-    assert storage.read_json(storage.join(first, "student", "training.json"))["fingerprint"] == before["fingerprint"]
+    assert TrainingSummary.load(paths.round(0).student.training).fingerprint == without_rounds.fingerprint
 
     # Every request is an episode or a reject, once.
-    told = storage.read_json(storage.join(second, "round.json"))
-    good, bad = (rows(storage.join(second, name)) for name in ("episodes", "rejects"))
-    assert told["requested"] == 40 * 2 * 2 == len({r["episode_id"] for r in good + bad}) == len(good) + len(bad)
-    assert (told["accepted"], told["rejected"]) == (len(good), len(bad))
-    assert Counter(r["reason"] for r in bad) == told["reasons"]
-    assert good
-    assert {(r["policy"], r["round"]) for r in good + bad} == {("student", 1)}
-    assert set(Counter(r["intent_id"] for r in good + bad).values()) == {4}
+    record, scoring = RoundRecord.load(paths.round(1).record), paths.round(1).scoring
+    assert record == result.rounds[1]
+    accepted, rejected = rows(scoring.episodes), rows(scoring.rejects)
+    both = accepted + rejected
+    assert record.requested == 40 * 2 * 2 == len({row["episode_id"] for row in both}) == len(both)
+    assert (record.accepted, record.rejected) == (len(accepted), len(rejected))
+    assert Counter(row["reason"] for row in rejected) == record.reasons
+    assert accepted
+    assert {(row["policy"], row["round"]) for row in both} == {("student", 1)}
+    assert set(Counter(row["intent_id"] for row in both).values()) == {4}
 
-    # Commands: lengths that the best teacher's prompts had, rewards from their mean upwards.
-    teacher = pa.concat_tables(list(storage.iter_tables(storage.join(run, "episodes"))))
-    vocabulary = CommandVocabulary.load(storage.join(first, "student"))
+    # Commands: lengths of the teacher's best prompts, rewards from their mean upwards.
+    teacher = pa.concat_tables(list(storage.iter_tables(paths.scoring.episodes)))
+    vocabulary = CommandVocabulary.load(paths.round(0).student.folder)
     for task in vocabulary.tasks:
-        mine = teacher.filter(pc.equal(teacher.column("task"), task))
-        rewards, words = (mine.column(name).to_numpy() for name in ("reward", "n_words"))
-        best = rewards >= np.quantile(rewards, 0.69)
-        asked = [r for r in good + bad if r["task"] == task]
-        assert {r["command_words"] for r in asked} <= set(words[best].tolist())
-        assert len({r["command_words"] for r in asked}) > 3
-        assert {r["command_reward"] for r in asked} == {vocabulary.reward_bins - 1}
+        of_task = teacher.filter(pc.equal(teacher.column("task"), task))
+        rewards, words = (of_task.column(name).to_numpy() for name in ("reward", "n_words"))
+        is_best = rewards >= np.quantile(rewards, 0.69)
+        commanded = [row for row in both if row["task"] == task]
+        assert {row["command_words"] for row in commanded} <= set(words[is_best].tolist())
+        assert len({row["command_words"] for row in commanded}) > 3
+        assert {row["command_reward"] for row in commanded} == {vocabulary.reward_bins - 1}
 
-    # The next student learnt from both rounds, and is the one that is served.
-    learnt = CommandVocabulary.load(storage.join(run, "student"))
-    assert sum(sum(t.counts) for t in learnt.tasks.values()) == 240 + len(good)
-    exported = storage.read_json(storage.join(run, "student", "training.json"))
-    assert exported["fingerprint"] == facts["fingerprint"] != before["fingerprint"]
-    weights = [storage.read_bytes(storage.join(u, "student", "model.safetensors")) for u in (first, second, run)]
+    # The next student is trained on the episodes of both rounds, and is the run's.
+    vocabulary = CommandVocabulary.load(paths.student.folder)
+    assert sum(sum(task.counts) for task in vocabulary.tasks.values()) == 240 + len(accepted)
+    assert TrainingSummary.load(paths.student.training) == result.training
+    assert result.training.fingerprint != without_rounds.fingerprint
+    students = [paths.round(0).student, paths.round(1).student, paths.student]
+    weights = [storage.read_bytes(storage.join(student.folder, "model.safetensors")) for student in students]
     assert weights[0] != weights[1] == weights[2]
-    assert "not trained" not in rounds.describe(facts)
+    assert "not trained" not in stage.describe(result)
 
-    start_nothing(monkeypatch)
+    forbid_engines_and_trainings(monkeypatch)
     capsys.readouterr()
-    again = rounds.run(recipe(run, rounds=1))
-    assert again == facts
-    assert "explored and scored already" in capsys.readouterr().err
+    assert stage.run(recipe(run, rounds=1)) == result
+    assert "already explored and scored" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"samples: 2 -> 1"):
-        rounds.run(recipe(run, rounds=1, explore={"samples": 1}))
+        stage.run(recipe(run, rounds=1, explore={"samples": 1}))
 
 
-class Dull(DummyEngine):
-    """Writes one of three sentences, whatever it is asked."""
+class DullEngine(DummyEngine):
+    """Writes one of three sentences for every request."""
 
     async def answer(self, row: Row) -> Row:
-        said = ["soft light on a quiet forest path", "a bold poster with warm paper texture", "wide shot of the blue night sky"]
-        return {**EMPTY_ANSWER, "completion": said[row["episode_id"] % 3], "finish_reason": "stop", "output_tokens": 9}
+        texts = [
+            "soft light on a quiet forest path",
+            "a bold poster with warm paper texture",
+            "wide shot of the blue night sky",
+        ]
+        return {**EMPTY_ANSWER, "completion": texts[row["episode_id"] % 3], "finish_reason": "stop", "output_tokens": 9}
 
 
-def pretend_a_student(settings: Recipe) -> str:
-    """Round 0's student without weights: what a stand-in for the engine needs of it, and the mark of a finished training."""
-    first = train.first(settings, storage.join(settings.storage, "rounds", "0", "student"))
+def fake_first_student(settings: Recipe) -> str:
+    """Export round 0's student without weights, as far as a fake engine needs it; return its fingerprint."""
+    student = Run(settings.storage).round(0).student
+    first = first_training(settings, student.folder)
     table = pa.concat_tables(list(storage.iter_tables(first.sources[0].folder)))
     columns = {name: table.column(name).to_numpy() for name in ("task", "intent_id", "n_words", "reward", "relevance")}
     vocabulary = fit_to(settings.tasks, columns, max_words=40)
-    os.makedirs(first.target)
-    tokenizer.train(table.column("prompt").to_pylist(), vocabulary, 500).save_pretrained(first.target)
-    vocabulary.save(first.target)
-    storage.write_json(storage.join(first.target, "config.json"), {"n_positions": 64})
-    mark = train.fingerprint(settings, first)
-    storage.write_json(storage.join(first.target, "training.json"), {"fingerprint": mark})
-    return mark
+    os.makedirs(student.folder)
+    tokenizer.train(table.column("prompt").to_pylist(), vocabulary, 500).save_pretrained(student.folder)
+    vocabulary.save(student.folder)
+    storage.write_json(student.config, {"n_positions": 64})
+    fingerprint = training_fingerprint(settings, first)
+    TrainingSummary(fingerprint=fingerprint, weights="none", history=[(1, 1.0)]).save(student.training)
+    return fingerprint
 
 
-def test_a_dull_round_is_not_trained_on_and_a_killed_one_goes_on(
+def test_a_dull_round_is_not_trained_on_and_a_killed_one_resumes(
     run: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Near-duplicates would reject most of it: here the guard is what is left.
+    # Near-duplicates would reject most prompts; without them only the diversity guard is left.
     settings = recipe(run, rounds=2, explore={"samples": 4}, rewards={"deduplicate": {"near": None}})
-    mark = pretend_a_student(settings)
-    facts = rounds.run(settings, engine_actor=Dull)
-    told = storage.read_json(storage.join(run, "rounds", "1", "round.json"))
-    assert told["accepted"] > 40
-    assert "distinct word pairs" in told["refused"]
-    assert f"not trained on: {told['refused']}" in capsys.readouterr().err
-    assert not storage.exists(storage.join(run, "rounds", "1", "student"))
-    assert not storage.exists(storage.join(run, "rounds", "2"))
-    assert storage.read_json(storage.join(run, "student", "training.json"))["fingerprint"] == mark
-    assert storage.read_json(storage.join(run, "rounds.json"))["student"] == 0
+    fingerprint = fake_first_student(settings)
+    result = stage.run(settings, engine_actor=DullEngine)
+    paths = Run(run)
+    record = RoundRecord.load(paths.round(1).record)
+    assert record.accepted > 40
+    assert "distinct word pairs" in record.refused
+    assert f"not trained on: {record.refused}" in capsys.readouterr().err
+    assert not storage.exists(paths.round(1).student.folder)
+    assert not storage.exists(paths.round(2).folder)
+    assert TrainingSummary.load(paths.student.training).fingerprint == fingerprint
+    assert RoundsSummary.load(paths.rounds_summary).student == 0
 
-    # As a driver leaves it that was killed while it explored: one file is missing, and all that follows.
-    (ledger,) = (Path(run) / "rounds" / "1" / "completions").iterdir()
+    # The state that a driver leaves that is killed while the student explores: one file of completions is missing, and
+    # everything that follows.
+    (ledger,) = Path(paths.round(1).scoring.ledgers).iterdir()
     shards = list_parts(str(ledger))
     assert len(shards) > 1
     (ledger / shards[0][0]).unlink()
-    for name in ("filtered", "relevance", "episodes", "rejects", "round.json"):
-        storage.remove(storage.join(run, "rounds", "1", name))
-    kept = {name: (ledger / name).stat().st_mtime_ns for shard in list(shards)[1:] for name in shards[shard]}
-    assert rounds.run(settings, engine_actor=Dull)["rounds"] == facts["rounds"]
+    for uri in [*paths.round(1).scoring.scored, paths.round(1).record]:
+        storage.remove(uri)
+    remaining = {name: (ledger / name).stat().st_mtime_ns for shard in list(shards)[1:] for name in shards[shard]}
+    assert stage.run(settings, engine_actor=DullEngine).rounds == result.rounds
     assert list(list_parts(str(ledger))) == list(shards)
-    assert {name: (ledger / name).stat().st_mtime_ns for name in kept} == kept
+    assert {name: (ledger / name).stat().st_mtime_ns for name in remaining} == remaining
 
-    start_nothing(monkeypatch)
-    assert rounds.run(settings)["rounds"] == facts["rounds"]
+    forbid_engines_and_trainings(monkeypatch)
+    assert stage.run(settings).rounds == result.rounds

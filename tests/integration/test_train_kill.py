@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from fakes.episodes import fill_with_episodes
+from fakes.fake_episodes import fill_with_episodes
 from killing import Killable, gone, wait
 
 from udrl import storage

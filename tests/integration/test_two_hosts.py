@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fakes.episodes import fill_with_episodes
+from fakes.fake_episodes import fill_with_episodes
 
 from udrl import storage
 

@@ -9,7 +9,7 @@ import evaluation_made_up as made_up
 import numpy as np
 import pyarrow as pa
 import pytest
-from fakes.vocabularies import fake_vocabulary
+from fakes.fake_vocabulary import fake_vocabulary
 
 from udrl import command_line, storage
 from udrl.commands import ANY, CommandVocabulary

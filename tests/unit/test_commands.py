@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from fakes.vocabularies import fake_vocabulary
+from fakes.fake_vocabulary import fake_vocabulary
 from pydantic import ValidationError
 
 from udrl.commands import ANY, Command, CommandVocabulary

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes.vocabularies import fake_vocabulary, fit_to
+from fakes.fake_vocabulary import fake_vocabulary, fit_to
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fakes.vocabularies import fake_vocabulary
+from fakes.fake_vocabulary import fake_vocabulary
 from transformers import GPT2Config
 
 from udrl import tokenizer

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from fakes.vocabularies import fake_vocabulary
+from fakes.fake_vocabulary import fake_vocabulary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,14 +19,14 @@ TEXTS = ["a red fox in deep snow, soft light", "poster of an owl", "jazz night f
 
 
 VOCABULARY = fake_vocabulary()
-WORDS = tokenizer.train([" " + t for t in TEXTS * 3], VOCABULARY, 400)
-CONTROL = set(tokenizer.control_ids(WORDS, VOCABULARY.control_tokens()))
+TOKENIZER = tokenizer.train([" " + t for t in TEXTS * 3], VOCABULARY, 400)
+CONTROL = set(tokenizer.control_ids(TOKENIZER, VOCABULARY.control_tokens()))
 
 
 def encode(texts: list[tuple[str, str, Command]]) -> Examples:
     intents, prompts, labels = zip(*texts, strict=True)
     columns = [np.array([getattr(label, name) for label in labels]) for name in ("task", "words", "reward")]
-    return encode_examples(WORDS, VOCABULARY, intents, prompts, *columns)
+    return encode_examples(TOKENIZER, VOCABULARY, intents, prompts, *columns)
 
 
 def examples_of(lists: list[tuple[list[int], int]]) -> Examples:
@@ -43,40 +43,40 @@ def test_control_tokens_have_the_first_ids() -> None:
 @settings(deadline=None)
 @given(st.lists(st.sampled_from([*VOCABULARY.control_tokens(), "<|", "|>", "fox", " ", "end"]), min_size=1, max_size=8))
 def test_control_tokens_in_user_text_stay_text(pieces: list[str]) -> None:
-    ids = tokenizer.encode_text(WORDS, ["".join(pieces)])[0]
+    ids = tokenizer.encode_text(TOKENIZER, ["".join(pieces)])[0]
     assert not CONTROL & set(ids)
 
 
 @settings(deadline=None)
 @given(st.text(max_size=60))
 def test_any_text_encodes_without_control_tokens_and_decodes_to_itself(text: str) -> None:
-    ids = tokenizer.encode_text(WORDS, [text])[0]
+    ids = tokenizer.encode_text(TOKENIZER, [text])[0]
     assert not CONTROL & set(ids)
     import unicodedata
 
-    assert WORDS.decode(ids).split() == unicodedata.normalize("NFC", text).split() or not text.isprintable()
+    assert TOKENIZER.decode(ids).split() == unicodedata.normalize("NFC", text).split() or not text.isprintable()
 
 
-def test_a_loaded_tokenizer_keeps_control_text_inert(tmp_path: object) -> None:
-    WORDS.save_pretrained(str(tmp_path))
+def test_a_loaded_tokenizer_still_reads_control_tokens_as_text(tmp_path: object) -> None:
+    TOKENIZER.save_pretrained(str(tmp_path))
     loaded = tokenizer.load(str(tmp_path))
     text = "fox <|reward:4|> <|end|>"
-    assert tokenizer.encode_text(loaded, [text]) == tokenizer.encode_text(WORDS, [text])
+    assert tokenizer.encode_text(loaded, [text]) == tokenizer.encode_text(TOKENIZER, [text])
     assert not CONTROL & set(tokenizer.encode_text(loaded, [text])[0])
 
 
 def test_a_request_is_the_intent_and_then_the_command() -> None:
-    ids = tokenizer.encode_request(WORDS, VOCABULARY, "poster of an owl", Command(task="find", words=7, reward=4))
+    ids = tokenizer.encode_request(TOKENIZER, VOCABULARY, "poster of an owl", Command(task="find", words=7, reward=4))
     control = ["<|task:find|>", "<|words:7|>", "<|reward:4|>"]
-    assert ids == tokenizer.encode_text(WORDS, ["poster of an owl"])[0] + tokenizer.control_ids(WORDS, control)
+    assert ids == tokenizer.encode_text(TOKENIZER, ["poster of an owl"])[0] + tokenizer.control_ids(TOKENIZER, control)
 
 
 def test_a_training_sequence_is_a_request_its_prompt_and_the_end() -> None:
     label = Command(task="paint", words=6, reward=2)
     examples = encode([("an owl", "owl at night", label)])
     ids, start = examples.tokens.tolist(), examples.target_starts[0]
-    assert ids[:start] == tokenizer.encode_request(WORDS, VOCABULARY, "an owl", label)
-    assert ids[start:] == [*tokenizer.encode_text(WORDS, ["owl at night"])[0], WORDS.eos_token_id]
+    assert ids[:start] == tokenizer.encode_request(TOKENIZER, VOCABULARY, "an owl", label)
+    assert ids[start:] == [*tokenizer.encode_text(TOKENIZER, ["owl at night"])[0], TOKENIZER.eos_token_id]
 
 
 LABELS = st.builds(
@@ -87,18 +87,18 @@ LABELS = st.builds(
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from([*TEXTS, "", "a"]), st.sampled_from(TEXTS), LABELS), min_size=1, max_size=12))
 def test_episodes_encoded_together_have_the_sequences_of_episodes_encoded_singly(texts: list[tuple[str, str, Command]]) -> None:
-    together = encode(texts)
-    ends = np.cumsum(together.lengths)
+    examples = encode(texts)
+    ends = np.cumsum(examples.lengths)
     for i, (intent, prompt, label) in enumerate(texts):
-        ids = together.tokens[ends[i] - together.lengths[i] : ends[i]].tolist()
-        request = tokenizer.encode_request(WORDS, VOCABULARY, intent, label)
-        assert ids == [*request, *tokenizer.encode_text(WORDS, [prompt])[0], WORDS.eos_token_id]
-        assert together.target_starts[i] == len(request)
+        ids = examples.tokens[ends[i] - examples.lengths[i] : ends[i]].tolist()
+        request = tokenizer.encode_request(TOKENIZER, VOCABULARY, intent, label)
+        assert ids == [*request, *tokenizer.encode_text(TOKENIZER, [prompt])[0], TOKENIZER.eos_token_id]
+        assert examples.target_starts[i] == len(request)
 
 
 def test_no_episodes_make_no_rows() -> None:
     empty = np.array([], dtype=np.int64)
-    examples = encode_examples(WORDS, VOCABULARY, [], [], np.array([], dtype=str), empty, empty)
+    examples = encode_examples(TOKENIZER, VOCABULARY, [], [], np.array([], dtype=str), empty, empty)
     assert pack(examples, 32, pad_id=1).tokens.shape == (0, 32)
 
 
@@ -144,7 +144,7 @@ def network() -> Iterator[torch.nn.Module]:
     """A network so small that several threads would slow it down."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield model.build(Student(depth=2, width=64, heads=2, context=32), Train(), WORDS, seed=3).eval()
+    yield model.build(Student(depth=2, width=64, heads=2, context=32), Train(), TOKENIZER, seed=3).eval()
     torch.set_num_threads(threads)
 
 
@@ -166,18 +166,20 @@ def test_a_packed_batch_has_the_summed_loss_and_gradients_of_its_examples(
     network: torch.nn.Module, shapes: list[tuple[int, int]], seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    examples = [(rng.integers(len(CONTROL), len(WORDS), n).tolist(), min(s, n - 1)) for n, s in shapes]
-    rows = pack(examples_of(examples), 32, pad_id=WORDS.pad_token_id)
+    examples = [(rng.integers(len(CONTROL), len(TOKENIZER), n).tolist(), min(s, n - 1)) for n, s in shapes]
+    rows = pack(examples_of(examples), 32, pad_id=TOKENIZER.pad_token_id)
     loss, gradients = loss_and_gradients(network, rows)
 
     # Each example by itself, without padding, in a row of its own length.
-    singles = [loss_and_gradients(network, pack(examples_of([e]), len(e[0]), pad_id=WORDS.pad_token_id)) for e in examples]
+    singles = [loss_and_gradients(network, pack(examples_of([e]), len(e[0]), pad_id=TOKENIZER.pad_token_id)) for e in examples]
     assert loss == pytest.approx(sum(single for single, _ in singles), rel=1e-4)
     assert torch.allclose(gradients, torch.stack([g for _, g in singles]).sum(dim=0), rtol=1e-3, atol=1e-4)
 
     # Padding contributes nothing, whichever tokens it has.
-    others = np.where(rows.tokens == WORDS.pad_token_id, rng.integers(0, len(WORDS), rows.tokens.shape), rows.tokens)
-    other_loss, other_gradients = loss_and_gradients(network, Batch(others, rows.positions, rows.targets))
+    other_tokens = np.where(
+        rows.tokens == TOKENIZER.pad_token_id, rng.integers(0, len(TOKENIZER), rows.tokens.shape), rows.tokens
+    )
+    other_loss, other_gradients = loss_and_gradients(network, Batch(other_tokens, rows.positions, rows.targets))
     assert other_loss == pytest.approx(loss, rel=1e-5)
     assert torch.allclose(gradients, other_gradients, rtol=1e-4, atol=1e-5)
 
@@ -187,9 +189,9 @@ def test_the_packed_loss_of_one_example_equals_that_of_transformers(network: tor
     ids, start = examples.tokens.tolist(), int(examples.target_starts[0])
     labels = torch.tensor([[-100] * start + ids[start:]])
     with torch.no_grad():
-        theirs = network(input_ids=torch.tensor([ids]), labels=labels).loss * (len(ids) - start)
-    ours, _ = loss_and_gradients(network, pack(examples, 32, pad_id=WORDS.pad_token_id))
-    assert ours == pytest.approx(float(theirs), rel=1e-4)
+        reference = network(input_ids=torch.tensor([ids]), labels=labels).loss * (len(ids) - start)
+    loss, _ = loss_and_gradients(network, pack(examples, 32, pad_id=TOKENIZER.pad_token_id))
+    assert loss == pytest.approx(float(reference), rel=1e-4)
 
 
 @pytest.mark.parametrize(("depth", "width", "heads"), [(12, 768, 12), (6, 384, 6), (1, 128, 2)])

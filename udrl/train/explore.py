@@ -1,10 +1,11 @@
-"""A round's exploration: the student writes for training intents under commands from just above what the buffer achieved.
+"""Exploration: the student of the last round writes prompts under commands from just above the buffer's best rewards.
 
-The reward that is asked for is drawn from U[M, M + S], M and S the mean and standard deviation of the best episodes, and the
-length from theirs (Srivastava et al. 2019, arXiv 1912.02877, algorithm 2: there, too, a return and a horizon). Draws are made
-request by request from a hash, so a request asks for the same whoever makes it and however often.
+The commanded reward is drawn from U[M, M + S], where M and S are the mean and standard deviation of the best episodes, and the
+commanded length from theirs (Srivastava et al. 2019, arXiv 1912.02877, algorithm 2, which also draws a return and a horizon).
+Every draw is a hash of its request, so a request has the same command on every machine and in every rerun.
 """
 
+import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,211 +13,267 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from udrl import cluster, storage
 from udrl.commands import ANY, Command, CommandVocabulary
 from udrl.context import StageContext
 from udrl.errors import UserError
-from udrl.generate.expand import TRAIN
 from udrl.generate.prepare import shard_size
 from udrl.generate.stage import Inspect
-from udrl.hashing import differences, fingerprint, stable_id
+from udrl.hashing import stable_id
 from udrl.policies.policy import Policy, Row
 from udrl.policies.requests import Requests, count_intents, key_columns, read_intents
 from udrl.policies.stage import complete
-from udrl.policies.statistics import CompletionStatistics
 from udrl.policies.student import student_policy
 from udrl.recipe import Recipe
+from udrl.run import Document, GenerateSummary, Manifest, Run
 from udrl.tasks import Task
-from udrl.train.achieved import best, counted
 from udrl.train.hindsight import find_bins
+from udrl.train.round_statistics import best_episodes, count_folders
 
-DRAWS = "commands.json"
+log = logging.getLogger(__name__)
+
+# ---- commands
 
 
-class Draw(BaseModel):
-    """What one task's commands are drawn from."""
+class CommandDistribution(Document):
+    """The distribution that one task's commands are drawn from."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(frozen=True)
     mean: float = Field(description="M: mean reward of the buffer's best episodes")
     sd: float = Field(description="S: its standard deviation")
-    edges: list[float] = Field(description="of the student's reward bins; empty: every command asks for the top bin")
+    edges: list[float] = Field(description="of the student's reward bins; if empty, every command asks for the top bin")
     bins: int = Field(description="reward bins of the student")
-    lengths: list[float] = Field(description="of the best episodes, how many have 1, 2, ... words")
+    lengths: list[float] = Field(description="number of the best episodes with 1, 2, ... words")
 
-    def command(self, task: str, *key: object) -> Command:
-        """The command of the request that ``key`` names."""
+    def draw(self, task: str, *key: object) -> Command:
+        """Draw the command of the request that ``key`` identifies."""
         rng = np.random.default_rng(stable_id("command", task, *key))
-        wanted, place = rng.uniform(self.mean, self.mean + self.sd), rng.random()
-        reward = int(find_bins(np.array([wanted]), self.edges)[0]) if self.edges else self.bins - 1
-        up_to = np.cumsum(self.lengths)
-        # A task whose best prompts are all over the longest command leaves the length open.
-        words = 1 + int(np.searchsorted(up_to, place * up_to[-1], side="right")) if sum(self.lengths) else ANY
+        desired_reward, quantile = rng.uniform(self.mean, self.mean + self.sd), rng.random()
+        reward = int(find_bins(np.array([desired_reward]), self.edges)[0]) if self.edges else self.bins - 1
+        if not sum(self.lengths):  # all of the task's best prompts are longer than the longest command
+            return Command(task=task, words=ANY, reward=reward)
+        cumulative = np.cumsum(self.lengths)
+        words = 1 + int(np.searchsorted(cumulative, quantile * cumulative[-1], side="right"))
         return Command(task=task, words=words, reward=reward)
 
 
-def draws(buffer: pa.Table, vocabulary: CommandVocabulary, share: float) -> dict[str, Draw]:
-    """What to draw from, task by task, given the buffer's tally and the commands of the student that will be asked.
+class CommandDistributions(Document):
+    """``commands.json`` of a round's ledger: the distribution of each task."""
 
-    Bins ranked within the intent say nothing of a reward's height, so there the top bin is asked for.
+    tasks: dict[str, CommandDistribution]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_tasks_only(cls, value: Any) -> Any:
+        """Runs made before 2026-11-25 have the tasks at the top level."""
+        return value if "tasks" in value else {"tasks": value}
+
+
+def fit_command_distributions(
+    counts: pa.Table, vocabulary: CommandVocabulary, top_share: float
+) -> dict[str, CommandDistribution]:
+    """Fit each task's distribution to the counts of the buffer, in the bins of the student that will explore.
+
+    Bins that are ranked within the intent say nothing about a reward's height; commands then ask for the top bin.
     """
-    found = {}
-    for task, learnt in vocabulary.tasks.items():
-        top = best(buffer, task, share)
-        found[task] = Draw(
-            mean=top.mean,
-            sd=top.sd,
-            edges=learnt.edges if vocabulary.rank_within == "task" else [],
+    distributions = {}
+    for task, task_commands in vocabulary.tasks.items():
+        best = best_episodes(counts, task, top_share)
+        distributions[task] = CommandDistribution(
+            mean=best.mean,
+            sd=best.sd,
+            edges=task_commands.edges if vocabulary.rank_within == "task" else [],
             bins=vocabulary.reward_bins,
-            lengths=top.lengths[1 : vocabulary.max_words + 1].tolist(),
+            lengths=best.lengths[1 : vocabulary.max_words + 1].tolist(),
         )
-    return found
+    return distributions
 
 
-def drawn_places(start: int, stop: int, wanted: int, among: int, *key: object) -> np.ndarray:
-    """Positions of the drawn intents ``start`` to ``stop`` of ``wanted``, int64, rising and distinct.
+# ---- requests
 
-    One is drawn from each of ``wanted`` equal stretches of the file, so that no list of all of them is ever made.
+
+def draw_positions(start: int, stop: int, n_drawn: int, n_intents: int, *key: object) -> np.ndarray:
+    """Return the file positions of drawn intents ``start`` to ``stop``; int64, rising and distinct.
+
+    The file is divided into ``n_drawn`` equal stretches, and one of the intents of each is drawn, so that no list of all
+    positions is ever made.
     """
-    stretch = np.arange(start, stop + 1) * among // wanted
-    width = np.diff(stretch)
-    chance = np.array([stable_id("intent", *key, i) for i in range(start, stop)], dtype=np.int64)
-    return stretch[:-1] + chance % width
+    bounds = np.arange(start, stop + 1) * n_intents // n_drawn
+    offsets = np.array([stable_id("intent", *key, i) for i in range(start, stop)], dtype=np.int64)
+    return bounds[:-1] + offsets % np.diff(bounds)
 
 
-def requests(
-    policy: Policy, intents: str, wanted: int, samples: int, drawn: Mapping[str, Draw], round_: int, seed: int
+def exploration_requests(
+    policy: Policy,
+    intents: str,
+    n_intents: int,
+    samples: int,
+    distributions: Mapping[str, CommandDistribution],
+    round_: int,
+    seed: int,
 ) -> Requests:
-    """``wanted`` intents of a Parquet file x every task x ``samples``, each under a command of its own; cut lazily."""
-    among = count_intents(intents)
-    wanted = min(wanted, among)
-    per_intent = len(drawn) * samples
-    per_shard = max(1, shard_size(wanted * per_intent) // per_intent)
+    """Return requests for ``n_intents`` of a file x every task x ``samples``, each under its own command; cut lazily."""
+    n_in_file = count_intents(intents)
+    n_drawn = min(n_intents, n_in_file)
+    per_intent = len(distributions) * samples
+    per_shard = max(1, shard_size(n_drawn * per_intent) // per_intent)
 
-    def stop(shard: int) -> int:
-        return min((shard + 1) * per_shard, wanted)
+    def bounds(shard: int) -> tuple[int, int]:
+        return shard * per_shard, min((shard + 1) * per_shard, n_drawn)
 
     def rows(shard: int) -> Iterator[Row]:
-        places = drawn_places(shard * per_shard, stop(shard), wanted, among, seed, round_)
-        for intent_id, intent in read_intents(intents, places):
-            for task, draw in drawn.items():
+        positions = draw_positions(*bounds(shard), n_drawn, n_in_file, seed, round_)
+        for intent_id, intent in read_intents(intents, positions):
+            for task, distribution in distributions.items():
                 for variation in range(samples):
-                    asked = draw.command(task, seed, round_, intent_id, variation)
-                    more = {"command_words": asked.words, "command_reward": asked.reward, "round": round_}
-                    yield key_columns(policy, intent_id, intent, task, variation, **more)
+                    command = distribution.draw(task, seed, round_, intent_id, variation)
+                    columns = {"command_words": command.words, "command_reward": command.reward, "round": round_}
+                    yield key_columns(policy, intent_id, intent, task, variation, **columns)
 
     def size(shard: int) -> int:
-        return (stop(shard) - shard * per_shard) * per_intent
+        start, stop = bounds(shard)
+        return (stop - start) * per_intent
 
-    return Requests(wanted * per_intent, -(-wanted // per_shard), rows, size)
+    return Requests(n_drawn * per_intent, -(-n_drawn // per_shard), rows, size)
+
+
+# ---- one round's exploration
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One round's exploration, before it is made: ``facts`` is all that its rows depend on, ``mark`` their hash. ``intents``
-    says how many are asked about."""
+class Exploration:
+    """One round's exploration before it starts."""
 
     round: int
     policy: Policy
     vocabulary: CommandVocabulary
-    source: str
-    intents: int
-    facts: dict[str, Any]
-    mark: str
-    ledgers: str  # the folder of this round's, one a mark
+    intents: str  # URI of the training intents
+    n_intents: int  # intents to write for
+    samples: int  # prompts for each intent and task
+    manifest: Manifest  # of everything that the ledger's rows depend on
+    ledgers: str  # URI of the folder of the round's ledgers
 
     @property
     def ledger(self) -> str:
-        return storage.join(self.ledgers, self.mark)
+        return storage.join(self.ledgers, self.manifest.fingerprint)
+
+    @property
+    def n_prompts(self) -> int:
+        return self.n_intents * len(self.vocabulary.tasks) * self.samples
 
 
-def plan(recipe: Recipe, round_: int, student: str, folder: str) -> Plan:
-    """What the student in the folder ``student`` will be asked in a round that lies in ``folder``.
+def plan_exploration(recipe: Recipe, round_: int) -> Exploration:
+    """Plan a round's exploration by the student of the round before.
 
     Raises:
         UserError: the run's intents are gone, or there is no student.
     """
-    config = recipe.explore
+    config, run = recipe.explore, Run(recipe.storage)
+    student = run.round(round_ - 1).student.folder
     policy, vocabulary = student_policy(student, config.sampling, config.engine, config.placement)
-    source = training_intents(recipe)
-    intents = min(config.intents or sys.maxsize, count_intents(source))
-    facts = {
-        # The student's revision stands for the buffer that it learnt from, and so for what commands are drawn from.
+    intents = training_intents(recipe)
+    n_intents = min(config.intents or sys.maxsize, count_intents(intents))
+    inputs = {  # the keys are part of existing runs' fingerprints
+        # The student's revision identifies the buffer that it was trained on, and so the distributions of its commands.
         "student": policy.fingerprint_inputs(),
         "round": round_,
-        "intents": intents,
-        "intents_source": source.split("/intents/")[-1],
+        "intents": n_intents,
+        "intents_source": intents.split("/intents/")[-1],
         "samples": config.samples,
         "top_share": config.top_share,
         "tasks": list(vocabulary.tasks),
         "seed": recipe.seed,
     }
-    return Plan(round_, policy, vocabulary, source, intents, facts, fingerprint(facts), storage.join(folder, "completions"))
+    ledgers = run.round(round_).scoring.ledgers
+    return Exploration(round_, policy, vocabulary, intents, n_intents, config.samples, Manifest.of(inputs), ledgers)
 
 
 def training_intents(recipe: Recipe) -> str:
-    """The Parquet file of the run's training intents, grown ones included."""
-    run = recipe.episodes_storage()
-    summary = storage.join(run, "generate.json")
-    name = storage.read_json(summary).get("intents") if storage.exists(summary) else None
-    for file in (TRAIN, "train.parquet"):
-        uri = storage.join(run, "intents", str(name), file)
-        if name and storage.exists(uri):
-            return uri
-    raise UserError(f"{run}: no training intents of a finished generate stage; run jobs.generate first")
+    """Return the Parquet file of the run's training intents, including those grown by the teacher.
+
+    Raises:
+        UserError: there is no finished generate stage.
+    """
+    run = Run(recipe.episodes_storage())
+    summary = GenerateSummary.load_if_exists(run.generate_summary)
+    if summary and summary.intents:
+        paths = run.intents(summary.intents)
+        for uri in (paths.train_expanded, paths.train):
+            if storage.exists(uri):
+                return uri
+    raise UserError(f"{run.storage}: no training intents of a finished generate stage; run jobs.generate first")
 
 
 def explore(
-    recipe: Recipe, what: Plan, tasks: Sequence[Task], buffer: Sequence[str], context: StageContext
-) -> CompletionStatistics:
-    """Let the student write what is missing of ``what``; ``buffer`` are the folders of the earlier rounds' episodes.
+    recipe: Recipe, exploration: Exploration, tasks: Sequence[Task], buffer: Sequence[str], context: StageContext
+) -> None:
+    """Let the student write the prompts that the round's ledger lacks.
+
+    Args:
+        recipe: of the run.
+        exploration: of the round.
+        tasks: of the run.
+        buffer: folders of the earlier rounds' episodes.
+        context: of the stage.
 
     Raises:
-        UserError: this round was explored with other settings, under ``resume: always``; or the engine can't be had.
+        UserError: the round was explored with other settings, under ``resume: always``; or the engine can't be placed.
         StalledError: nothing was written for ``recipe.watchdog_minutes``.
     """
-    _refuse_changes(recipe, what)
-    storage.write_json(storage.join(what.ledger, "about.json"), what.facts)
-    drawn = _drawn(recipe, what, buffer)
-    asked = requests(what.policy, what.source, what.intents, recipe.explore.samples, drawn, what.round, recipe.seed)
-    print(
-        f"round {what.round}: {what.intents:,} intents x {len(drawn)} tasks x {recipe.explore.samples} samples ="
-        f" {asked.total:,} prompts by the student of round {what.round - 1}",
-        file=sys.stderr,
+    round_ = exploration.round
+    _check_other_ledgers(recipe, exploration)
+    exploration.manifest.save_to(exploration.ledger)
+    distributions = _load_or_fit_distributions(recipe, exploration, buffer)
+    requests = exploration_requests(
+        exploration.policy,
+        exploration.intents,
+        exploration.n_intents,
+        exploration.samples,
+        distributions,
+        round_,
+        recipe.seed,
+    )
+    log.info(
+        f"round {round_}: {exploration.n_intents:,} intents x {len(distributions)} tasks x {exploration.samples} samples ="
+        f" {requests.total:,} prompts by the student of round {round_ - 1}"
     )
     cluster.connect()
-    return complete(
-        what.policy,
-        asked,
-        what.ledger,
-        f"round {what.round}: explore",
-        inspect=Inspect(tasks),
-        context=context,
-    )
+    label = f"round {round_}: explore"
+    complete(exploration.policy, requests, exploration.ledger, label, inspect=Inspect(tasks), context=context)
 
 
-def _drawn(recipe: Recipe, what: Plan, buffer: Sequence[str]) -> dict[str, Draw]:
-    """What commands are drawn from. Kept beside the rows: sums in another order would draw other commands on a rerun."""
-    uri = storage.join(what.ledger, DRAWS)
-    if not storage.exists(uri):
-        found = draws(counted(buffer), what.vocabulary, recipe.explore.top_share)
-        storage.write_json(uri, {task: draw.model_dump() for task, draw in found.items()})
-    # In the order of the tasks, whatever the file's: requests are cut in it.
-    kept = storage.read_json(uri)
-    return {task: Draw.model_validate(kept[task]) for task in what.vocabulary.tasks}
+def _load_or_fit_distributions(
+    recipe: Recipe, exploration: Exploration, buffer: Sequence[str]
+) -> dict[str, CommandDistribution]:
+    """Return the distributions of a round, from its ledger if it has them.
+
+    They are saved because sums that are added in another order could draw other commands in a rerun.
+    """
+    uri = storage.join(exploration.ledger, "commands.json")
+    saved = CommandDistributions.load_if_exists(uri)
+    if not saved:
+        fitted = fit_command_distributions(count_folders(buffer), exploration.vocabulary, recipe.explore.top_share)
+        saved = CommandDistributions(tasks=fitted)
+        saved.save(uri)
+    # Requests are cut in the order of the vocabulary's tasks; the file is sorted by name.
+    return {task: saved.tasks[task] for task in exploration.vocabulary.tasks}
 
 
-def _refuse_changes(recipe: Recipe, what: Plan) -> None:
-    """A ledger of other settings is never mixed with, and under ``resume: always`` not left behind either."""
-    others = storage.list_folders(what.ledgers)
-    if what.mark in others or not others:
+def _check_other_ledgers(recipe: Recipe, exploration: Exploration) -> None:
+    """Refuse to leave a ledger of other settings behind under ``resume: always``; otherwise name the changes."""
+    others = storage.list_folders(exploration.ledgers)
+    if exploration.manifest.fingerprint in others or not others:
         return
-    old = storage.read_json(storage.join(what.ledgers, others[-1], "about.json"))
-    changed = "; ".join(differences(old, what.facts)[:5])
+    old = Manifest.load_from(storage.join(exploration.ledgers, others[-1]))
+    changes = "; ".join(old.differences(exploration.manifest)[:5]) if old else "settings that were not saved"
     if recipe.resume == "always":
         raise UserError(
-            f"round {what.round}: explored with other settings: {changed}; undo the change, or set resume=if_possible to"
-            " start anew beside it"
+            f"round {exploration.round}: explored with other settings: {changes}; undo the change, or set"
+            " resume=if_possible to explore it again and keep the old completions"
         )
-    print(f"round {what.round}: {changed}; starting anew, the old completions stay in {what.ledgers}", file=sys.stderr)
+    log.warning(
+        f"round {exploration.round}: explored with other settings: {changes}; exploring it again, the old completions stay in"
+        f" {exploration.ledgers}"
+    )

@@ -14,7 +14,7 @@ from udrl import cluster, models, storage, watchdog
 from udrl.errors import STALLED_EXIT_CODE, UserError
 from udrl.progress import Progress, duration
 from udrl.recipe import Recipe, dump
-from udrl.run import EpisodeSource, PackedDataPaths, PackedDataSummary, Run
+from udrl.run import EpisodeSource, PackedDataPaths, PackedDataSummary, Run, TrainingSummary
 from udrl.tasks import load_tasks
 from udrl.train import checkpoint, packed_data, tracking
 from udrl.train import worker as loop
@@ -51,12 +51,12 @@ class Training:
     start: str | None = None
 
 
-def run(recipe: Recipe) -> dict[str, Any]:
+def run(recipe: Recipe) -> TrainingSummary:
     """Train the student of ``recipe`` on its run's episodes, into ``student/``; see :func:`fit`."""
-    return fit(recipe, first(recipe, storage.join(recipe.storage, "student")))
+    return fit(recipe, first_training(recipe, storage.join(recipe.storage, "student")))
 
 
-def first(recipe: Recipe, target: str) -> Training:
+def first_training(recipe: Recipe, target: str) -> Training:
     """The training of round 0: on the teacher's episodes.
 
     Raises:
@@ -70,7 +70,7 @@ def first(recipe: Recipe, target: str) -> Training:
     return Training((EpisodeSource(folder=Run(run).scoring.episodes),), target, origin)
 
 
-def fit(recipe: Recipe, training: Training) -> dict[str, Any]:
+def fit(recipe: Recipe, training: Training) -> TrainingSummary:
     """Train a student and export it; return what its ``training.json`` says.
 
     Where a student of the same episodes and settings lies there already, it is kept (``resume: never`` trains anew). A
@@ -82,11 +82,11 @@ def fit(recipe: Recipe, training: Training) -> dict[str, Any]:
     tasks = [t.name for t in load_tasks(recipe.tasks)]
     Shape.of(recipe.student, recipe.train)
     storage.require_writable(recipe.storage)
-    mark = fingerprint(recipe, training)
+    mark = training_fingerprint(recipe, training)
     target, finished = training.target, storage.join(training.target, TRAINING)
     if recipe.resume != "never" and storage.exists(finished):
-        facts: dict[str, Any] = storage.read_json(finished)
-        if facts["fingerprint"] == mark:
+        facts = TrainingSummary.load(finished)
+        if facts.fingerprint == mark:
             print(f"train: a student of these episodes and settings is there already: {target}", file=sys.stderr)
             return facts
         if recipe.resume == "always":
@@ -100,10 +100,10 @@ def fit(recipe: Recipe, training: Training) -> dict[str, Any]:
     if not storage.exists(data.summary):
         packed_data.prepare_packed_data(recipe, training.sources, data, tasks, start=training.start)
     _fit(recipe, training, data, mark)
-    return storage.read_json(finished)
+    return TrainingSummary.load(finished)
 
 
-def fingerprint(recipe: Recipe, training: Training) -> str:
+def training_fingerprint(recipe: Recipe, training: Training) -> str:
     """What the student depends on: the episodes, and the recipe's sections that shape it."""
     sections = recipe.model_dump(include={"seed", "tasks", "commands", "student", "train"})
     for name in OPERATIONAL:
@@ -282,11 +282,10 @@ def _stall(quiet: float, minutes: float) -> None:
     os._exit(STALLED_EXIT_CODE)
 
 
-def describe(facts: dict[str, Any]) -> str:
-    """The lines that end the job."""
-    valid = facts["validation_loss"]
+def describe_training(summary: TrainingSummary) -> str:
+    """Return the line that ends the job."""
+    validation = f", validation {summary.validation_loss:.3f}" if summary.validation_loss else ""
     return (
-        f"student: {facts['parameters'] / 1e6:.1f}M parameters, {facts['steps']:,} steps in {duration(facts['seconds'])}, "
-        f"loss {facts['history'][-1][1]:.3f}{f', validation {valid:.3f}' if valid else ''}, "
-        f"{facts['tokens_per_second']:,.0f} tokens/s"
+        f"student: {summary.parameters / 1e6:.1f}M parameters, {summary.steps:,} steps in {duration(summary.seconds)}, "
+        f"loss {summary.history[-1][1]:.3f}{validation}, {summary.tokens_per_second:,.0f} tokens/s"
     )

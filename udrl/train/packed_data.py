@@ -80,14 +80,17 @@ def prepare_packed_data(
     swap_pool = rare_words(_read_intents(sample)) if recipe.train.swapped_copies else []
     job = PackingJob(recipe, paths, tokenizer, vocabulary, thresholds, swap_pool)
     group_size = max(1, round(PACK_TOGETHER * len(files) / (n_episodes * (1 + recipe.train.swapped_copies))))
-    totals, intents = _pack_all(job, [files[i : i + group_size] for i in range(0, len(files), group_size)])
+    totals = _pack_all(job, [files[i : i + group_size] for i in range(0, len(files), group_size)])
+    context = recipe.student.context
+    _require_rows(totals, context)
+    samples = sorted(totals.samples, key=lambda sample: (tasks.index(sample.task), sample.intent_hash))
+    intents = [ValidationIntent(task=sample.task, intent=sample.intent) for sample in samples]
     ValidationIntents(intents=intents).save(paths.validation_intents)
-    slots = totals.rows * recipe.student.context
     PackedDataSummary(
         **totals.model_dump(exclude={"samples"}),
-        padding=1 - totals.tokens / max(slots, 1),
+        padding=totals.padding(context),
         episodes=n_episodes,
-        context=recipe.student.context,
+        context=context,
         sources=list(sources),
     ).save(paths.summary)
 
@@ -185,8 +188,8 @@ def _read_intents(files: list[BufferFile]) -> Iterator[str]:
 # ---- packing
 
 
-def _pack_all(job: PackingJob, groups: list[list[BufferFile]]) -> tuple[PackedCounts, list[ValidationIntent]]:
-    """Pack each group of files in a Ray Data task; return the sums, and a sample of the validation intents by task."""
+def _pack_all(job: PackingJob, groups: list[list[BufferFile]]) -> PackedCounts:
+    """Pack each group of files in a Ray Data task; return the sums."""
     import ray
 
     shared = ray.put((job, groups))
@@ -209,12 +212,14 @@ def _pack_all(job: PackingJob, groups: list[list[BufferFile]]) -> tuple[PackedCo
             totals.add(PackedCounts.model_validate_json(text))
             n_groups += 1
         bar.update(n_groups)
-    context = job.recipe.student.context
-    padding = 1 - totals.tokens / max(totals.rows * context, 1)
-    bar.finish(n_groups, f"{totals.tokens:,} tokens, {100 * padding:.2f}% padding, {totals.dropped:,} too long")
-    if not totals.rows and totals.dropped:
+    padding = totals.padding(job.recipe.student.context)
+    bar.finish(n_groups, f"{totals.tokens:,} tokens, {padding:.2%} padding, {totals.dropped:,} too long")
+    return totals
+
+
+def _require_rows(totals: PackedCounts, context: int) -> None:
+    if totals.rows:
+        return
+    if totals.dropped:
         raise UserError(f"student.context: all {totals.dropped:,} examples are longer than {context} tokens; raise it")
-    if not totals.rows:
-        raise UserError("train.validation: no episode is left to train on; lower it, or add intents")
-    in_order = sorted(totals.samples, key=lambda sample: (list(job.vocabulary.tasks).index(sample.task), sample.intent_hash))
-    return totals, [ValidationIntent(task=sample.task, intent=sample.intent) for sample in in_order]
+    raise UserError("train.validation: no episode is left to train on; lower it, or add intents")

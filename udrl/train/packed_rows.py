@@ -83,8 +83,8 @@ def local_files(folder: str, content: str) -> list[str]:
     """Return local paths of the files of rows under ``folder``, sorted by name; fetch them if storage is not local.
 
     ``content`` identifies the rows: a node that has fetched them once does not fetch them again. If several workers of a node
-    call this at once, one fetches and the others wait. Each file appears atomically, so a killed worker's finished files are
-    kept.
+    call this at once, one fetches and the others wait. Each file appears atomically, so the finished files of a
+    killed worker are valid.
     """
     names = [name for name in storage.list_files(folder) if name.endswith(SUFFIX)]
     if storage.is_local(folder):

@@ -51,6 +51,10 @@ class PackedCounts(BaseModel):
     budget_rows: int = 0
     samples: list[IntentSample] = []
 
+    def padding(self, context: int) -> float:
+        """Return the share of the training rows' slots that are padding; rows have ``context`` tokens."""
+        return 1 - self.tokens / max(self.rows * context, 1)
+
     def add(self, other: "PackedCounts") -> None:
         for name in ("rows", "validation_rows", "tokens", "dropped", "trained", "budget_rows"):
             setattr(self, name, getattr(self, name) + getattr(other, name))

@@ -1,220 +1,238 @@
-"""Upside-down reinforcement learning in rounds: explore, score, relabel, retrain (Srivastava et al. 2019, arXiv 1912.02877).
+"""The train stage: upside-down reinforcement learning in rounds (Srivastava et al. 2019, arXiv 1912.02877).
 
-Round 0 trains on the teacher's episodes. In each further round the student of the one before writes under commands from just
-above what the buffer achieved; what it wrote is scored, joins the buffer with its own outcome as its command, and the next
-student starts from the last one's weights. A round that was killed goes on where it was; a finished one starts nothing.
+Round 0 trains the student on the teacher's episodes. In each further round, the student of the round before writes prompts
+under commands from just above the best rewards of the replay buffer. Its prompts are scored and join the buffer, labeled with
+their own outcomes, and the next student is trained from the last one's weights. A killed run resumes where it stopped; a
+finished run starts neither an engine nor a training.
 """
 
-import sys
+import logging
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from udrl import storage
 from udrl.context import StageContext
 from udrl.errors import UserError
 from udrl.hashing import fingerprint
-from udrl.recipe import Recipe, dump
-from udrl.run import EpisodeSource, ScoringPaths
-from udrl.scoring.score import ScoringResult, score
+from udrl.recipe import Recipe, Rewards, dump
+from udrl.run import EpisodeSource, GenerateSummary, RoundRecord, RoundsSummary, Run, StudentPaths, TrainingSummary
+from udrl.scoring.score import score
 from udrl.tasks import Task, load_tasks
-from udrl.train import diversity_guard as guard
-from udrl.train import fit as train
-from udrl.train import round_record as record
-from udrl.train.achieved import rewards_of
-from udrl.train.explore import Plan, explore, plan
-from udrl.train.export import TRAINING
-from udrl.train.fit import Training
+from udrl.train import diversity_guard
+from udrl.train.explore import Exploration, explore, plan_exploration
+from udrl.train.fit import Training, describe_training, first_training, fit, training_fingerprint
 from udrl.train.gpt2 import Shape
+from udrl.train.round_statistics import command_statistics, reward_statistics, rounds_table
 
-SUMMARY = "rounds.json"
-ROUND = "round.json"
+log = logging.getLogger(__name__)
 
 
-def run(recipe: Recipe, engine_actor: type | None = None) -> dict[str, Any]:
-    """Train the student through ``recipe.rounds`` rounds into ``student/``; return its training's facts, and ``rounds``.
+@dataclass(frozen=True)
+class TrainResult:
+    """The training of the run's student, and all rounds; ``rounds`` is empty if the recipe has none."""
 
-    Where a round's prompts have lost too much of round 0's diversity, the student of the round before is the last one.
-    ``engine_actor`` replaces the engine (see :class:`~udrl.context.StageContext`).
+    training: TrainingSummary
+    rounds: list[RoundRecord]
+
+
+def run(recipe: Recipe, engine_actor: type | None = None) -> TrainResult:
+    """Train the run's student, in ``recipe.rounds`` rounds of exploration, and export it to ``student/``.
+
+    If a round's prompts have lost too much of round 0's diversity, the rounds end and the student of the round before is the
+    run's. ``engine_actor`` replaces the engine (see :class:`~udrl.context.StageContext`).
 
     Raises:
-        UserError: no finished generate stage, another student lies in ``student/`` under ``resume: always``, or the
-            objective leaves the student without commands to explore under.
-        StalledError: a stage was silent for ``recipe.watchdog_minutes``.
+        UserError: there is no finished generate stage, ``student/`` has another student under ``resume: always``, or the
+            objective trains students that follow no commands to explore under.
+        StalledError: a stage made no progress for ``recipe.watchdog_minutes``.
     """
     if not recipe.rounds:
-        return train.run(recipe)
+        return TrainResult(fit(recipe, first_training(recipe, Run(recipe.storage).student.folder)), [])
     if recipe.train.objective != "udrl":
         raise UserError(
-            f"rounds: a student of train.objective={recipe.train.objective} takes no commands to explore under; set"
+            f"rounds: students of train.objective={recipe.train.objective} follow no commands to explore under; set"
             " train.objective=udrl, or rounds=0"
         )
-    tasks = load_tasks(recipe.tasks)
+    return _run_rounds(recipe, StageContext.of(recipe, engine_actor))
+
+
+def describe(result: TrainResult) -> str:
+    """Return the lines that end the job: the student, and a table of the rounds if there are any."""
+    student = describe_training(result.training)
+    return f"{student}\n{rounds_table(result.rounds)}" if result.rounds else student
+
+
+def _run_rounds(recipe: Recipe, context: StageContext) -> TrainResult:
+    paths, tasks = Run(recipe.storage), load_tasks(recipe.tasks)
     storage.require_writable(recipe.storage)
-    begin = train.first(recipe, _student(recipe, 0))
+    first = first_training(recipe, paths.round(0).student.folder)
     if recipe.resume == "never":
-        storage.remove(storage.join(recipe.storage, "rounds"))
+        storage.remove(paths.all_rounds)
     else:
-        _adopt(recipe, begin)
-    facts = train.fit(recipe, begin)
-    rounds = [_first(recipe, begin)]
+        _adopt_student(recipe, first)
+    training = fit(recipe, first)
+    rounds = [_record_first_round(recipe, first)]
     for k in range(1, recipe.rounds + 1):
-        made = _explored(recipe, k, tasks, StageContext.of(recipe, engine_actor))
-        made["refused"] = guard.verdict(made["accepted"], made["diversity"], recipe.explore.min_diversity)
-        made |= {"keep": None, "before": rounds[-1]["achieved"]}
-        rounds.append(made)
-        if made["refused"]:
-            print(f"round {k}: not trained on: {made['refused']}; the student of round {k - 1} stands", file=sys.stderr)
+        record = _decide_on_training(recipe, rounds, _explore_and_score(recipe, k, tasks, context))
+        rounds.append(record)
+        if record.refused:
+            log.warning(f"round {k}: not trained on: {record.refused}; the run's student is that of round {k - 1}")
         else:
-            made["keep"] = guard.keep(sum(one["accepted"] for one in rounds[:-1]), made["accepted"], recipe.explore.replay)
-            facts = train.fit(_retraining(recipe), _training(recipe, begin, rounds, facts))
-        storage.write_json(storage.join(_folder(recipe, k), ROUND), made)
-        if made["refused"]:
+            training = fit(with_retraining_settings(recipe), plan_retraining(recipe, first, rounds, training))
+        record.save(paths.round(k).record)
+        if record.refused:
             break
-    last = rounds[-1]["round"] - bool(rounds[-1]["refused"])
-    if recipe.resume == "never" or _fingerprint(_target(recipe)) != facts["fingerprint"]:
-        copy_student(_student(recipe, last), _target(recipe))
-    storage.write_bytes(storage.join(recipe.storage, "recipe.yaml"), dump(recipe).encode())
-    storage.write_json(storage.join(recipe.storage, SUMMARY), {"rounds": rounds, "student": last})
-    return {**facts, "rounds": rounds}
+    last = rounds[-1].round - 1 if rounds[-1].refused else rounds[-1].round
+    if recipe.resume == "never" or _exported_fingerprint(paths.student) != training.fingerprint:
+        copy_student(paths.round(last).student, paths.student)
+    storage.write_bytes(paths.recipe, dump(recipe).encode())
+    RoundsSummary(rounds=rounds, student=last).save(paths.rounds_summary)
+    return TrainResult(training, rounds)
 
 
-def describe(facts: dict[str, Any]) -> str:
-    """The lines that end the job: the student, and where there were rounds, one line each."""
-    lines = record.table(facts["rounds"]) if facts.get("rounds") else []
-    return "\n".join([train.describe(facts), *lines])
+# ---- round 0
 
 
-def _folder(recipe: Recipe, k: int) -> str:
-    return storage.join(recipe.storage, "rounds", str(k))
-
-
-def _student(recipe: Recipe, k: int) -> str:
-    return storage.join(_folder(recipe, k), "student")
-
-
-def _target(recipe: Recipe) -> str:
-    return storage.join(recipe.storage, "student")
-
-
-def _episodes(recipe: Recipe, k: int) -> str:
-    return storage.join(_folder(recipe, k) if k else recipe.episodes_storage(), "episodes")
-
-
-def _fingerprint(student: str) -> str | None:
-    """Of a finished export, else None."""
-    uri = storage.join(student, TRAINING)
-    return storage.read_json(uri)["fingerprint"] if storage.exists(uri) else None
-
-
-def _adopt(recipe: Recipe, begin: Training) -> None:
-    """A run that was made without rounds has round 0's student in ``student/`` already: it is taken, not trained again.
+def _adopt_student(recipe: Recipe, first: Training) -> None:
+    """Use the student of a run that was made without rounds as round 0's, rather than train it again.
 
     Raises:
-        UserError: what lies there is neither that nor a round's, and ``resume: always`` forbids to replace it.
+        UserError: ``student/`` has neither that student nor a round's, and ``resume: always`` forbids to replace it.
     """
-    there = _fingerprint(_target(recipe))
-    if there is None:
+    paths = Run(recipe.storage)
+    exported = _exported_fingerprint(paths.student)
+    if exported is None:
         return
-    if there == train.fingerprint(recipe, begin):
-        if _fingerprint(begin.target) is None:
-            copy_student(_target(recipe), begin.target)
+    if exported == training_fingerprint(recipe, first):
+        if _exported_fingerprint(paths.round(0).student) is None:
+            copy_student(paths.student, paths.round(0).student)
         return
-    ours = storage.list_folders(storage.join(recipe.storage, "rounds"))
-    if recipe.resume == "always" and there not in [_fingerprint(_student(recipe, int(k))) for k in ours]:
+    if recipe.resume != "always":
+        return
+    rounds = [int(name) for name in storage.list_folders(paths.all_rounds)]
+    if exported not in [_exported_fingerprint(paths.round(k).student) for k in rounds]:
         raise UserError(
-            f"{_target(recipe)}: made with other settings or episodes; resume=if_possible or resume=never trains anew"
+            f"{paths.student.folder}: trained with other settings or episodes; set resume=if_possible or resume=never to train"
+            " another student"
         )
 
 
-def copy_student(source: str, target: str) -> None:
-    """Copy an exported student; what marks it as whole comes last."""
-    storage.remove(target)
-    names = storage.list_files(source)
-    for name in [*(n for n in names if n != TRAINING), TRAINING]:
-        storage.write_bytes(storage.join(target, name), storage.read_bytes(storage.join(source, name)))
-
-
-def _first(recipe: Recipe, begin: Training) -> dict[str, Any]:
-    """The line of round 0."""
-    made = storage.read_json(storage.join(recipe.episodes_storage(), "generate.json"))
-    before = storage.join(_folder(recipe, 0), ROUND)
-    origin = fingerprint(begin.origin)
-    if storage.exists(before) and (known := storage.read_json(before))["origin"] == origin:
-        return dict(known)
-    facts = {
-        "round": 0,
-        "origin": origin,
-        "requested": made.get("requested"),
-        "accepted": made["accepted"],
-        "achieved": rewards_of(_episodes(recipe, 0)),
-        "refused": "",
-    }
-    storage.write_json(before, facts)
-    return facts
-
-
-def _explored(recipe: Recipe, k: int, tasks: Sequence[Task], context: StageContext) -> dict[str, Any]:
-    """Explore and score round ``k``, as far as that is not done, and return what it came to."""
-    folder = _folder(recipe, k)
-    what = plan(recipe, k, _student(recipe, k - 1), folder)
-    origin = fingerprint([what.mark, _scoring(recipe), [t.model_dump() for t in tasks]])
-    done = storage.join(folder, ROUND)
-    if storage.exists(done) and (known := storage.read_json(done))["origin"] == origin:
-        print(f"round {k}: explored and scored already: {folder}", file=sys.stderr)
-        return dict(known)
-    buffer = [_episodes(recipe, j) for j in range(k)]
-    storage.remove(done)  # it vouches for episodes that scoring may clear now
-    explore(recipe, what, tasks, buffer, context)
-    paths = ScoringPaths(folder)
-    scored = score(what.ledger, paths, tasks, recipe.rewards, f"round {k}: score", earlier=buffer, context=context)
-    facts = {"round": k, "origin": origin, **_account(recipe, what, scored)}
-    # Written before the training too: a driver that is killed there need not look at the episodes again.
-    storage.write_json(done, facts)
-    return facts
-
-
-def _scoring(recipe: Recipe) -> dict[str, Any]:
-    """What of the rewards' settings decides a score: not where or in which batches it is computed."""
-    return recipe.rewards.model_dump(exclude={"placement": True, "batch_size": True, "judge": {"placement"}})
-
-
-def _account(recipe: Recipe, what: Plan, scored: ScoringResult) -> dict[str, Any]:
-    episodes = _episodes(recipe, what.round)
-    requested = what.intents * len(what.vocabulary.tasks) * recipe.explore.samples
-    if scored.total != requested:
-        raise RuntimeError(f"accounting: {scored.accepted} accepted + {scored.rejected} rejected is not {requested} requested")
-    asked = record.asked(episodes, storage.join(_folder(recipe, what.round), "rejects"))
-    return {
-        "ledger": what.mark,
-        "student": what.policy.revision,
-        "requested": requested,
-        "accepted": scored.accepted,
-        "rejected": scored.rejected,
-        "reasons": scored.reasons,
-        "commands": {task: asked[task].plain() for task in sorted(asked)},
-        "achieved": rewards_of(episodes),
-        "diversity": guard.diversity(_episodes(recipe, 0), episodes, what.intents),
-    }
-
-
-def _training(recipe: Recipe, begin: Training, rounds: Sequence[dict[str, Any]], last: dict[str, Any]) -> Training:
-    """The retraining of the newest of ``rounds``, from the student that ``last`` describes: earlier episodes whole, of the
-    new ones as many as replay allows. Bins are computed over all of them."""
-    *earlier, new = rounds
-    k = new["round"]
-    sources = [EpisodeSource(folder=_episodes(recipe, one["round"])) for one in earlier]
-    origin = [begin.origin, *([one["origin"], one["accepted"]] for one in rounds[1:]), last["fingerprint"]]
-    return Training(
-        sources=(*sources, EpisodeSource(folder=_episodes(recipe, k), keep=new["keep"])),
-        target=_student(recipe, k),
+def _record_first_round(recipe: Recipe, first: Training) -> RoundRecord:
+    """Return the record of the teacher's episodes, and write it if it is absent or belongs to others."""
+    uri, origin = Run(recipe.storage).round(0).record, fingerprint(first.origin)
+    saved = RoundRecord.load_if_exists(uri)
+    if saved and saved.origin == origin:
+        return saved
+    generated = GenerateSummary.load(Run(recipe.episodes_storage()).generate_summary)
+    record = RoundRecord(
+        round=0,
         origin=origin,
+        requested=generated.requested,
+        accepted=generated.accepted,
+        achieved=reward_statistics(_episodes_folder(recipe, 0)),
+    )
+    record.save(uri)
+    return record
+
+
+# ---- rounds of exploration
+
+
+def _explore_and_score(recipe: Recipe, k: int, tasks: Sequence[Task], context: StageContext) -> RoundRecord:
+    """Explore and score round ``k``, unless that is done already."""
+    paths, exploration = Run(recipe.storage).round(k), plan_exploration(recipe, k)
+    origin = round_fingerprint(exploration, recipe.rewards, tasks)
+    saved = RoundRecord.load_if_exists(paths.record)
+    if saved and saved.origin == origin:
+        log.info(f"round {k}: already explored and scored: {paths.folder}")
+        return saved
+    storage.remove(paths.record)  # it vouches for the episodes that scoring replaces now
+    buffer = [_episodes_folder(recipe, j) for j in range(k)]
+    explore(recipe, exploration, tasks, buffer, context)
+    label, n_prompts = f"round {k}: score", exploration.n_prompts
+    scored = score(exploration.ledger, paths.scoring, tasks, recipe.rewards, label, earlier=buffer, context=context)
+    if scored.total != n_prompts:
+        raise RuntimeError(f"accounting: {scored.accepted} accepted + {scored.rejected} rejected is not {n_prompts} requested")
+    record = RoundRecord(
         round=k,
-        start=_student(recipe, k - 1),
+        origin=origin,
+        ledger=exploration.manifest.fingerprint,
+        student=exploration.policy.revision,
+        requested=n_prompts,
+        accepted=scored.accepted,
+        rejected=scored.rejected,
+        reasons=scored.reasons,
+        commands=command_statistics(paths.scoring.episodes, paths.scoring.rejects),
+        achieved=reward_statistics(paths.scoring.episodes),
+        diversity=diversity_guard.measure_diversity(_episodes_folder(recipe, 0), paths.scoring.episodes, exploration.n_intents),
+    )
+    # Written before the training, so that a driver that is killed during it need not read the episodes again.
+    record.save(paths.record)
+    return record
+
+
+def round_fingerprint(exploration: Exploration, rewards: Rewards, tasks: Sequence[Task]) -> str:
+    """Return the fingerprint of everything that a round's episodes depend on.
+
+    Placement and batch sizes of scoring are left out, because they do not change a score.
+    """
+    scoring = rewards.model_dump(exclude={"placement": True, "batch_size": True, "judge": {"placement"}})
+    return fingerprint([exploration.manifest.fingerprint, scoring, [task.model_dump() for task in tasks]])
+
+
+def _decide_on_training(recipe: Recipe, earlier: Sequence[RoundRecord], record: RoundRecord) -> RoundRecord:
+    """Add to a round's record whether it is trained on, and with which share of its episodes."""
+    refused = diversity_guard.reason_to_refuse(record.accepted, record.diversity, recipe.explore.min_diversity)
+    n_earlier = sum(one.accepted for one in earlier)
+    keep = None if refused else diversity_guard.share_to_train_on(n_earlier, record.accepted, recipe.explore.replay)
+    return record.model_copy(update={"before": earlier[-1].achieved, "refused": refused, "keep": keep})
+
+
+def plan_retraining(recipe: Recipe, first: Training, rounds: Sequence[RoundRecord], last: TrainingSummary) -> Training:
+    """Return the training of the newest of ``rounds``, which starts from the student that ``last`` describes.
+
+    It is on all earlier episodes and on as many new ones as the record's ``keep`` allows.
+    """
+    *earlier, new = rounds
+    paths = Run(recipe.storage)
+    return Training(
+        sources=(
+            *(EpisodeSource(folder=_episodes_folder(recipe, record.round)) for record in earlier),
+            EpisodeSource(folder=_episodes_folder(recipe, new.round), keep=1.0 if new.keep is None else new.keep),
+        ),
+        target=paths.round(new.round).student.folder,
+        origin=[first.origin, *([record.origin, record.accepted] for record in rounds[1:]), last.fingerprint],
+        round=new.round,
+        start=paths.round(new.round - 1).student.folder,
     )
 
 
-def _retraining(recipe: Recipe) -> Recipe:
-    """The recipe with the epochs and the learning rate of a later round."""
+def with_retraining_settings(recipe: Recipe) -> Recipe:
+    """Return the recipe with the epochs and the learning rate of later rounds."""
     lr = recipe.explore.lr or Shape.of(recipe.student, recipe.train).lr / 3
-    changed = recipe.train.model_copy(update={"epochs": recipe.explore.epochs, "lr": lr})
-    return recipe.model_copy(update={"train": changed})
+    train = recipe.train.model_copy(update={"epochs": recipe.explore.epochs, "lr": lr})
+    return recipe.model_copy(update={"train": train})
+
+
+# ---- students and episodes on storage
+
+
+def copy_student(source: StudentPaths, target: StudentPaths) -> None:
+    """Replace the student in ``target``; its ``training.json``, which marks the copy as complete, is written last."""
+    storage.remove(target.folder)
+    for name in storage.list_files(source.folder):
+        uri = storage.join(source.folder, name)
+        if uri != source.training:
+            storage.write_bytes(storage.join(target.folder, name), storage.read_bytes(uri))
+    storage.write_bytes(target.training, storage.read_bytes(source.training))
+
+
+def _exported_fingerprint(student: StudentPaths) -> str | None:
+    """Return the fingerprint of a complete export, None if there is none."""
+    training = TrainingSummary.load_if_exists(student.training)
+    return training.fingerprint if training else None
+
+
+def _episodes_folder(recipe: Recipe, k: int) -> str:
+    scoring = Run(recipe.storage).round(k).scoring if k else Run(recipe.episodes_storage()).scoring
+    return scoring.episodes

@@ -1,4 +1,4 @@
-"""Command vocabularies fitted to a few made-up episodes."""
+"""Command vocabularies fitted to a few fake episodes."""
 
 from collections.abc import Sequence
 from typing import Any

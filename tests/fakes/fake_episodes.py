@@ -1,4 +1,6 @@
-"""A run's storage filled with random episodes, as a finished generate stage leaves it."""
+"""Files of random episodes."""
+
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,14 +15,28 @@ SUBJECTS = "owl fox lynx otter heron newt violin kettle lantern bicycle".split()
 WORDS = "soft light snow night bold type wide shot gold blue quiet forest paper texture warm".split()  # noqa: SIM905
 
 
+def blank_episode() -> dict[str, Any]:
+    """Return an episode without text, whose rewards are 0.5."""
+    blank = {"string": "", "int64": 0, "int32": 0, "float": 0.5}
+    return {column.name: blank[str(column.type)] for column in EPISODES}
+
+
+def write_episodes(folder: str, rows: list[dict[str, Any]], files: int = 1) -> str:
+    """Write episodes of the task ``paint``, if the rows do not name another, as several Parquet files; return ``folder``."""
+    episodes = [{**blank_episode(), "episode_id": i, "task": "paint", **row} for i, row in enumerate(rows)]
+    for part in range(files):
+        table = pa.Table.from_pylist(episodes[part::files], schema=EPISODES)
+        storage.write_table(storage.join(folder, f"part-{part:08d}.parquet"), table)
+    return folder
+
+
 def fill_with_episodes(uri: str, files: int = 3, rows: int = 80, rare_subjects: bool = False) -> None:
-    """Write the episodes of two tasks and ``generate.json``.
+    """Fill a run's storage as a finished generate stage leaves it: episodes of two tasks and ``generate.json``.
 
     With ``rare_subjects`` few intents share a subject, so that episodes can have swapped copies.
     """
     run = Run(uri)
     rng = np.random.default_rng(0)
-    blank = {"string": "", "int64": 0, "int32": 0, "float": 0.5}
     for part in range(files):
         table = []
         for i in range(rows):
@@ -29,7 +45,7 @@ def fill_with_episodes(uri: str, files: int = 3, rows: int = 80, rare_subjects: 
                 subject += f"{chr(97 + i // len(SUBJECTS) % 26)}{chr(97 + part)}"
             intent = f"poster of a {subject} {part} {i // 2}"
             prompt = " ".join([subject, *rng.choice(WORDS, rng.integers(3, 12))])
-            row = {f.name: blank[str(f.type)] for f in EPISODES}
+            row = blank_episode()
             row |= {"intent": intent, "intent_id": stable_id(intent), "prompt": prompt, "n_words": count_words(prompt)}
             row |= {"task": ["text_to_image", "image_search"][i % 2], "episode_id": part * rows + i}
             row |= {c: float(rng.random()) for c in COMPONENTS} | {"reward": float(rng.random())}
