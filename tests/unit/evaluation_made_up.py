@@ -1,4 +1,4 @@
-"""A made-up evaluation for tests: its table of outputs, and its document, in the shape that the evaluate stage writes."""
+"""A made-up evaluation for tests: its table of outputs, and its document, in the shape of metrics.json."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ NAN = float("nan")
 
 
 def row(task: str = "text_to_image", intent: int = 0, policy: str = "student", probe: str = "default", **values: Any) -> dict:
-    """One row of the outputs; what is not given is an accepted prompt of four words."""
+    """One row of the outputs; without ``values`` an accepted prompt of four words."""
     return {
         "episode_id": stable_id(task, intent, policy, probe, str(values)),
         "intent_id": stable_id(intent),
@@ -83,13 +83,13 @@ def outputs(
 
     def add(task: str, i: int, policy: str, probe: str, words: int, relevance: float, **values: Any) -> None:
         prompt = " ".join(rng.choice(WORDS, words))
-        found: dict[str, Any] = {"prompt": prompt, "n_words": words, "relevance": relevance, "reward": relevance}
-        found |= dict.fromkeys((f"judge_{judge}" for judge in judges), 2 * relevance)
+        output: dict[str, Any] = {"prompt": prompt, "n_words": words, "relevance": relevance, "reward": relevance}
+        output |= dict.fromkeys((f"judge_{judge}" for judge in judges), 2 * relevance)
         if rng.random() < 0.05:
-            found = {"prompt": "", "reason": "empty", "n_words": 0, "relevance": None, "reward": None}
+            output = {"prompt": "", "reason": "empty", "n_words": 0, "relevance": None, "reward": None}
             if probe in ("default", "reward"):
-                found |= dict.fromkeys((f"judge_{judge}" for judge in judges), UNRELATED)
-        rows.append(row(task, i, policy, probe, **found, **values))
+                output |= dict.fromkeys((f"judge_{judge}" for judge in judges), UNRELATED)
+        rows.append(row(task, i, policy, probe, **output, **values))
 
     for task in tasks:
         for i in range(intents):
@@ -162,7 +162,7 @@ def document(tasks: tuple[str, ...] = TASKS, policies: dict[str, str] | None = N
 
 
 def bare() -> EvaluationDocument:
-    """A student without a rival, on one task, without a judge or anything else that is known."""
+    """A student without a rival, on one task, without a judge or any other number."""
     student = {"n": 2, "rejected": 0.0, "words": 4.0, "relevance": interval(0.5, 0), "judges": {}}
     errors = dict.fromkeys(("mean", "mae", "bias", "exact", "within_1", "within_2", "within_10pct", "spearman", "rises"))
     unknown = {"n": 0, **errors, "levels": []}
@@ -170,7 +170,7 @@ def bare() -> EvaluationDocument:
         "policies": {"student": student},
         "comparisons": {},
         "diversity": {"words": 4, "n": 2, "policies": {"student": {}}},
-        "accuracy": {"classifier": {"n": 0, "teacher_holdout": None, "policies": {}}, "format": {"policies": {}}},
+        "accuracy": {"classifier": {"teacher_holdout": None, "policies": {}}, "format": {"policies": {}}},
         "length": unknown,
         "reach": unknown,
     }
@@ -263,7 +263,7 @@ def _scope(policies: dict[str, str], shift: float) -> dict[str, Any]:
             **{"vendi": 41.5, "within_distance": 0.7, "within_vendi": 1.6},
         }
     accuracy = {
-        "classifier": {"n": 400, "teacher_holdout": 0.97, "policies": dict.fromkeys(policies, 0.95)},
+        "classifier": {"teacher_holdout": 0.97, "policies": dict.fromkeys(policies, 0.95)},
         "format": {"policies": dict.fromkeys(policies, 0.93)},
     }
     ratios = {
@@ -280,15 +280,15 @@ def _length(levels: bool, worse: float = 1.0) -> dict[str, Any]:
         shares = {"exact": 0.4 / worse, "within_1": 0.8 / worse, "within_2": 0.93 / worse, "within_10pct": 0.7 / worse}
         return {"n": 60, "mean": mean, "mae": 0.8 * worse, "bias": -0.1 * worse, **shares}
 
-    found = {**errors(12.0), "spearman": 0.97 / worse, "rises": True}
+    control = {**errors(12.0), "spearman": 0.97 / worse, "rises": True}
     if levels:
-        asked = (6, 9, 12, 15, 18) if worse == 1 else (3, 24, 32, 40)
-        means = {words: words + (0.1 if worse == 1 else 0.12 * (14 - words)) for words in asked}
-        found["levels"] = [
+        commanded = (6, 9, 12, 15, 18) if worse == 1 else (3, 24, 32, 40)
+        means = {words: words + (0.1 if worse == 1 else 0.12 * (14 - words)) for words in commanded}
+        control["levels"] = [
             {"words": words, **errors(mean), "p10": mean - 1.5 * worse, "p90": mean + 1.5 * worse}
             for words, mean in means.items()
         ]
-    return found
+    return control
 
 
 def _reward(shift: float) -> dict[str, Any]:

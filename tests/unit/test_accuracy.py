@@ -17,38 +17,38 @@ TASKS = [load_task(IMAGE), load_task(SEARCH)]
 NOUNS = ("owl", "rocket", "leaf", "party", "logo", "dinosaur", "lake", "bench", "fox", "car")
 
 
-def written(task: str, noun: str) -> str:
+def prompt_of(task: str, noun: str) -> str:
     return f"a watercolor painting of {noun} in soft light" if task == IMAGE else f"stock photo {noun} white background"
 
 
 def shares(rows: list[dict[str, Any]], training: accuracy.Texts | None = None) -> Accuracy:
-    return accuracy.accuracy_by_policy(*accuracy.add_accuracy_columns(columns(table(*rows)), TASKS, training or {}))
+    return accuracy.accuracy_by_policy(accuracy.add_accuracy_columns(columns(table(*rows)), TASKS, training or {}))
 
 
 def outputs(policy: str, swap: bool = False) -> list[dict[str, Any]]:
     other = {IMAGE: SEARCH, SEARCH: IMAGE} if swap else {IMAGE: IMAGE, SEARCH: SEARCH}
-    return [row(t, i, policy, prompt=written(other[t], noun)) for t in other for i, noun in enumerate(NOUNS)]
+    return [row(t, i, policy, prompt=prompt_of(other[t], noun)) for t in other for i, noun in enumerate(NOUNS)]
 
 
 def test_prompts_that_read_like_their_task_are_recognized_and_those_of_another_are_not() -> None:
-    found = shares([*outputs("teacher"), *outputs("student"), *outputs("llama", swap=True)]).classifier
-    assert found == ClassifierAccuracy(n=20, teacher_holdout=1, policies={"teacher": 1, "student": 1, "llama": 0})
+    classifier = shares([*outputs("teacher"), *outputs("student"), *outputs("llama", swap=True)]).classifier
+    assert classifier == ClassifierAccuracy(teacher_holdout=1, policies={"teacher": 1, "student": 1, "llama": 0})
 
 
 def test_the_classifier_is_trained_on_training_prompts_if_they_cover_the_tasks() -> None:
-    training = {task: [written(task, f"thing {i}") for i in range(30)] for task in (IMAGE, SEARCH, "unused")}
-    found = shares([*outputs("student"), *outputs("llama", swap=True)], training).classifier
-    assert found.policies == {"student": 1, "llama": 0}
-    assert found.n == 60
-    assert found.teacher_holdout is None
-    assert shares(outputs("teacher"), {IMAGE: ["a"]}).classifier.n == 20  # one task is not covered
+    training = {task: [prompt_of(task, f"thing {i}") for i in range(30)] for task in (IMAGE, SEARCH, "unused")}
+    classifier = shares([*outputs("student"), *outputs("llama", swap=True)], training).classifier
+    assert classifier.policies == {"student": 1, "llama": 0}
+    assert classifier.teacher_holdout is None  # not trained on outputs, of which the teacher has none here
+    one_task = shares(outputs("teacher"), {IMAGE: ["a"]}).classifier
+    assert one_task.teacher_holdout == 1  # training does not cover the other: the teacher's outputs are used
 
 
 def test_a_rejected_output_is_neither_recognized_nor_well_formed() -> None:
-    rows = [*outputs("teacher"), row(IMAGE, 0, prompt=written(IMAGE, "owl")), row(IMAGE, 1, prompt="", reason="echo")]
-    found = shares(rows)
-    assert found.classifier.policies["student"] == 0.5
-    assert found.format.policies["student"] == 0.5
+    rows = [*outputs("teacher"), row(IMAGE, 0, prompt=prompt_of(IMAGE, "owl")), row(IMAGE, 1, prompt="", reason="echo")]
+    measured = shares(rows)
+    assert measured.classifier.policies["student"] == 0.5
+    assert measured.format.policies["student"] == 0.5
 
 
 def test_no_prompt_is_judged_by_a_classifier_that_saw_one_for_its_intent() -> None:
@@ -57,10 +57,10 @@ def test_no_prompt_is_judged_by_a_classifier_that_saw_one_for_its_intent() -> No
         return [row(t, i, policy, prompt=f"{t}{i}a {t}{i}b {t}{i}c {t}{i}d") for t in (IMAGE, SEARCH) for i in range(50)]
 
     elsewhere = [{**r, "intent_id": s["intent_id"], "policy": "shuffled"} for r, s in zip(rows(""), rows("")[1:], strict=False)]
-    found = shares([*rows("teacher"), *rows("student"), *elsewhere]).classifier
-    assert found.teacher_holdout < 0.7
-    assert found.policies["student"] == found.teacher_holdout
-    assert found.policies["shuffled"] < 0.7
+    classifier = shares([*rows("teacher"), *rows("student"), *elsewhere]).classifier
+    assert classifier.teacher_holdout < 0.7
+    assert classifier.policies["student"] == classifier.teacher_holdout
+    assert classifier.policies["shuffled"] < 0.7
 
 
 @pytest.mark.parametrize(
@@ -69,9 +69,8 @@ def test_no_prompt_is_judged_by_a_classifier_that_saw_one_for_its_intent() -> No
     ids=["one task", "no teacher", "one row"],
 )
 def test_without_two_tasks_of_the_teacher_recognition_is_unknown(rows: list[dict[str, Any]]) -> None:
-    found = shares(rows).classifier
-    assert found.n == 0
-    assert set(found.policies.values()) == {None}
+    classifier = shares(rows).classifier
+    assert {classifier.teacher_holdout, *classifier.policies.values()} == {None}
 
 
 def test_well_formed_prompts_keep_the_task_s_rules() -> None:

@@ -1,4 +1,4 @@
-"""The verdicts: what is met, what is missed, and what the numbers leave open."""
+"""Verdicts on the claim and the targets: met, missed or open."""
 
 from typing import Any
 

@@ -22,25 +22,25 @@ def measure(rows: list[dict[str, Any]]) -> LengthControl:
 def test_length_control_against_hand_counts() -> None:
     rows = lengths({6: [6, 7, 9], 12: [12, 12, 10]})
     rows.append(row(probe="length", command_words=12, n_words=0, prompt="", reason="empty"))  # a refusal is a miss
-    found = measure(rows)
-    six, twelve = found.levels or ()
+    measured = measure(rows)
+    six, twelve = measured.levels or ()
     assert (six.words, six.n, six.mean, six.mae) == (6, 3, pytest.approx(22 / 3), pytest.approx(4 / 3))
     assert [six.exact, six.within_1, six.within_2] == pytest.approx([1 / 3, 2 / 3, 2 / 3])
     assert [twelve.exact, twelve.within_1, twelve.within_2] == pytest.approx([2 / 4, 2 / 4, 3 / 4])
-    assert found.within_2 == pytest.approx(5 / 7)
-    assert found.rises is True
+    assert measured.within_2 == pytest.approx(5 / 7)
+    assert measured.rises is True
 
 
 def test_bias_has_the_sign_of_the_error() -> None:
-    found = measure(lengths({10: [12, 13, 10], 20: [15, 19, 20]}))
-    assert [level.bias for level in found.levels or ()] == pytest.approx([5 / 3, -2])
-    assert found.bias == pytest.approx(-1 / 6)
-    assert found.mae == pytest.approx(11 / 6)
+    measured = measure(lengths({10: [12, 13, 10], 20: [15, 19, 20]}))
+    assert [level.bias for level in measured.levels or ()] == pytest.approx([5 / 3, -2])
+    assert measured.bias == pytest.approx(-1 / 6)
+    assert measured.mae == pytest.approx(11 / 6)
 
 
 def test_within_ten_per_cent_is_of_the_commanded_words() -> None:
-    found = measure(lengths({9: [9, 10], 10: [9, 11, 12], 30: [27, 33, 34]}))
-    assert [level.within_10pct for level in found.levels or ()] == pytest.approx([1 / 2, 2 / 3, 2 / 3])
+    measured = measure(lengths({9: [9, 10], 10: [9, 11, 12], 30: [27, 33, 34]}))
+    assert [level.within_10pct for level in measured.levels or ()] == pytest.approx([1 / 2, 2 / 3, 2 / 3])
 
 
 def test_over_tasks_the_length_rises_only_if_it_does_on_every_task() -> None:
@@ -78,21 +78,21 @@ def test_reward_control_says_whether_the_curve_rises_and_whether_at_every_step()
 
 
 def test_a_judge_sees_a_reward_curve_of_its_own() -> None:
-    found = rewards(0.1, 0.2, 0.3, agrees=[1.0, 2.0, 4.0], differs=[0.5, 0.3, 0.4])
-    agrees, differs = found.judges["agrees"], found.judges["differs"]
+    measured = rewards(0.1, 0.2, 0.3, agrees=[1.0, 2.0, 4.0], differs=[0.5, 0.3, 0.4])
+    agrees, differs = measured.judges["agrees"], measured.judges["differs"]
     assert (agrees.difference.value, agrees.monotone) == (pytest.approx(3), True)
     assert (differs.difference.value, differs.monotone) == (pytest.approx(-0.1), False)
     assert agrees.spearman == pytest.approx(1)
     assert differs.spearman == pytest.approx(-0.5)
-    assert [level.judges["agrees"].value for level in found.levels] == pytest.approx([1, 2, 4])
+    assert [level.judges["agrees"].value for level in measured.levels] == pytest.approx([1, 2, 4])
 
 
 def test_a_top_bin_that_refuses_does_not_rise() -> None:
     rows = [row(intent=i, probe="reward", command_reward=0, relevance=0.4, judge_x=0.4) for i in range(4)]
     rows += [row(intent=i, probe="reward", command_reward=1, prompt="", reason="echo") for i in range(3)]
     rows += [row(intent=3, probe="reward", command_reward=1, relevance=0.9, judge_x=0.9)]
-    found = control.reward_control(columns(table(*rows, judges=("x",))), Bootstrap(100))
-    assert found.levels[1].relevance.value == pytest.approx(0.9)
-    assert found.levels[1].judges["x"].value == pytest.approx(0.9)  # of accepted prompts, as relevance is
-    assert found.levels[1].rejected == 0.75
-    assert found.rises is False
+    measured = control.reward_control(columns(table(*rows, judges=("x",))), Bootstrap(100))
+    assert measured.levels[1].relevance.value == pytest.approx(0.9)
+    assert measured.levels[1].judges["x"].value == pytest.approx(0.9)  # of accepted prompts, as relevance is
+    assert measured.levels[1].rejected == 0.75
+    assert measured.rises is False

@@ -116,10 +116,10 @@ def test_copies_are_the_least_varied_texts(words: list[list[str]]) -> None:
 
 
 def test_within_an_intent_only_its_own_prompts_are_compared() -> None:
-    found = text_diversity.figures_within([letters("abc", "bcd"), letters("xyz", "uvw"), letters("abc")])
-    assert found["within_distance"] == pytest.approx((0.5 + 1) / 2)  # 2 of 4 words in common; none
+    figures = text_diversity.figures_within([letters("abc", "bcd"), letters("xyz", "uvw"), letters("abc")])
+    assert figures["within_distance"] == pytest.approx((0.5 + 1) / 2)  # 2 of 4 words in common; none
     half = text_diversity.vendi(np.array([[1, 0.5], [0.5, 1]]))  # one of two word pairs in common
-    assert found["within_vendi"] == pytest.approx((half + 2) / 2)
+    assert figures["within_vendi"] == pytest.approx((half + 2) / 2)
     assert all(math.isnan(value) for value in text_diversity.figures_within([letters("abc")]).values())
 
 
@@ -131,9 +131,9 @@ def test_diversity_compares_equal_lengths_and_equal_numbers() -> None:
             for v in range(samples):
                 prompt = " ".join(rng.choice(WORDS, words))
                 rows.append(row(intent=i, policy=policy, variation=v, prompt=prompt, n_words=words))
-    found = measure(columns(table(*rows)), WRITERS)
-    assert (found.words, found.n) == (10, 40)
-    student, teacher = found.policies["student"], found.policies["teacher"]
+    measured = measure(columns(table(*rows)), WRITERS)
+    assert (measured.words, measured.n) == (10, 40)
+    student, teacher = measured.policies["student"], measured.policies["teacher"]
     assert student.distinct_2 == pytest.approx(teacher.distinct_2, rel=0.15)
     assert student.self_bleu == pytest.approx(teacher.self_bleu, rel=0.15)
     assert student.vendi == pytest.approx(teacher.vendi, rel=0.15)
@@ -149,9 +149,9 @@ def test_a_trivial_baseline_does_not_shorten_the_cut_of_the_others() -> None:
         for i in range(10)
         for policy, words in (("student", 12), ("teacher", 12), ("echo", 4), ("shuffled", 12))
     ]
-    found = measure(columns(table(*rows)), WRITERS)
-    assert (found.words, found.n) == (12, 10)
-    assert set(found.policies) == {"student", "teacher", "shuffled"}  # an echo has no prompt of twelve words
+    measured = measure(columns(table(*rows)), WRITERS)
+    assert (measured.words, measured.n) == (12, 10)
+    assert set(measured.policies) == {"student", "teacher", "shuffled"}  # an echo has no prompt of twelve words
 
 
 def rows_of(*prompts: tuple[str, int, int, str | None]) -> Columns:
@@ -173,10 +173,10 @@ def test_across_intents_each_policy_contributes_its_first_accepted_prompt_that_i
         *(("student", 1, v, prompt) for v, prompt in ((0, "g h"), (1, "d e f"))),
         *(("student", 2, v, "x y z") for v in range(2)),
     )
-    found = measure(rows, WRITERS)
-    assert (found.words, found.n) == (3, 3)
-    assert found.policies["student"].distinct_1 == pytest.approx(6 / 9)  # d e f, d e f, x y z
-    assert found.policies["student"].within_distance == pytest.approx((1 + 0) / 2)  # all prompts for intents 0 and 2
+    measured = measure(rows, WRITERS)
+    assert (measured.words, measured.n) == (3, 3)
+    assert measured.policies["student"].distinct_1 == pytest.approx(6 / 9)  # d e f, d e f, x y z
+    assert measured.policies["student"].within_distance == pytest.approx((1 + 0) / 2)  # all prompts for intents 0 and 2
 
 
 def test_more_prompts_for_an_intent_do_not_lower_the_figures_across_intents() -> None:
@@ -186,7 +186,7 @@ def test_more_prompts_for_an_intent_do_not_lower_the_figures_across_intents() ->
     one, four = (measure(rows_of(*rows), WRITERS) for rows in (once, again))
     assert (one.n, four.n) == (30, 30)
     for policy in WRITERS:
-        across = [found.policies[policy].model_dump(include=set(ACROSS)) for found in (one, four)]
+        across = [measured.policies[policy].model_dump(include=set(ACROSS)) for measured in (one, four)]
         assert across[0] == across[1]
 
 
@@ -195,9 +195,9 @@ def test_writers_are_compared_on_the_intents_that_all_of_them_have_a_prompt_for(
         *(("teacher", i, 0, f"t{i} u{i}" if i != 3 else None) for i in range(6)),
         *(("student", i, 0, "a b" if i in (0, 3) else f"s{i} r{i}" if i != 5 else None) for i in range(6)),
     )
-    found = measure(rows, WRITERS)
-    assert found.n == 4  # 0, 1, 2 and 4
-    assert found.policies["student"].distinct_1 == 1  # a b is used for intent 0 only
+    measured = measure(rows, WRITERS)
+    assert measured.n == 4  # 0, 1, 2 and 4
+    assert measured.policies["student"].distinct_1 == 1  # a b is used for intent 0 only
 
 
 def test_trivial_baselines_with_one_prompt_an_intent_have_figures() -> None:
@@ -205,9 +205,9 @@ def test_trivial_baselines_with_one_prompt_an_intent_have_figures() -> None:
     rows = [(p, i, v, " ".join(rng.choice(WORDS, 8))) for p in WRITERS for i in range(20) for v in range(2)]
     rows += [(p, i, 0, " ".join(rng.choice(WORDS, 8))) for p in ("echo", "best-of-2") for i in range(20)]
     rows.append(("student", 7, 0, None))
-    found = measure(rows_of(*rows), WRITERS)
+    measured = measure(rows_of(*rows), WRITERS)
     for policy in ("echo", "best-of-2"):
-        assert None not in found.policies[policy].model_dump(include=set(ACROSS)).values()
+        assert None not in measured.policies[policy].model_dump(include=set(ACROSS)).values()
 
 
 def test_a_trivial_baseline_contributes_others_for_the_intents_that_it_lacks() -> None:
@@ -216,10 +216,10 @@ def test_a_trivial_baseline_contributes_others_for_the_intents_that_it_lacks() -
         *(("best-of-2", i, 0, f"b{i} c{i}") for i in (0, 2, 3, 4)),
         *(("shuffled", i, 0, f"b{i} c{i}") for i in (2, 3, 4)),
     )
-    found = measure(rows, WRITERS)
-    assert found.n == 4
-    assert found.policies["best-of-2"].distinct_1 == 1
-    assert "shuffled" not in found.policies
+    measured = measure(rows, WRITERS)
+    assert measured.n == 4
+    assert measured.policies["best-of-2"].distinct_1 == 1
+    assert "shuffled" not in measured.policies
 
 
 def test_a_writer_with_nearly_everything_rejected_leaves_the_others_comparable() -> None:
@@ -231,10 +231,10 @@ def test_a_writer_with_nearly_everything_rejected_leaves_the_others_comparable()
         for i in range(30)
         for v in range(2)
     ]
-    found = measure(rows_of(*rows), policies)
-    assert found.n == 30
-    assert found.policies["llama3-8b"] == DiversityFigures()
-    assert all(None not in found.policies[p].model_dump().values() for p in WRITERS)
+    measured = measure(rows_of(*rows), policies)
+    assert measured.n == 30
+    assert measured.policies["llama3-8b"] == DiversityFigures()
+    assert all(None not in measured.policies[p].model_dump().values() for p in WRITERS)
     half = [r for r in rows if r[0] != "llama3-8b" or r[1] == 0] + [
         ("llama3-8b", i, 0, "a b c d e f g h") for i in range(1, 15)
     ]
@@ -300,11 +300,11 @@ def task(n: int = 9, words: int = 5, **vendi: float | None) -> diversity.TaskDiv
 
 
 def test_over_tasks_the_figures_are_averaged() -> None:
-    found = diversity.average_over_tasks([task(10, 8, student=2.0), task(5, 11, student=4.0)])
-    assert (found.words, found.n, found.fewest) == (9.5, 15, 5)
-    assert found.policies["student"] == DiversityFigures(vendi=3)
+    measured = diversity.average_over_tasks([task(10, 8, student=2.0), task(5, 11, student=4.0)])
+    assert (measured.words, measured.n, measured.fewest) == (9.5, 15, 5)
+    assert measured.policies["student"] == DiversityFigures(vendi=3)
 
 
 def test_over_all_tasks_a_policy_has_no_figure_that_it_lacks_on_one() -> None:
-    found = diversity.average_over_tasks([task(student=2.0, echo=9.0), task(student=3.0, echo=None)]).policies
-    assert (found["student"].vendi, found["echo"].vendi) == (2.5, None)
+    measured = diversity.average_over_tasks([task(student=2.0, echo=9.0), task(student=3.0, echo=None)]).policies
+    assert (measured["student"].vendi, measured["echo"].vendi) == (2.5, None)

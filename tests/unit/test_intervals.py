@@ -85,12 +85,12 @@ def test_resampling_in_blocks_gives_the_same_interval_as_one_draw() -> None:
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 90), st.integers(0, 3))
 def test_each_intent_is_left_out_with_one_group_and_groups_are_even(intents: int, seed: int) -> None:
-    kept = intervals.leave_out_groups(intents, seed)
-    assert kept.shape == (min(intents, intervals.GROUPS), intents)
-    assert ((~kept).sum(axis=0) == 1).all()
-    left_out = (~kept).sum(axis=1)
+    remaining = intervals.leave_out_groups(intents, seed)
+    assert remaining.shape == (min(intents, intervals.GROUPS), intents)
+    assert ((~remaining).sum(axis=0) == 1).all()
+    left_out = (~remaining).sum(axis=1)
     assert not intents or left_out.max() - left_out.min() <= 1
-    assert (kept == intervals.leave_out_groups(intents, seed)).all()
+    assert (remaining == intervals.leave_out_groups(intents, seed)).all()
 
 
 def test_a_jackknife_against_values_worked_out_by_hand() -> None:
@@ -109,7 +109,7 @@ def test_a_jackknife_covers_the_true_ratio_about_95_times_in_100() -> None:
     for i in range(200):
         shared = rng.gamma(4, 1, 60)
         one, two = 0.9 * shared * rng.gamma(9, 1 / 9, 60), shared * rng.gamma(9, 1 / 9, 60)
-        kept = intervals.leave_out_groups(60, i)
-        interval = intervals.jackknife(one.mean() / two.mean(), (kept @ one) / (kept @ two))
+        remaining = intervals.leave_out_groups(60, i)
+        interval = intervals.jackknife(one.mean() / two.mean(), (remaining @ one) / (remaining @ two))
         covered += interval.low <= 0.9 <= interval.high
     assert 180 <= covered <= 198

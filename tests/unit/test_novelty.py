@@ -19,25 +19,27 @@ def training(*prompts: str) -> pa.Table:
     )
 
 
-def measured(prompts: list[str], *parts: pa.Table) -> CopiedShares:
+def student_shares(prompts: list[str], *parts: pa.Table) -> CopiedShares:
     rows = columns(table(*(row(intent=i, prompt=prompt) for i, prompt in enumerate(prompts))))
     return novelty.copied_shares(rows, parts).policies["student"]
 
 
 def test_copied_runs_against_hand_counts() -> None:
-    found = measured(["one two three four five six", "a b c d e"], training("zero one two three four five", "four five six"))
-    assert found.copied_5 == pytest.approx((1 / 2 + 0) / 2)  # of "one..five" and "two..six" the first
-    assert found.copied_8 is None  # no prompt has eight words
-    assert found.exact == 0
+    copied = student_shares(
+        ["one two three four five six", "a b c d e"], training("zero one two three four five", "four five six")
+    )
+    assert copied.copied_5 == pytest.approx((1 / 2 + 0) / 2)  # of "one..five" and "two..six" the first
+    assert copied.copied_8 is None  # no prompt has eight words
+    assert copied.exact == 0
 
 
 def test_an_n_gram_does_not_cross_into_the_next_prompt() -> None:
-    assert measured(["a b c d e"], training("a b c", "d e")).copied_5 == 0
+    assert student_shares(["a b c d e"], training("a b c", "d e")).copied_5 == 0
 
 
 def test_whole_prompts_match_regardless_of_case_and_white_space() -> None:
-    found = measured(["A  soft Light", "another"], training("x"), training("a soft light "))
-    assert found.exact == 0.5
+    copied = student_shares(["A  soft Light", "another"], training("x"), training("a soft light "))
+    assert copied.exact == 0.5
 
 
 def test_each_policy_has_its_own_shares_and_rejected_prompts_are_left_out() -> None:
@@ -48,10 +50,10 @@ def test_each_policy_has_its_own_shares_and_rejected_prompts_are_left_out() -> N
             row(policy="teacher", prompt="h g f e d c b a"),
         )
     )
-    found = novelty.copied_shares(rows, iter([training("a b c d e f g h i", "else")]))
-    assert found.training == 2
-    assert found.policies["student"] == CopiedShares(exact=0, copied_5=1, copied_8=1)
-    assert found.policies["teacher"] == CopiedShares(exact=0, copied_5=0, copied_8=0)
+    copied = novelty.copied_shares(rows, iter([training("a b c d e f g h i", "else")]))
+    assert copied.training == 2
+    assert copied.policies["student"] == CopiedShares(exact=0, copied_5=1, copied_8=1)
+    assert copied.policies["teacher"] == CopiedShares(exact=0, copied_5=0, copied_8=0)
 
 
 def test_without_training_prompts_novelty_is_unknown() -> None:
@@ -66,11 +68,11 @@ def test_copied_shares_are_their_definition_for_any_batches(prompts: list[str], 
         words = prompt.lower().split()
         return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
-    found = measured(prompts, training(*texts[:at]), training(*texts[at:]))
+    copied = student_shares(prompts, training(*texts[:at]), training(*texts[at:]))
     for n in (5, 8):
-        known = {gram for prompt in texts for gram in grams(prompt, n)}
-        shares = [sum(gram in known for gram in grams(p, n)) / len(grams(p, n)) for p in prompts if grams(p, n)]
+        training_grams = {gram for prompt in texts for gram in grams(prompt, n)}
+        shares = [sum(gram in training_grams for gram in grams(p, n)) / len(grams(p, n)) for p in prompts if grams(p, n)]
         expected = sum(shares) / len(shares) if shares else None
-        assert getattr(found, f"copied_{n}") == pytest.approx(expected)
+        assert getattr(copied, f"copied_{n}") == pytest.approx(expected)
     exact = {prompt.lower() for prompt in texts}
-    assert found.exact == pytest.approx(sum(prompt.lower() in exact for prompt in prompts) / len(prompts))
+    assert copied.exact == pytest.approx(sum(prompt.lower() in exact for prompt in prompts) / len(prompts))

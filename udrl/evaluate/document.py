@@ -231,10 +231,9 @@ class Diversity(Part):
 
 
 class ClassifierAccuracy(Part):
-    """Prompts that a classifier, trained on the teacher's prompts, recognizes as their task's."""
+    """Share of prompts that a classifier, trained on the teacher's prompts, recognizes as their task's; None without one."""
 
-    n: int = Field(description="prompts that it was trained on; 0 without a classifier")
-    teacher_holdout: Number = Field(description="share recognized of the teacher's prompts for other intents")
+    teacher_holdout: Number = Field(description="of the teacher's prompts for intents that it was not trained on")
     policies: dict[str, Number]
 
 

@@ -84,7 +84,6 @@ SPEEDS = {
     "latency_p50": Metric(better="lower"),
     "latency_p95": Metric(better="lower"),
 }
-JUDGED = Metric()  # every judge.NAME
 METRICS = {
     "rejected": Metric(better="lower"),
     "length.mae": Metric(better="lower"),
@@ -107,7 +106,7 @@ def compare(runs: Sequence[EvaluatedRun], policy: str = STUDENT) -> Comparison:
         UserError: ``policy`` has no outputs in one of the runs, or the runs share no task or intent.
     """
     parts = find_comparable_parts(runs, policy)
-    metrics = {"relevance": Metric(), **{f"judge.{name}": JUDGED for name in parts.judges}, **METRICS}
+    metrics = {"relevance": Metric(), **{f"judge.{name}": Metric() for name in parts.judges}, **METRICS}
     metrics = {name: metric for name, metric in metrics.items() if name not in parts.left_out}
     bootstrap = Bootstrap(runs[0].document.bootstrap, runs[0].document.seed)
     first = parts.outputs[runs[0].label]

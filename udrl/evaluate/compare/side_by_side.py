@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from udrl.evaluate.compare.comparison import ALL, ComparedRun, Comparison, MetricComparison, Verdict
-from udrl.evaluate.document import Interval, Number
-from udrl.evaluate.report.markdown import escape
+from udrl.evaluate.document import Interval
+from udrl.evaluate.report.markdown import escape, number
 from udrl.tables import markdown_table, text_table
 
 WIDTH = 120  # columns of the plain text
@@ -58,7 +58,7 @@ def verdict_line(comparison: Comparison, verdict: Verdict) -> str:
     form = comparison.metrics[verdict.metric].form
     return (
         f"{'holds' if verdict.holds else 'FAILS'}: {verdict.metric} ({verdict.task}), run {verdict.run}: "
-        f"base {_number(verdict.base.value, form)}, candidate {_interval(verdict.candidate, form)}, "
+        f"base {_value(verdict.base, form)}, candidate {_interval(verdict.candidate, form)}, "
         f"difference {_interval(verdict.difference, SIGNED + form)}; "
         f"{verdict.bound} {verdict.limit:g}{' (certain)' if verdict.certain else ''}"
     )
@@ -107,17 +107,13 @@ def _side(difference: Interval, better: str) -> str:
     return "better" if (difference.low > 0) == (better == "higher") else "worse"
 
 
-def _number(value: Number, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
 def _value(interval: Interval, form: str) -> str:
-    return _number(interval.value, form)
+    return number(interval.value, form)
 
 
 def _interval(interval: Interval, form: str) -> str:
     """Return the value with its bounds, also if they are equal: certain is not the same as unknown."""
-    value, low, high = (_number(number, form) for number in (interval.value, interval.low, interval.high))
+    value, low, high = (number(bound, form) for bound in (interval.value, interval.low, interval.high))
     return value if interval.low is None else f"{value} [{low}, {high}]"
 
 

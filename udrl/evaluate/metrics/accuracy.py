@@ -47,8 +47,8 @@ def sample_teacher_prompts(
             keys[task], sample[task] = all_keys[smallest], [texts[i] for i in smallest]
 
 
-def add_accuracy_columns(rows: Columns, tasks: Sequence[Task], training: Texts, *, seed: int = 0) -> tuple[Columns, int]:
-    """Return the rows with :data:`RECOGNIZED` and :data:`WELL_FORMED`, and how many prompts the classifier was trained on.
+def add_accuracy_columns(rows: Columns, tasks: Sequence[Task], training: Texts, *, seed: int = 0) -> Columns:
+    """Return the rows with the columns :data:`RECOGNIZED` and :data:`WELL_FORMED`.
 
     Args:
         rows: of the default probe.
@@ -61,17 +61,15 @@ def add_accuracy_columns(rows: Columns, tasks: Sequence[Task], training: Texts, 
         if task in by_name:
             well_formed[i] = by_name[task].malformed(prompt) is None
     well_formed = np.where(rows["rejected"] & ~np.isnan(well_formed), 0.0, well_formed)
-    recognized, n_training = _recognize(rows, training, seed)
-    return {**rows, RECOGNIZED: recognized, WELL_FORMED: well_formed}, n_training
+    return {**rows, RECOGNIZED: _recognize(rows, training, seed), WELL_FORMED: well_formed}
 
 
-def accuracy_by_policy(rows: Columns, n_training: int) -> Accuracy:
+def accuracy_by_policy(rows: Columns) -> Accuracy:
     """Return the shares of some of the rows of :func:`add_accuracy_columns`."""
     by_policy = {policy: rows["policy"] == policy for policy in sorted(set(rows["policy"]))}
     recognized, well_formed = rows[RECOGNIZED], rows[WELL_FORMED]
     return Accuracy(
         classifier=ClassifierAccuracy(
-            n=n_training,
             teacher_holdout=average(recognized[(rows["policy"] == TEACHER) & ~rows["rejected"]]),
             policies={policy: average(recognized[here]) for policy, here in by_policy.items()},
         ),
@@ -79,29 +77,29 @@ def accuracy_by_policy(rows: Columns, n_training: int) -> Accuracy:
     )
 
 
-def _recognize(rows: Columns, training: Texts, seed: int) -> tuple[np.ndarray, int]:
-    """Return whether each output is recognized, (rows,), NaN without a classifier; and the number of training prompts."""
+def _recognize(rows: Columns, training: Texts, seed: int) -> np.ndarray:
+    """Return whether each output is recognized, (rows,), NaN without a classifier."""
     tasks, accepted = set(rows["task"]), ~rows["rejected"]
     unknown = np.full(len(accepted), np.nan)
     texts, labels = rows["prompt"], rows["task"]
     if len(tasks) < 2:
-        return unknown, 0
+        return unknown
     recognized = np.where(accepted, np.nan, 0.0)
     if all(training.get(task) for task in tasks):
         prompts = [prompt for task in sorted(tasks) for prompt in training[task]]
         model = _fit(prompts, [task for task in sorted(tasks) for _ in training[task]])
         if accepted.any():
             recognized[accepted] = model.predict(texts[accepted]) == labels[accepted]
-        return recognized, len(prompts)
+        return recognized
     by_teacher = accepted & (rows["policy"] == TEACHER)
     fold = _folds(rows, by_teacher, seed)
     for k in range(FOLDS):
         train, test = by_teacher & (fold != k), accepted & (fold == k)
         if len(set(labels[train])) < len(tasks):
-            return unknown, 0  # too few of the teacher's prompts to hold any out
+            return unknown  # too few of the teacher's prompts to hold any out
         if test.any():
             recognized[test] = _fit(texts[train], labels[train]).predict(texts[test]) == labels[test]
-    return recognized, int(by_teacher.sum())
+    return recognized
 
 
 def _folds(rows: Columns, by_teacher: np.ndarray, seed: int) -> np.ndarray:

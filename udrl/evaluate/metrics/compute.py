@@ -5,7 +5,6 @@ every policy, so that refusing never pays (see :mod:`udrl.evaluate.outputs`).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -57,27 +56,28 @@ def compute(
     sample: accuracy.Texts = {}
     stream = None if training is None else accuracy.sample_teacher_prompts(training, sample, seed=seed)
     copied = novelty.copied_shares(default, stream)  # reads the stream to its end, which completes the sample
-    default, n_training = accuracy.add_accuracy_columns(default, tasks, sample, seed=seed)
+    default = accuracy.add_accuracy_columns(default, tasks, sample, seed=seed)
     pairs = _pairs(pairwise, default)
     groups = diversity.IntentGroups.of(default["intent_id"], seed)
     writers = [policy for policy in sorted(set(default["policy"])) if not claim.is_trivial_baseline(policy)]
     by_task: dict[str, TaskScope] = {}
     diversities = []
     for task in sorted(set(rows["task"])):
-        swept, here = select(rows, rows["task"] == task), select(default, default["task"] == task)
-        measured = diversity.measure_task(here, writers, embed=embed, seed=seed, groups=groups)
-        diversities.append(measured)
+        task_rows, task_default = select(rows, rows["task"] == task), select(default, default["task"] == task)
+        diversities.append(diversity.measure_task(task_default, writers, embed=embed, seed=seed, groups=groups))
         by_task[task] = TaskScope(
-            **_quality(here, select(pairs, pairs["task"] == task), judges, resampling)._asdict(),
-            accuracy=accuracy.accuracy_by_policy(here, n_training),
-            diversity=diversity.with_ratios(measured),
-            length=control.length_control(_student(swept, "length")),
-            reach=control.length_control(_student(swept, "reach")),
-            reward=control.reward_control(_student(swept, "reward"), resampling),
+            policies=_score_policies(task_default, resampling),
+            comparisons=_compare_with_student(task_default, select(pairs, pairs["task"] == task), judges, resampling),
+            accuracy=accuracy.accuracy_by_policy(task_default),
+            diversity=diversity.with_ratios(diversities[-1]),
+            length=control.length_control(_student(task_rows, "length")),
+            reach=control.length_control(_student(task_rows, "reach")),
+            reward=control.reward_control(_student(task_rows, "reward"), resampling),
         )
     overall = Scope(
-        **_quality(default, pairs, judges, resampling)._asdict(),
-        accuracy=accuracy.accuracy_by_policy(default, n_training),
+        policies=_score_policies(default, resampling),
+        comparisons=_compare_with_student(default, pairs, judges, resampling),
+        accuracy=accuracy.accuracy_by_policy(default),
         diversity=diversity.average_over_tasks(diversities),
         length=control.length_control_over_tasks(_student(rows, "length"), [task.length for task in by_task.values()]),
         reach=control.length_control_over_tasks(_student(rows, "reach"), [task.reach for task in by_task.values()]),
@@ -99,19 +99,19 @@ def _student(rows: Columns, probe: str) -> Columns:
     return select(rows, (rows["probe"] == probe) & (rows["policy"] == STUDENT))
 
 
-class _Quality(NamedTuple):
-    policies: dict[str, PolicyScores]
-    comparisons: dict[str, PolicyComparison]
+def _score_policies(rows: Columns, bootstrap: Bootstrap) -> dict[str, PolicyScores]:
+    return {policy: _scores(outputs, bootstrap) for policy, outputs in _by_policy(rows).items()}
 
 
-def _quality(rows: Columns, pairs: Columns, judges: Mapping[str, JudgeProfile], bootstrap: Bootstrap) -> _Quality:
-    """Score each policy, and compare the student with each of the others."""
-    by_policy = {policy: select(rows, rows["policy"] == policy) for policy in sorted(set(rows["policy"]))}
-    scores = {policy: _scores(outputs, bootstrap) for policy, outputs in by_policy.items()}
+def _compare_with_student(
+    rows: Columns, pairs: Columns, judges: Mapping[str, JudgeProfile], bootstrap: Bootstrap
+) -> dict[str, PolicyComparison]:
+    """Compare the student with each of the other policies."""
+    by_policy = _by_policy(rows)
     if STUDENT not in by_policy:
-        return _Quality(scores, {})
+        return {}
     student = by_policy.pop(STUDENT)
-    comparisons = {
+    return {
         policy: PolicyComparison(
             relevance=_compare_relevance(student, outputs, bootstrap),
             judges={
@@ -122,7 +122,10 @@ def _quality(rows: Columns, pairs: Columns, judges: Mapping[str, JudgeProfile], 
         )
         for policy, outputs in by_policy.items()
     }
-    return _Quality(scores, comparisons)
+
+
+def _by_policy(rows: Columns) -> dict[str, Columns]:
+    return {policy: select(rows, rows["policy"] == policy) for policy in sorted(set(rows["policy"]))}
 
 
 def _scores(outputs: Columns, bootstrap: Bootstrap) -> PolicyScores:

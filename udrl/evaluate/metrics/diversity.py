@@ -27,14 +27,13 @@ from udrl.evaluate.outputs import STUDENT, Columns, select
 
 Texts = dict[int, list[Words]]  # intent -> its texts
 FIGURES = tuple(DiversityFigures.model_fields)
-COMPARED = tuple(DiversityRatios.model_fields)  # figures whose ratio of two policies has an interval
 
 
 class IntentGroups(NamedTuple):
     """Groups of intents that a jackknife leaves out, the same for all policies and tasks."""
 
     intents: np.ndarray  # ids (intents,)
-    kept: np.ndarray  # of intervals.leave_out_groups, bool (groups, intents)
+    remaining: np.ndarray  # of intervals.leave_out_groups, bool (groups, intents)
 
     @classmethod
     def of(cls, intent_ids: np.ndarray, seed: int = 0) -> "IntentGroups":
@@ -46,7 +45,7 @@ class TaskDiversity(NamedTuple):
     """One task's diversity, without ratios."""
 
     diversity: Diversity
-    without: dict[str, dict[str, np.ndarray]]  # by policy that set the cut: each of COMPARED without each group of intents
+    without: dict[str, dict[str, np.ndarray]]  # by policy that set the cut: figures of DiversityRatios without each group
 
 
 def measure_task(
@@ -91,8 +90,8 @@ def measure_task(
             similarity = similarities(firsts[:SAMPLE], embed)
             across = figures_across(firsts, similarity)
             if groups is not None and policy in setters:
-                kept = groups.kept[:, np.searchsorted(groups.intents, intents)]
-                pairs, scores = distinct_of_subsets(firsts, 2, kept), vendi_of_subsets(similarity, kept)
+                subsets = groups.remaining[:, np.searchsorted(groups.intents, intents)]
+                pairs, scores = distinct_of_subsets(firsts, 2, subsets), vendi_of_subsets(similarity, subsets)
                 without[policy] = {"distinct_2": pairs, "vendi": scores}
         within = [by_intent[intent][:several] for intent in _ordered(by_intent, seed) if len(by_intent[intent]) >= several]
         measured = DiversityFigures(**across, **figures_within(within, embed))
