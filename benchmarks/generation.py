@@ -25,6 +25,7 @@ from typing import Any
 from udrl import command_line
 from udrl import recipe as recipes
 from udrl.recipe import Recipe
+from udrl.tables import text_table
 
 PARTS = ("engine", "rows", "scoring")
 HERE = str(Path(__file__).parents[1])
@@ -103,7 +104,7 @@ def engine_part(recipe: Recipe, n: int, turns: int, folder: str) -> dict[str, An
     Path(folder, "recipe.yaml").write_text(recipes.dump(recipe))
     seats = recipe.teacher.engine.max_num_seqs
     rates: dict[str, list[float]] = {"bare": [], "stage": []}
-    print(f"{'':<8}{'tokens/s':>10}{'whole run':>11}{'tokens':>10}   {len(rows):,} requests, {recipe.teacher.model}")
+    table: list[list[str]] = []
     for _ in range(turns):
         threads = engine_environment(recipe.teacher.placement)
         child("-m", "benchmarks.bare_engine", f"{folder}/bare.json", f"{folder}/out.json", env=threads)
@@ -115,9 +116,11 @@ def engine_part(recipe: Recipe, n: int, turns: int, folder: str) -> dict[str, An
         for name, result in (("bare", alone), ("stage", whole)):
             rates[name].append(result["steady"])
             whole_run = result["tokens"] / result["seconds"]
-            print(f"{name:<8}{result['steady']:>10,.0f}{whole_run:>11,.0f}{result['tokens']:>10,}", flush=True)
+            table.append([name, f"{result['steady']:,.0f}", f"{whole_run:,.0f}", f"{result['tokens']:,}"])
     ratio = sum(rates["stage"]) / sum(rates["bare"])
-    print(f"ratio of the stage to the bare engine: {ratio:.3f}\n")
+    print(f"{len(rows):,} requests, {recipe.teacher.model}")
+    print(text_table(["", "tokens/s", "whole run", "tokens"], table))
+    print(f"ratio of the stage to the bare engine: {ratio:.3f}\n", flush=True)
     return {
         "bare_tokens_per_second": [round(r, 1) for r in rates["bare"]],
         "stage_tokens_per_second": [round(r, 1) for r in rates["stage"]],
@@ -139,7 +142,6 @@ def scoring_part(recipe: Recipe, folder: str) -> dict[str, Any]:
 
 
 def rows_part(recipe: Recipe, sizes: list[int], folder: str) -> dict[str, Any]:
-    print(f"{'rows':>10}{'rows/s':>10}{'driver peak MiB':>17}{'files':>8}   the stage without its engine")
     results = []
     for n in sizes:
         teacher = recipe.teacher.model_copy(update={"samples": 4, "shard_size": None})
@@ -148,11 +150,13 @@ def rows_part(recipe: Recipe, sizes: list[int], folder: str) -> dict[str, Any]:
         values = {"storage": f"{folder}/rows-{n}", "teacher": teacher, "intents": intents}
         Path(folder, "rows.yaml").write_text(recipes.dump(recipe.model_copy(update=values)))
         out = json.loads(child("-m", "benchmarks.generation_stage", f"{folder}/rows.yaml", "dummy").splitlines()[-1])
-        print(f"{out['rows']:>10,}{out['rows_per_second']:>10,.0f}{out['driver_mib']:>17,.0f}{out['files']:>8,}", flush=True)
         shutil.rmtree(f"{folder}/rows-{n}", ignore_errors=True)
         results.append(out)
     growth = results[-1]["driver_mib"] / results[0]["driver_mib"] - 1
     hours = 52e6 / results[-1]["rows_per_second"] / 3600
+    names = ("rows", "rows_per_second", "driver_mib", "files")
+    print("the stage without its engine")
+    print(text_table(["rows", "rows/s", "driver peak MiB", "files"], [[f"{out[n]:,.0f}" for n in names] for out in results], 0))
     print(f"driver's peak grows by {growth:+.1%}; 52M rows at that rate: {hours:.1f} hours on this machine\n")
     return {"rows": results, "driver_growth": round(growth, 3), "hours_for_52M": round(hours, 2)}
 

@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any
 
-from udrl import cluster, command_line, recipe
+from udrl import cluster, command_line, logs, recipe
 from udrl.context import StageContext
 from udrl.generate.cost import steady_rate
 from udrl.generate.prepare import prepare
@@ -84,4 +84,5 @@ def score(config: recipe.Recipe, work: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    logs.configure()
     main(*sys.argv[1:])
