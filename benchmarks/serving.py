@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from typing import Any
 
 from benchmarks.generation import child, machine
 from benchmarks.serving_load import Phase
+from udrl.tables import text_table
 
 PARTS = ("speed", "variants")
 TASKS = ["text_to_image", "image_search"]
@@ -117,17 +119,18 @@ def run_arm(arm: str, work: str, env: dict[str, str]) -> dict[str, Any]:
     return result
 
 
-HEAD = f"{'':<30}{'clients':>8}{'p50 ms':>9}{'p95':>8}{'p99':>8}{'tokens/s':>10}{'requests/s':>12}{'MiB':>8}{'start s':>9}"
+HEADER = ["", "clients", "p50 ms", "p95", "p99", "tokens/s", "requests/s", "MiB", "start s"]
 
 
-def print_rows(name: str, result: dict[str, Any]) -> None:
-    for i, (phase, row) in enumerate(result["phases"].items()):
-        last = f"{result.get('memory_mib', 0):>8,.0f}{result['cold_start_s']:>9.1f}" if i == 0 else ""
-        print(
-            f"{name:<30}{phase:>8}{row['p50_ms']:>9,.1f}{row['p95_ms']:>8,.1f}{row['p99_ms']:>8,.1f}"
-            f"{row['tokens_per_second']:>10,.0f}{row['requests_per_second']:>12,.1f}{last}",
-            flush=True,
-        )
+def table_rows(name: str, result: dict[str, Any]) -> list[list[str]]:
+    """Return the rows of one turn, one per phase; memory and cold start are in the first."""
+    rows = []
+    for phase, row in result["phases"].items():
+        latencies = [f"{row['p50_ms']:,.1f}", f"{row['p95_ms']:,.1f}", f"{row['p99_ms']:,.1f}"]
+        rates = [f"{row['tokens_per_second']:,.0f}", f"{row['requests_per_second']:,.1f}"]
+        rows.append([name, phase, *latencies, *rates, "", ""])
+    rows[0][-2:] = [f"{result.get('memory_mib', 0):,.0f}", f"{result['cold_start_s']:.1f}"]
+    return rows
 
 
 def measure_speed(folder: str, student: str, overrides: Sequence[str], repeats: int, quick: bool) -> dict[str, Any]:
@@ -140,13 +143,15 @@ def measure_speed(folder: str, student: str, overrides: Sequence[str], repeats: 
         "transformers": ("transformers", transformers_work, {}, True),
         "transformers, batched": ("batched", transformers_work, {}, True),
     }
-    print(HEAD, flush=True)
+    rows: list[list[str]] = []
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
     for number in range(repeats):
         for name, (arm, arm_work, env, once) in arms.items():
             if not (once and number):
                 turns[name].append(run_arm(arm, arm_work, env))
-                print_rows(name, turns[name][-1])
+                rows += table_rows(name, turns[name][-1])
+                print(f"{name}: turn {number + 1} is done", file=sys.stderr)
+    print(text_table(HEADER, rows))
     return {"arms": turns, **compare_arms(turns, quick)}
 
 
@@ -180,7 +185,7 @@ def compare_arms(turns: dict[str, list[dict[str, Any]]], quick: bool) -> dict[st
 
 
 def measure_variants(folder: str, student: str, overrides: Sequence[str], quick: bool) -> dict[str, Any]:
-    print(HEAD, flush=True)
+    rows: list[list[str]] = []
     results: dict[str, Any] = {}
     for name, (variant_overrides, env) in VARIANTS.items():
         work = write_work(folder, student, [*overrides, *variant_overrides], quick, "variants")
@@ -188,9 +193,11 @@ def measure_variants(folder: str, student: str, overrides: Sequence[str], quick:
             results[name] = run_arm("bare", work, env)
         except SystemExit as error:  # a variant that does not start is a result
             results[name] = {"failed": str(error).strip().splitlines()[-1][:300]}
-            print(f"{name:<30}failed: {results[name]['failed']}", flush=True)
+            print(f"{name}: failed: {results[name]['failed']}")
             continue
-        print_rows(name, results[name])
+        rows += table_rows(name, results[name])
+        print(f"{name}: done", file=sys.stderr)
+    print(text_table(HEADER, rows))
     return results
 
 

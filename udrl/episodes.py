@@ -17,8 +17,8 @@ KEYS: list[tuple[str, pa.DataType]] = [
     ("model_revision", pa.string()),
     ("round", pa.int32()),
     ("variation", pa.int32()),
-    ("command_words", pa.int32()),  # what was commanded; ANY (-1) for a policy that takes no commands
-    ("command_reward", pa.int32()),
+    ("command_words", pa.int32()),  # desired length; ANY (-1) if none was commanded
+    ("command_reward", pa.int32()),  # desired reward bin; ANY (-1) if none was commanded
     ("request_fingerprint", pa.string()),
     ("input_tokens", pa.int32()),
     ("output_tokens", pa.int32()),
@@ -29,11 +29,11 @@ COMPONENTS = ("relevance", "novelty", "repetition", "format", "length")
 COMPLETIONS = pa.schema(
     [
         *KEYS,
-        ("prompts", pa.int32()),  # how many prompts this request asked for: more than 1 for a structured one
-        ("cached_tokens", pa.int32()),  # of the input, found in the engine's prefix cache
+        ("prompts", pa.int32()),  # requested prompts; more than 1 for a structured request
+        ("cached_tokens", pa.int32()),  # input tokens from the engine's prefix cache
         ("completion", pa.string()),
         ("error", pa.string()),
-        # The likeliest first tokens with their log-probabilities, where the policy asks for them (judges); else empty.
+        # The most probable first tokens and their log-probabilities, if the policy requests them, as judges do; else empty.
         ("top_tokens", pa.list_(pa.string())),
         ("top_logprobs", pa.list_(pa.float32())),
     ]
@@ -54,11 +54,11 @@ class Reason(StrEnum):
     """Why a completion is not an episode."""
 
     ENGINE_ERROR = "engine_error"
-    INPUT_TOO_LONG = "input_too_long"  # the request does not fit the engine's context
+    INPUT_TOO_LONG = "input_too_long"  # the request exceeds the engine's context
     EMPTY = "empty"
     TRUNCATED = "truncated"
-    MISSING = "missing"  # a structured completion brought fewer prompts than were asked for
-    GARBLED = "garbled"  # bytes that are no text
+    MISSING = "missing"  # a structured completion has fewer prompts than requested
+    GARBLED = "garbled"  # control characters or invalid bytes
     REFUSAL = "refusal"
     MALFORMED = "malformed"
     WRONG_SCRIPT = "wrong_script"

@@ -66,8 +66,8 @@ def configure() -> None:
         raise UserError(f"{FORMAT_VARIABLE}: not a format ({form}); use {' or '.join(FORMATS)}")
     for name in PACKAGES:
         logger = logging.getLogger(name)
-        if not any(isinstance(handler, StderrHandler) for handler in logger.handlers):
-            logger.addHandler(StderrHandler())
-        logger.handlers[-1].setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+        handler = next((one for one in logger.handlers if isinstance(one, StderrHandler)), None) or StderrHandler()
+        handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+        logger.addHandler(handler)  # does nothing if it is there
         logger.setLevel(level)
         logger.propagate = False

@@ -1,70 +1,55 @@
-"""Progress lines: what, how far, how fast, what remains. One line that redraws on a terminal, plain lines in a log."""
+"""Progress lines: done, share, rate and remaining time of a long step.
 
+On a terminal one line redraws itself. Otherwise each line is a log record of ``udrl.progress`` (see :mod:`udrl.logs`).
+"""
+
+import logging
 import sys
-import threading
 import time
-from collections.abc import Callable
-from types import TracebackType
+
+log = logging.getLogger(__name__)
+TERMINAL_INTERVAL, LOG_INTERVAL = 0.5, 10.0  # seconds between lines
+_CLEAR_LINE = "\r\x1b[2K"
 
 
 class Progress:
-    """Report ``done`` of ``total`` for one stage.
+    """Report ``done`` of ``total`` units of one step, of which ``start`` were done before."""
 
-    Call :meth:`update` with the count so far, or pass ``poll`` and use it as a context manager: a thread then asks it.
-    """
-
-    def __init__(self, label: str, total: int, unit: str, poll: Callable[[], int] | None = None, start: int = 0) -> None:
-        self.label, self.total, self.unit, self.poll, self.start = label, total, unit, poll, start
-        self._begun = time.monotonic()
-        self._last = -1e9
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+    def __init__(self, label: str, total: int, unit: str, start: int = 0) -> None:
+        self.label, self.total, self.unit, self.start = label, total, unit, start
+        self._started_at = time.monotonic()
+        self._last_line_at = -1e9
         self._terminal = sys.stderr.isatty()
 
     def update(self, done: int, note: str = "", force: bool = False) -> None:
-        """Print if the last line is old enough (half a second on a terminal, ten in a log)."""
+        """Write a line if the last one is old enough, or if ``force`` is set."""
         now = time.monotonic()
-        if not force and now - self._last < (0.5 if self._terminal else 10):
+        if not force and now - self._last_line_at < (TERMINAL_INTERVAL if self._terminal else LOG_INTERVAL):
             return
-        self._last = now
-        seconds = now - self._begun
-        speed = (done - self.start) / seconds if seconds > 0 else 0
-        left = f"{duration((self.total - done) / speed)} left" if speed > 0 else "starting"
+        self._last_line_at = now
+        rate = self._rate(done, now)
+        left = f"{duration((self.total - done) / rate)} left" if rate > 0 else "starting"
         share = 100 * done / self.total if self.total else 100
-        rate = f"{speed:,.1f} {self.unit}/s"
-        line = f"{self.label}: {done:,}/{self.total:,} {self.unit} ({share:.0f}%), {rate}, {left}{'; ' + note if note else ''}"
-        sys.stderr.write(f"\r\x1b[2K{line}" if self._terminal else line + "\n")
-        sys.stderr.flush()
+        line = f"{done:,}/{self.total:,} {self.unit} ({share:.0f}%), {rate:,.1f} {self.unit}/s, {left}"
+        self._write(line, note, end="")
 
     def finish(self, done: int, note: str = "") -> None:
-        """Print the closing line."""
-        seconds = time.monotonic() - self._begun
-        speed = (done - self.start) / seconds if seconds > 0 else 0
-        tail = f" ({speed:,.1f} {self.unit}/s){'; ' + note if note else ''}"
-        line = f"{self.label}: {done:,} {self.unit} in {duration(seconds)}{tail}"
-        sys.stderr.write(f"\r\x1b[2K{line}\n" if self._terminal else line + "\n")
-        sys.stderr.flush()
+        """Write the last line."""
+        now = time.monotonic()
+        line = f"{done:,} {self.unit} in {duration(now - self._started_at)} ({self._rate(done, now):,.1f} {self.unit}/s)"
+        self._write(line, note, end="\n")
 
-    def __enter__(self) -> "Progress":
-        if self.poll:
-            self._thread = threading.Thread(target=self._watch, daemon=True)
-            self._thread.start()
-        return self
+    def _rate(self, done: int, now: float) -> float:
+        seconds = now - self._started_at
+        return (done - self.start) / seconds if seconds > 0 else 0
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stop.set()
-        if self._thread:
-            self._thread.join()
-        if self.poll and error is None:
-            self.finish(self.poll())
-
-    def _watch(self) -> None:
-        assert self.poll
-        while not self._stop.wait(1.0):
-            try:
-                self.update(self.poll())
-            except OSError:  # storage that hiccups must not end the job for want of a progress line
-                continue
+    def _write(self, line: str, note: str, end: str) -> None:
+        text = f"{self.label}: {line}{'; ' + note if note else ''}"
+        if self._terminal:
+            sys.stderr.write(f"{_CLEAR_LINE}{text}{end}")
+            sys.stderr.flush()
+        else:
+            log.info(text)
 
 
 def duration(seconds: float) -> str:

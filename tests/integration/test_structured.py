@@ -8,7 +8,6 @@ import pyarrow as pa
 import pytest
 
 from udrl import intents, storage
-from udrl.episodes import KEYS
 from udrl.generate.expand import expand_intents
 from udrl.generate.intent_lines import HeldOut
 from udrl.intents.intent import INTENT_SCHEMA
@@ -18,14 +17,11 @@ from udrl.policies.stage import complete
 from udrl.policies.teacher import teacher_policy
 from udrl.recipe import Recipe
 from udrl.run import IntentPaths
+from udrl.scoring.filtering import FILTERED
 from udrl.scoring.rubric import judge_relevance
 from udrl.tasks import load_tasks
 
 pytestmark = pytest.mark.usefixtures("local_ray")
-
-FILTERED = pa.schema(
-    [*KEYS, ("completion", pa.string()), ("prompt", pa.string()), ("n_words", pa.int32()), ("reason", pa.string())]
-)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +127,7 @@ def test_a_judge_scores_each_candidate_once(tmp_path: Path, recipe: Recipe, capf
     assert [table["episode_id"].to_pylist() for table in found.values()] == [[1, 2, 3], [11, 12, 13]]
     values = [v for table in found.values() for v in table["relevance"].to_pylist()]
     assert all(0 < v < 1 for v in values), "an expectation, not a drawn score"
-    assert "6 judgements; parse failures 0.0%" in capfd.readouterr().err
+    assert "6 judgments; parse failures 0.0%" in capfd.readouterr().err
     storage.remove(storage.join(out, "part-00000001.parquet"))
     judge_relevance(filtered, out, recipe.rewards.judge, load_tasks(["text_to_image"]))
     assert storage.read_table(storage.join(out, "part-00000001.parquet")).equals(found["part-00000001.parquet"])

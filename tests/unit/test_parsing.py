@@ -1,18 +1,17 @@
-"""Completions become prompts or rejections: as many results as prompts were asked for, each with what is wrong."""
+"""A completion gives one result per requested prompt: an accepted prompt, or a reject with its reason."""
 
 import json
 import time
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from udrl.episodes import KEYS, Reason
 from udrl.hashing import stable_id
-from udrl.scoring import lenient_json as salvage
 from udrl.scoring.filtering import filter_row
 from udrl.scoring.language import foreign_script, scripts
-from udrl.scoring.parsing import clean, parse, parse_row, reasons_of
+from udrl.scoring.parsing import clean, extract_strings, parse, parse_row, reject_reasons
 from udrl.tasks import LANGUAGES, Example, Format, Task
 
 TASK = Task(
@@ -40,7 +39,7 @@ def good(n: int) -> str:
     return f"fox number {n} at dusk in soft light"
 
 
-def test_a_prompt_is_the_first_line_without_quotes_and_spaces() -> None:
+def test_a_prompt_is_the_first_line_without_surrounding_quotes() -> None:
     assert clean('  "A fox,  soft light"\nIntent: next') == "A fox, soft light"
     assert parse(TASK, INTENT, ' "Fox at dusk,  soft light"\n', "stop", "") == ("Fox at dusk, soft light", None, "")
 
@@ -67,12 +66,12 @@ def test_a_prompt_is_the_first_line_without_quotes_and_spaces() -> None:
         ("x" * 100_000, "stop", "", Reason.MALFORMED),
     ],
 )
-def test_a_bad_completion_is_rejected_for_what_is_wrong(completion: str, finish: str, error: str, expected: Reason) -> None:
+def test_a_bad_completion_is_rejected_with_its_reason(completion: str, finish: str, error: str, expected: Reason) -> None:
     assert reason(completion, finish, error) == expected
 
 
 @pytest.mark.parametrize(
-    "said",
+    "refusal",
     [
         "I'm sorry, but I can't help with that.",
         "I’m sorry. This goes against my rules",
@@ -84,8 +83,8 @@ def test_a_bad_completion_is_rejected_for_what_is_wrong(completion: str, finish:
         '"I apologize, but this is not something to draw"',
     ],
 )
-def test_a_refusal_is_told_apart_even_where_it_was_cut(said: str) -> None:
-    assert reason(said) == reason(said, "length") == Reason.REFUSAL
+def test_a_refusal_is_recognized_even_if_it_was_cut(refusal: str) -> None:
+    assert reason(refusal) == reason(refusal, "length") == Reason.REFUSAL
 
 
 @pytest.mark.parametrize(
@@ -98,7 +97,7 @@ def test_a_refusal_is_told_apart_even_where_it_was_cut(said: str) -> None:
         "I love you banner, pink letters",
     ],
 )
-def test_a_prompt_that_only_sounds_like_a_refusal_is_none(prompt: str) -> None:
+def test_a_prompt_that_only_sounds_like_a_refusal_is_accepted(prompt: str) -> None:
     assert reason(prompt) is None
 
 
@@ -111,26 +110,26 @@ def test_a_prompt_that_only_sounds_like_a_refusal_is_none(prompt: str) -> None:
         "This model's maximum context length is 1024 tokens. However, your prompt contains 1048576 characters",
     ],
 )
-def test_a_request_that_does_not_fit_is_not_the_engines_fault(error: str) -> None:
+def test_a_request_that_exceeds_the_context_is_not_an_engine_error(error: str) -> None:
     assert reason("", "error", error) == Reason.INPUT_TOO_LONG
 
 
-def test_a_script_that_the_intent_uses_is_welcome() -> None:
+def test_a_script_that_the_intent_uses_is_accepted() -> None:
     assert reason("лиса в снегу на закате солнца", intent="нарисуй лису") is None
-    assert reason("fox in snow with one кот in light") is None  # a word in another script is no other script
+    assert reason("fox in snow with one кот in light") is None  # one word in another script is accepted
     assert foreign_script("\uff26\uff2f\uff38 \uff41\uff54", "", scripts("latin")) is None  # full-width letters are Latin
     assert scripts("雪の中のキツネ") == {"CJK"}
 
 
-def test_a_language_is_asked_for_by_the_task_alone() -> None:
+def test_only_a_task_with_languages_rejects_other_languages() -> None:
     german = "Ein roter Fuchs läuft durch den Schnee bei Sonnenuntergang, weiches Licht"
     assert reason(german, task=ENGLISH) == Reason.WRONG_LANGUAGE
     assert reason("Fox trotting through deep snow at sunset, soft light", task=ENGLISH) is None
     assert reason("Ein roter Fuchs läuft durch den Schnee") is None
-    assert reason("Lego Arnold Schwarzenegger", task=ENGLISH) is None  # too short to tell
+    assert reason("Lego Arnold Schwarzenegger", task=ENGLISH) is None  # too short to identify
 
 
-def test_the_languages_that_a_task_may_name_are_those_that_can_be_told() -> None:
+def test_a_task_may_name_the_languages_that_can_be_identified() -> None:
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     assert set(LanguageIdentifier.from_model_file(MODEL_FILE).labels) - {"zxx"} == LANGUAGES
@@ -138,54 +137,52 @@ def test_the_languages_that_a_task_may_name_are_those_that_can_be_told() -> None
         Format(languages=["english"])
 
 
-def test_a_line_that_ended_before_the_token_limit_is_whole() -> None:
+def test_a_line_that_ended_before_the_token_limit_is_complete() -> None:
     assert reason("fox at dusk in soft light\nIntent: more and mo", "length") is None
 
 
 @given(TEXT, FINISH, st.sampled_from(["", "boom"]))
-def test_any_completion_is_a_prompt_or_a_rejection(completion: str, finish: str, error: str) -> None:
-    prompt, found, detail = parse(TASK, INTENT, completion, finish, error)
-    assert found is None or found in set(Reason)
-    assert found is not None or TASK.malformed(prompt) is None
+def test_any_completion_is_a_prompt_or_a_reject(completion: str, finish: str, error: str) -> None:
+    prompt, reject, detail = parse(TASK, INTENT, completion, finish, error)
+    assert reject is None or reject in set(Reason)
+    assert reject is not None or TASK.malformed(prompt) is None
     assert isinstance(detail, str)
 
 
-@settings(deadline=None)
 @given(
     st.one_of(TEXT, TEXT.map(lambda t: '{"prompts": ["' + t), st.text('{}[]",:\\ap', max_size=60)),
     st.one_of(st.none(), st.integers(1, 9)),
     FINISH,
 )
 @example('{"prompts": ["\\ud800 a b c"]}', 2, "stop")
-def test_any_text_gives_as_many_results_as_were_asked_for(text: str, prompts: int | None, finish: str) -> None:
+def test_any_text_gives_as_many_results_as_were_requested(text: str, prompts: int | None, finish: str) -> None:
     results = parse_row(TASK, row(text, prompts, finish))
     assert len(results) == (prompts or 1)
     for parsed in results:
         assert parsed.reason == "" or parsed.reason in set(Reason)
         for field in parsed:
-            field.encode()  # can be stored
-    assert reasons_of(TASK, row(text, prompts, finish)) == [(p.reason, p.detail) for p in results]
+            field.encode()  # can be stored as UTF-8
+    assert reject_reasons(TASK, row(text, prompts, finish)) == [(p.reason, p.detail) for p in results]
 
 
-@settings(deadline=None)
 @given(
     st.lists(TEXT, min_size=1, max_size=6),
     st.sampled_from([None, 1]),
     st.booleans(),
     st.data(),
 )
-def test_cut_json_keeps_every_string_that_was_complete(
+def test_every_complete_string_of_cut_json_is_extracted(
     texts: list[str], indent: int | None, escape: bool, data: st.DataObject
 ) -> None:
     whole = json.dumps({"prompts": texts}, indent=indent, ensure_ascii=escape)
     cut = data.draw(st.integers(0, len(whole)))
-    ends = []  # where each string's closing quote stands
+    ends = []  # positions after the closing quotes
     at = whole.index("[")
     for text in texts:
         body = json.dumps(text, ensure_ascii=escape)
         at = whole.index(body, at) + len(body)
         ends.append(at)
-    assert salvage.strings(whole[:cut], len(texts)) == [t for t, end in zip(texts, ends, strict=True) if end <= cut]
+    assert extract_strings(whole[:cut], len(texts)) == [t for t, end in zip(texts, ends, strict=True) if end <= cut]
 
 
 @pytest.mark.parametrize(
@@ -201,29 +198,29 @@ def test_cut_json_keeps_every_string_that_was_complete(
         '{"prompts": ["one", "two"]} and "three"',
     ],
 )
-def test_sloppy_json_brings_what_it_holds(sloppy: str) -> None:
-    assert salvage.strings(sloppy, 5) == ["one", "two"]
+def test_strings_are_extracted_from_sloppy_json(sloppy: str) -> None:
+    assert extract_strings(sloppy, 5) == ["one", "two"]
 
 
-def test_escapes_that_json_does_not_know_and_raw_line_breaks_do_not_cost_a_string() -> None:
-    assert salvage.strings('{"prompts": ["a \\q \\" b", "c\nd"]}', 5) == ['a q " b', "c\nd"]
-    assert salvage.strings("no list at all", 3) == salvage.strings('{"prompts": "one"}', 3) == []
+def test_undefined_escapes_and_raw_line_breaks_do_not_lose_a_string() -> None:
+    assert extract_strings('{"prompts": ["a \\q \\" b", "c\nd"]}', 5) == ['a q " b', "c\nd"]
+    assert extract_strings("no list at all", 3) == extract_strings('{"prompts": "one"}', 3) == []
 
 
-def test_what_a_structured_completion_lacks_is_rejected_by_name() -> None:
+def test_prompts_that_a_structured_completion_lacks_are_rejected_with_a_reason() -> None:
     whole = json.dumps({"prompts": [good(1), "", good(2)]})
     assert [p.reason for p in parse_row(TASK, row(whole, 3))] == ["", "empty", ""]
-    assert [p.prompt for p in parse_row(TASK, row(whole, 2))] == [good(1), ""]  # what nobody asked for is dropped
+    assert [p.prompt for p in parse_row(TASK, row(whole, 2))] == [good(1), ""]  # a prompt that was not requested is dropped
     assert [p.reason for p in parse_row(TASK, row(whole, 5))] == ["", "empty", "", "missing", "missing"]
     cut = parse_row(TASK, row(whole[:60], 3, "length"))
     assert [p.reason for p in cut] == ["", "empty", "truncated"]
-    assert cut[2].completion == whole[:60]  # what was paid for can be looked at
+    assert cut[2].completion == whole[:60]  # the raw text is kept for inspection
     assert {p.reason for p in parse_row(TASK, row("I'm sorry, but no.", 3))} == {"refusal"}
     assert [p.reason for p in parse_row(TASK, row(None, 3, "error", "boom"))] == ["engine_error"] * 3
     assert [p.reason for p in parse_row(TASK, row("", 2))] == ["empty"] * 2
 
 
-def test_a_structured_request_becomes_rows_with_ids_and_variations_of_their_own() -> None:
+def test_each_prompt_of_a_structured_request_gets_its_own_id_and_variation() -> None:
     base = {name: 7 if str(kind).startswith("int") else "x" for name, kind in KEYS} | {"variation": 4, "output_tokens": 11}
     structured = base | row(json.dumps({"prompts": [good(1), good(2)]}), 3)
     rows = filter_row(TASK, structured)
@@ -257,9 +254,9 @@ MEGABYTE = 1_000_000
     ],
     ids=lambda text: f"{text[:14]!r}...",
 )
-def test_a_megabyte_is_parsed_in_no_time(text: str) -> None:
+def test_a_megabyte_is_parsed_in_linear_time(text: str) -> None:
     begun = time.thread_time()  # CPU time: other processes do not count
     for prompts in (1, 4):
         assert len(parse_row(TASK, row(text, prompts))) == prompts
-    parse(TASK, text, good(1), "stop", "")  # a megabyte of an intent
+    parse(TASK, text, good(1), "stop", "")  # a megabyte as the intent
     assert time.thread_time() - begun < 10  # seconds; a quadratic pattern takes hours

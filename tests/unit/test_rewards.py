@@ -1,4 +1,4 @@
-"""Reward components: what they punish, and how they mix."""
+"""Reward components, and the reward as their weighted mean."""
 
 import numpy as np
 import pyarrow as pa
@@ -18,27 +18,27 @@ VOCABULARY = "red fox snow light owl jazz poster bold soft night".split()  # noq
 WORDS = st.lists(st.sampled_from(VOCABULARY), min_size=1, max_size=20)
 
 
-def test_an_echo_has_no_novelty_and_a_fresh_text_has_all() -> None:
+def test_novelty_is_the_share_of_new_words() -> None:
     assert components.novelty("a red fox", "Red fox, a fox!") == 0
     assert components.novelty("a red fox", "owl night") == 1
     assert components.novelty("red fox", "red fox snow light") == 0.5
     assert components.novelty("red fox", "") == 0
 
 
-def test_saying_it_twice_is_repetition() -> None:
+def test_repetition_is_the_share_of_distinct_word_pairs() -> None:
     assert components.repetition("soft light over snow") == 1
     assert components.repetition("wide shot, wide shot, wide shot") == 2 / 5
     assert components.repetition("fox") == 1
 
 
 @given(WORDS, WORDS)
-def test_components_stay_between_0_and_1(intent: list[str], prompt: list[str]) -> None:
+def test_components_are_between_0_and_1(intent: list[str], prompt: list[str]) -> None:
     assert 0 <= components.novelty(" ".join(intent), " ".join(prompt)) <= 1
     assert 0 <= components.repetition(" ".join(prompt)) <= 1
 
 
 @given(st.integers(1, 60), st.integers(1, 60))
-def test_length_is_best_on_the_command(achieved: int, commanded: int) -> None:
+def test_length_is_best_at_the_command(achieved: int, commanded: int) -> None:
     assert components.length(achieved, commanded) <= components.length(commanded, commanded) == 1
     assert components.length(achieved, -1) == 1
 
@@ -50,7 +50,7 @@ def test_the_mix_is_a_weighted_mean_of_the_components() -> None:
     assert mixed == pytest.approx([(2 * 0.0 + 1 * 0.1 + 1 * 0.4) / 4, 1.0])
 
 
-def test_embeddings_find_the_prompt_that_is_about_the_intent() -> None:
+def test_embeddings_score_the_matching_prompt_highest() -> None:
     embedder = Embedder("bundled:minilm", 8)
     intents = ["a fox in the snow", "a fox in the snow", "jazz night flyer"]
     prompts = ["red fox walking over a snowy field", "saxophone player under amber light", "red fox walking over a snowy field"]
@@ -60,13 +60,13 @@ def test_embeddings_find_the_prompt_that_is_about_the_intent() -> None:
     assert embedder.relevance([], []).shape == (0,)
 
 
-def test_a_megabyte_is_embedded_by_its_beginning() -> None:
+def test_only_the_beginning_of_a_megabyte_is_embedded() -> None:
     embedder = Embedder("bundled:minilm", 8)
     long = "a fox in the snow " * 60_000
     assert embedder.relevance([long], [long[: 2**13]])[0] == pytest.approx(1, abs=0.01)
 
 
-def test_filtered_rows_become_episodes_and_rejects_and_none_is_lost() -> None:
+def test_every_filtered_row_becomes_an_episode_or_a_reject() -> None:
     task = Task(name="paint", title="P", instruction="I", examples=[Example(intent="a", prompt="b")] * 3)
     blank = {"string": "", "int64": 0, "int32": 0}
     rows = [

@@ -1,4 +1,4 @@
-"""A file under a run's storage is whole or absent; what can't be stored is one line before anything was paid for."""
+"""Writes are atomic, and a storage problem is one line with its remedy before anything was generated."""
 
 import os
 from pathlib import Path
@@ -13,10 +13,10 @@ from udrl.errors import UserError
 
 
 class Torn(Exception):
-    """The process was about to die here."""
+    """Stands for the death of the process."""
 
 
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+def test_a_file_reads_back_the_last_write(tmp_path: Path) -> None:
     uri = storage.join(str(tmp_path), "new", "folder", "file")
     storage.write_bytes(uri, b"once")
     storage.write_bytes(uri, b"twice")
@@ -24,23 +24,23 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert storage.list_files(storage.join(str(tmp_path), "new", "folder")) == ["file"]
 
 
-def test_a_file_uri_and_a_path_are_the_same_place(tmp_path: Path) -> None:
+def test_a_file_uri_and_a_path_name_the_same_file(tmp_path: Path) -> None:
     storage.write_bytes(f"file://{tmp_path}/a", b"x")
     assert storage.read_bytes(f"{tmp_path}/a") == b"x"
     assert storage.is_local(f"file://{tmp_path}/a")
 
 
-def test_a_write_that_fails_leaves_neither_the_file_nor_a_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def die(*_: object) -> None:
         raise Torn
 
-    monkeypatch.setattr(os, "replace", die)  # the last moment before the file appears
+    monkeypatch.setattr(os, "replace", die)  # the last step before the file appears
     with pytest.raises(Torn):
         storage.write_bytes(str(tmp_path / "file"), b"x")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_write_that_fails_leaves_the_older_file_as_it_was(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_older_file(tmp_path: Path) -> None:
     uri = str(tmp_path / "file")
     storage.write_bytes(uri, b"old")
 
@@ -56,7 +56,7 @@ def test_a_write_that_fails_leaves_the_older_file_as_it_was(tmp_path: Path) -> N
     assert storage.list_files(str(tmp_path)) == ["file"]
 
 
-def test_a_streamed_file_is_not_there_before_its_end(tmp_path: Path) -> None:
+def test_a_streamed_file_appears_when_it_is_complete(tmp_path: Path) -> None:
     uri = str(tmp_path / "file")
     with storage.atomic_file(uri) as file:
         file.write(b"half")
@@ -66,18 +66,37 @@ def test_a_streamed_file_is_not_there_before_its_end(tmp_path: Path) -> None:
     assert storage.read_bytes(uri) == b"half"
 
 
-def test_listing_gives_sorted_files_without_partials_and_folders(tmp_path: Path) -> None:
+def test_a_listing_has_sorted_files_without_partial_ones_and_folders(tmp_path: Path) -> None:
     for name in ("b", "a", ".a.6f2d", ".probe-1"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "folder").mkdir()
     assert storage.list_files(str(tmp_path)) == ["a", "b"]
 
 
-def test_listing_an_absent_folder_is_empty(tmp_path: Path) -> None:
+def test_the_listing_of_an_absent_folder_is_empty(tmp_path: Path) -> None:
     assert storage.list_files(str(tmp_path / "absent")) == []
 
 
-def test_removing_takes_files_and_folders_and_forgives_absence(tmp_path: Path) -> None:
+def test_folders_and_the_sizes_of_all_files_below_one_are_listed(tmp_path: Path) -> None:
+    for name, data in (("a", b"1"), ("deep/b", b"22"), ("deep/er/c", b"")):
+        storage.write_bytes(storage.join(str(tmp_path), name), data)
+    assert storage.list_folders(str(tmp_path)) == ["deep"]
+    assert storage.file_sizes(str(tmp_path)) == {"a": 1, "deep/b": 2, "deep/er/c": 0}
+    assert storage.list_folders(str(tmp_path / "absent")) == []
+    assert storage.file_sizes(str(tmp_path / "absent")) == {}
+
+
+def test_parquet_files_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    for name, value in (("part-10.parquet", 2), ("part-02.parquet", 1), ("part-11.parquet", 3)):
+        storage.write_table(storage.join(folder, name), pa.table({"x": [value], "y": [0]}))
+    storage.write_json(storage.join(folder, "manifest.json"), {})
+    assert [table.to_pylist() for table in storage.iter_tables(folder, ["x"])] == [[{"x": 1}], [{"x": 2}], [{"x": 3}]]
+    sums = storage.map_files(lambda uri: sum(storage.read_table(uri)["x"].to_pylist()), storage.parquet_files(folder))
+    assert sums == [1, 2, 3]
+
+
+def test_files_folders_and_absent_ones_can_be_removed(tmp_path: Path) -> None:
     storage.write_bytes(str(tmp_path / "folder" / "deep" / "file"), b"x")
     storage.write_bytes(str(tmp_path / "file"), b"x")
     for name in ("folder", "file", "absent"):
@@ -85,31 +104,31 @@ def test_removing_takes_files_and_folders_and_forgives_absence(tmp_path: Path) -
         assert not storage.exists(str(tmp_path / name))
 
 
-def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
+def test_a_missing_file_is_a_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file") as error:
         storage.read_bytes(str(tmp_path / "absent"))
     assert str(tmp_path / "absent") in str(error.value)
 
 
-def test_storage_that_can_be_written_is_left_empty(tmp_path: Path) -> None:
+def test_the_write_probe_leaves_nothing_behind(tmp_path: Path) -> None:
     storage.require_writable(str(tmp_path / "runs"))
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def test_storage_that_cannot_be_written_is_one_line_with_the_remedy(tmp_path: Path) -> None:
-    # Below a file, which root can't write either; file modes would not hinder root.
-    (tmp_path / "file").write_bytes(b"mine")
+def test_unwritable_storage_is_a_one_line_error_with_its_remedy(tmp_path: Path) -> None:
+    # A path below a file, because root ignores file modes.
+    (tmp_path / "file").write_bytes(b"content")
     uri = str(tmp_path / "file" / "runs")
     with pytest.raises(UserError) as error:
         storage.require_writable(uri)
     (line,) = str(error.value).splitlines()
     assert line.startswith(f"storage {uri}: not writable")
     assert "set storage=" in line
-    assert (tmp_path / "file").read_bytes() == b"mine"
+    assert (tmp_path / "file").read_bytes() == b"content"
 
 
 @pytest.mark.parametrize("uri", ["nosuch://bucket/x", "://x", "s3://bucket/x?nosuch=1"])
-def test_a_uri_that_cannot_be_opened_is_one_line(uri: str) -> None:
+def test_a_uri_that_cannot_be_opened_is_a_one_line_error(uri: str) -> None:
     with pytest.raises(UserError) as error:
         storage.open_filesystem(uri)
     (line,) = str(error.value).splitlines()
@@ -130,14 +149,14 @@ def test_json_reads_back_as_it_was_written(tmp_path_factory: pytest.TempPathFact
     assert storage.read_json(uri) == value
 
 
-def test_json_is_written_the_same_way_whatever_the_order_of_its_keys(tmp_path: Path) -> None:
+def test_the_order_of_keys_does_not_change_a_json_file(tmp_path: Path) -> None:
     for name, value in (("a", {"x": 1, "y": "größe"}), ("b", {"y": "größe", "x": 1})):
         storage.write_json(str(tmp_path / name), value)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    assert "größe" in (tmp_path / "a").read_text(encoding="utf-8"), "readable as it stands"
+    assert "größe" in (tmp_path / "a").read_text(encoding="utf-8"), "readable without unescaping"
 
 
-def test_a_table_reads_back_whole_or_by_column(tmp_path: Path) -> None:
+def test_a_table_or_single_columns_of_it_read_back(tmp_path: Path) -> None:
     uri = str(tmp_path / "table.parquet")
     table = pa.table({"id": pa.array([1, 2], pa.int64()), "reward": pa.array([0.5, None], pa.float32())})
     storage.write_table(uri, table)
@@ -145,7 +164,7 @@ def test_a_table_reads_back_whole_or_by_column(tmp_path: Path) -> None:
     assert storage.read_table(uri, ["id"]).column_names == ["id"]
 
 
-def test_a_folder_is_copied_there_and_used_in_place_where_it_is_local(tmp_path: Path) -> None:
+def test_a_folder_is_uploaded_and_a_local_one_is_used_in_place(tmp_path: Path) -> None:
     model = tmp_path / "model"
     storage.write_bytes(str(model / "weights" / "a"), b"x")
     storage.upload_folder(str(model), str(tmp_path / "run" / "model"))
@@ -168,13 +187,13 @@ def test_only_local_paths_are_made_absolute(tmp_path: Path, monkeypatch: pytest.
     assert storage.absolute("gs://bucket/runs") == "gs://bucket/runs"
 
 
-def test_a_query_stays_behind_the_path() -> None:
+def test_a_query_stays_at_the_end_of_a_uri() -> None:
     uri = "s3://bucket/run?endpoint_override=localhost:9000"
     assert storage.join(uri, "a", "b.json") == "s3://bucket/run/a/b.json?endpoint_override=localhost:9000"
     assert storage.join("/folder/what?", "x") == "/folder/what?/x"
 
 
-def test_a_file_without_rows_is_read_here_and_by_datasets(tmp_path: Path) -> None:
+def test_datasets_reads_a_file_without_rows(tmp_path: Path) -> None:
     from datasets import load_dataset
 
     table = pa.table({"x": [1, 2]})

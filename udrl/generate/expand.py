@@ -143,7 +143,7 @@ class _Growth:
         self.subjects = subjects
 
     def _keys(self, texts: list[str]) -> Any:
-        return dedup.keys([("", TASK, text) for text in texts], self.config.near)
+        return dedup.compute_keys([("", TASK, text) for text in texts], self.config.near)
 
     def passes(self, root: str, context: StageContext) -> Iterator[str]:
         """New intents, until the target is reached or a pass brings too few."""

@@ -21,7 +21,7 @@ from udrl.policies.statistics import CompletionStatistics
 from udrl.progress import duration
 from udrl.recipe import Recipe, dump
 from udrl.run import Run
-from udrl.scoring.parsing import reasons_of
+from udrl.scoring.parsing import reject_reasons
 from udrl.scoring.score import ScoringResult, score
 from udrl.tasks import Task
 
@@ -86,7 +86,7 @@ class Inspect:
         self.tasks = {t.name: t for t in tasks}
 
     def __call__(self, row: Row) -> list[tuple[str, str]]:
-        return reasons_of(self.tasks[row["task"]], row)
+        return reject_reasons(self.tasks[row["task"]], row)
 
 
 def _resume(recipe: Recipe, work: Work) -> None:

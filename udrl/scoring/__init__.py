@@ -1,1 +1,1 @@
-"""From raw completions to scored episodes: parse, reject, deduplicate, judge relevance, mix the reward."""
+"""Scoring: from raw completions to episodes with a reward, and rejects with a reason."""

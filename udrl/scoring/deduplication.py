@@ -1,9 +1,9 @@
-"""What was said before: exact and near-duplicate prompts, found as they stream past, in memory that is fixed beforehand.
+"""Exact and near-duplicate prompts, detected in a stream with a fixed amount of memory.
 
-Near-duplicates are found by MinHash and locality-sensitive hashing (Broder 1997; Leskovec et al., Mining of Massive
-Datasets, chapter 3) with a Bloom filter a band in place of a table (LSHBloom, arXiv 2411.04257): an episode takes a few
-dozen bytes, and none of its text is kept. rensa makes the signatures (Rust, a whole shard in one call), rbloom the filters.
-datasketch has LSHBloom itself, but one Python object a text, and its filters want a C library that has to be compiled.
+Near-duplicates are found by MinHash and locality-sensitive hashing (Broder 1997; Leskovec et al., Mining of Massive Datasets,
+chapter 3) with one Bloom filter per band instead of a table (LSHBloom, arXiv 2411.04257): a prompt takes a few dozen bytes,
+and its text is not stored. rensa computes the signatures (Rust, a whole shard per call), rbloom is the filter. datasketch
+includes LSHBloom, but creates one Python object per text, and its filters need a C library that has to be compiled.
 """
 
 import hashlib
@@ -17,115 +17,123 @@ import numpy as np
 from udrl.recipe import Deduplicate
 from udrl.scoring.rewards import words
 
-PERMUTATIONS = 128
+PERMUTATIONS = 128  # hash functions of a signature
 SEED = 1
-NEW, EXACT, NEAR = 0, 1, 2
-_ROUND = np.uint64(0x9E3779B97F4A7C15)
+NEW, EXACT, NEAR = 0, 1, 2  # verdicts
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 def shingles(prompt: str) -> list[str]:
-    """Pairs of neighbouring words, case-folded: a changed word costs two of them, and a changed order is a difference.
+    """Return the case-folded pairs of neighboring words, which depend on word order; a changed word changes two of them.
 
-    A text of one word, or in a script without spaces, is its own shingle: it is near to nothing but itself.
+    A text of one word, or in a script without spaces, is a single shingle, so that it has no near-duplicates.
     """
-    said = words(prompt)
-    return [f"{a} {b}" for a, b in pairwise(said)] or said or [prompt.casefold()]
+    tokens = words(prompt)
+    return [f"{a} {b}" for a, b in pairwise(tokens)] or tokens or [prompt.casefold()]
 
 
 @lru_cache
-def bands(near: float) -> tuple[int, int]:
-    """(bands, rows a band) of at most PERMUTATIONS values, for which pairs collide where their similarity passes ``near``:
-    the smallest sum of wrongly found pairs below and missed pairs above, over all similarities."""
+def choose_bands(near: float) -> tuple[int, int]:
+    """Return (bands, rows per band) of at most PERMUTATIONS values, for pairs that collide above the similarity ``near``.
+
+    The choice minimizes the false positives below ``near`` plus the false negatives above it, summed over all similarities.
+    """
     s = np.linspace(0, 1, 1001)
 
     def error(b: int, r: int) -> float:
-        found = 1 - (1 - s**r) ** b
-        return float(np.where(s < near, found, 1 - found).sum())
+        collision = 1 - (1 - s**r) ** b
+        return float(np.where(s < near, collision, 1 - collision).sum())
 
     choices = [(b, r) for b in range(1, PERMUTATIONS + 1) for r in range(1, PERMUTATIONS // b + 1)]
     return min(choices, key=lambda choice: error(*choice))
 
 
-def keys(texts: Sequence[tuple[str, str, str]], near: float | None) -> np.ndarray:
-    """What to look up of each (intent, task, prompt): uint64 of shape (texts, 1 + bands).
+def compute_keys(texts: Sequence[tuple[str, str, str]], near: float | None) -> np.ndarray:
+    """Return the filter keys of (intent, task, prompt) triples: uint64 of shape (texts, 1 + bands).
 
-    Column 0 stands for intent, task and prompt; the others for the task and one band of the prompt's signature.
+    Column 0 identifies intent, task and prompt. Each other column identifies the task and one band of the prompt's signature;
+    there are none if ``near`` is None.
     """
-    exact = np.array([_exact(*text) for text in texts], dtype=np.uint64).reshape(-1, 1)
+    exact = np.array([_exact_key(*text) for text in texts], dtype=np.uint64).reshape(-1, 1)
     if near is None or not texts:
-        return np.hstack([exact, np.zeros((len(texts), bands(near)[0] if near else 0), dtype=np.uint64)])
+        return np.hstack([exact, np.zeros((len(texts), choose_bands(near)[0] if near else 0), dtype=np.uint64)])
     from rensa import RMinHash
 
     matrix = RMinHash.digest_matrix_from_token_sets([shingles(prompt) for _, _, prompt in texts], PERMUTATIONS, SEED)
-    n, rows = bands(near)
+    n, rows = choose_bands(near)
     signatures = np.array(matrix.to_rows(), dtype=np.uint64)[:, : n * rows].reshape(len(texts), n, rows)
-    of_task = {task: np.uint64(_digest(task)) for _, task, _ in texts}
-    mixed = np.repeat(np.array([of_task[task] for _, task, _ in texts], dtype=np.uint64)[:, None], n, axis=1)
+    task_keys = {task: np.uint64(_hash(task)) for _, task, _ in texts}
+    mixed = np.repeat(np.array([task_keys[task] for _, task, _ in texts], dtype=np.uint64)[:, None], n, axis=1)
     for row in range(rows):
-        mixed = (mixed ^ signatures[:, :, row]) * _ROUND
+        mixed = (mixed ^ signatures[:, :, row]) * _MULTIPLIER
         mixed ^= mixed >> np.uint64(29)
-    # A Bloom filter takes Python's hash of a number, which is the number itself below 2**61 - 1.
+    # rbloom uses Python's hash of an integer, which is the integer itself below 2**61 - 1.
     return np.hstack([exact, mixed >> np.uint64(4)])
 
 
-def _exact(intent: str, task: str, prompt: str) -> int:
-    return _digest(f"{intent}\x1f{task}\x1f{prompt.casefold()}")
+def _exact_key(intent: str, task: str, prompt: str) -> int:
+    return _hash(f"{intent}\x1f{task}\x1f{prompt.casefold()}")
 
 
-def _digest(text: str) -> int:
+def _hash(text: str) -> int:
+    """Return 60 bits, so that rbloom takes the value unchanged."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 4
 
 
 class BloomDeduplicator:
-    """The prompts said so far, as Bloom filters for ``expected`` of them.
+    """Bloom filters of the prompts so far, sized for ``expected`` prompts.
 
-    The one state of deduplication; it lives in a Ray actor. Shards come in order, each once: what is kept must not depend
-    on which was parsed first. ``start`` is the number of the first.
+    It runs in a Ray actor and is the only state of deduplication. Its calls are numbered from 0 and must come in order, so
+    that the result does not depend on which shard was parsed first.
     """
 
-    def __init__(self, expected: int, config: Deduplicate, start: int = 0) -> None:
+    def __init__(self, expected: int, config: Deduplicate) -> None:
         from rbloom import Bloom
 
-        filters = 1 + (bands(config.near)[0] if config.near else 0)
-        self.filters = [Bloom(max(expected, 1), config.false_positives) for _ in range(filters)]
+        self.filters = [Bloom(max(expected, 1), config.false_positives) for _ in range(_count_filters(config))]
         self.next = 0
 
     def add_known(self, order: int, rows: np.ndarray) -> int:
-        """Add the :func:`keys` of prompts that were kept in an earlier run or round; return how many."""
-        self._take(order)
+        """Add the :func:`compute_keys` of prompts that an earlier run or round accepted and return their number."""
+        self._check_order(order)
         for row in rows.tolist():
-            for found, key in zip(self.filters, row, strict=True):
-                found.add(key)
+            for bloom, key in zip(self.filters, row, strict=True):
+                bloom.add(key)
         return len(rows)
 
     def check_and_add(self, order: int, rows: np.ndarray) -> np.ndarray:
-        """NEW, EXACT or NEAR for each row of :func:`keys`, int8; the new ones are added."""
-        self._take(order)
+        """Return NEW, EXACT or NEAR (int8) for each row of :func:`compute_keys`, and add the new ones."""
+        self._check_order(order)
         verdicts = np.zeros(len(rows), dtype=np.int8)
         exact, near = self.filters[0], self.filters[1:]
-        for i, (whole, *parts) in enumerate(rows.tolist()):
-            if whole in exact:
+        for i, (exact_key, *band_keys) in enumerate(rows.tolist()):
+            if exact_key in exact:
                 verdicts[i] = EXACT
-            elif any(part in found for part, found in zip(parts, near, strict=True)):
+            elif any(key in bloom for key, bloom in zip(band_keys, near, strict=True)):
                 verdicts[i] = NEAR
             else:
-                exact.add(whole)
-                for part, found in zip(parts, near, strict=True):
-                    found.add(part)
+                exact.add(exact_key)
+                for key, bloom in zip(band_keys, near, strict=True):
+                    bloom.add(key)
         return verdicts
 
-    def _take(self, order: int) -> None:
+    def _check_order(self, order: int) -> None:
         if order != self.next:
-            raise RuntimeError(f"deduplication: step {order} came where {self.next} was due")
+            raise RuntimeError(f"deduplication: call {order} arrived when {self.next} was due")
         self.next += 1
 
 
-def bytes_of(expected: int, config: Deduplicate) -> int:
-    """Memory of the filters for ``expected`` prompts: -ln(p) / ln(2)^2 bits of each, in one filter and in one a band."""
+def filter_bytes(expected: int, config: Deduplicate) -> int:
+    """Return the memory of all filters for ``expected`` prompts: -ln(p) / ln(2)^2 bits per prompt and filter."""
     bits = -math.log(config.false_positives) / math.log(2) ** 2
-    return math.ceil(max(expected, 1) * bits / 8) * (1 + (bands(config.near)[0] if config.near else 0))
+    return math.ceil(max(expected, 1) * bits / 8) * _count_filters(config)
 
 
 def megabytes_per_million(config: Deduplicate) -> float:
-    """Memory of the filters for a million prompts."""
-    return bytes_of(1_000_000, config) / 1e6
+    """Return the memory of the filters for a million prompts."""
+    return filter_bytes(1_000_000, config) / 1e6
+
+
+def _count_filters(config: Deduplicate) -> int:
+    """Return the number of filters: one for exact duplicates and one per band."""
+    return 1 + (choose_bands(config.near)[0] if config.near else 0)

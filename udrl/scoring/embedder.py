@@ -1,17 +1,16 @@
-"""Relevance in bulk: cosine similarity of intent and prompt embeddings (all-MiniLM-L6-v2 class models)."""
+"""Relevance by embeddings: the cosine similarity of intent and prompt (all-MiniLM-L6-v2 class models)."""
 
 import numpy as np
 
 from udrl import models
 
-# The model reads some hundred tokens; a tokenizer would read all of a megabyte before it is cut.
-MAX_CHARACTERS = 8192
+MAX_CHARACTERS = 8192  # the model reads some hundred tokens, but the tokenizer would process a whole megabyte first
 
 
 class Embedder:
     """A sentence-transformers model on GPU or CPU. Loading takes a few seconds; keep one in a Ray actor.
 
-    ``threads`` are those of a CPU model; None leaves torch's own number.
+    ``threads`` sets torch's CPU threads; None keeps torch's default.
     """
 
     def __init__(self, model: str, batch_size: int, threads: int | None = None) -> None:
@@ -25,9 +24,9 @@ class Embedder:
         self.batch_size = batch_size
 
     def embed(self, texts: list[str]) -> np.ndarray:
-        """Unit vectors, float32 of shape (texts, dimensions). A text that comes twice is embedded once.
+        """Return unit vectors, float32 of shape (texts, dimensions). Equal texts are embedded once.
 
-        Texts of a batch have about one length: ``encode`` sorts them, so little is spent on padding.
+        ``encode`` sorts the texts by length, so that batches have little padding.
         """
         distinct = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         vectors = self.model.encode(
@@ -40,7 +39,7 @@ class Embedder:
         return vectors.float().cpu().numpy()[[distinct[text] for text in texts]]
 
     def relevance(self, intents: list[str], prompts: list[str]) -> np.ndarray:
-        """Cosine of each pair, cut to 0..1, float32 of shape (pairs,)."""
+        """Return the cosine of each pair, clipped to 0..1, float32 of shape (pairs,)."""
         if not prompts:
             return np.zeros(0, dtype=np.float32)
         vectors = self.embed(intents + prompts)

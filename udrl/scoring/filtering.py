@@ -186,7 +186,7 @@ def _start_deduplicator(ledger: str, parts: Mapping[int, list[str]], earlier: li
 
     files = [storage.join(ledger, name) for names in parts.values() for name in names]
     expected = sum(storage.map_files(count_prompts, files + earlier))
-    size = dedup.bytes_of(expected, config)
+    size = dedup.filter_bytes(expected, config)
     log.info(
         f"deduplication: {size / 1e6:,.1f} MB of memory for {expected:,} prompts"
         f" ({dedup.megabytes_per_million(config):.0f} MB per million)"
@@ -221,7 +221,8 @@ def _parse_shard(
     order = [(name, "ascending") for name in ("intent_id", "task", "variation", "episode_id")]
     completions = read_shard(ledger, names).sort_by(order).to_pylist()
     rows = [row for completion in completions for row in filter_row(tasks[completion["task"]], completion)]
-    keys = dedup.keys([(r["intent"], r["task"], r["prompt"]) for r in rows if not r["reason"]], near) if with_keys else None
+    candidates = [(row["intent"], row["task"], row["prompt"]) for row in rows if not row["reason"]]
+    keys = dedup.compute_keys(candidates, near) if with_keys else None
     return pa.Table.from_pylist(rows, schema=FILTERED), keys
 
 
@@ -253,7 +254,7 @@ def _read_candidate_keys(uri: str, near: float | None) -> np.ndarray:
     if "reason" in table.column_names:
         table = table.filter(pa.compute.equal(table.column("reason"), ""))
     columns = [table.column(name).to_pylist() for name in ("intent", "task", "prompt")]
-    return dedup.keys(list(zip(*columns, strict=True)), near)
+    return dedup.compute_keys(list(zip(*columns, strict=True)), near)
 
 
 def _write_shard(table: pa.Table, verdicts: np.ndarray | None, uri: str) -> int:

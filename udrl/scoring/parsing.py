@@ -1,26 +1,25 @@
-"""A raw completion becomes prompts, or rejections with their reasons: one result for each prompt that was asked for."""
+"""Parse completions into prompts or rejects: one result for each requested prompt."""
 
+import json
 import re
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from udrl.episodes import Reason
-from udrl.scoring import language as writing
-from udrl.scoring import lenient_json as salvage
+from udrl.scoring import language
 from udrl.scoring import rewards as components
 from udrl.tasks import Task
 
-# A prompt under these says nothing that the intent did not, or says it again and again. They are lenient on purpose:
-# weak prompts are kept with their low reward, since the student learns what a low reward looks like.
-MIN_NOVELTY = 0.2
-MIN_DISTINCT_PAIRS = 0.6
-# A prompt longer than this is no prompt; the patterns of a task file need not be quick on a megabyte.
-CHARACTERS_PER_WORD = 64
+# Lenient limits: a weak prompt is kept with its low reward, from which the student learns what a low reward looks like.
+MIN_NOVELTY = 0.2  # share of words; below, the prompt adds nothing to the intent
+MIN_DISTINCT_PAIRS = 0.6  # share of word pairs; below, the prompt repeats itself
+CHARACTERS_PER_WORD = 64  # longest text is this times max_words, so that a task's patterns never run on a megabyte
+MAX_ERROR = 500  # characters of an engine's error
 
 _SPACE = re.compile(r"\s+")
 _QUOTES = "\"'“”‘’`*"
-# What vLLM says of a request that does not fit its context (0.32: v1/engine/input_processor.py, renderers/params.py).
+# vLLM's errors for a request that exceeds its context (0.32: v1/engine/input_processor.py, renderers/params.py).
 _TOO_LONG = re.compile(r"longer than the maximum\s+model length|maximum context length is")
 _CANNOT = (
     r"(?:can(?:no|['’])?t|cannot|can not|won['’]?t|will not|am unable to|['’]m unable to|am not able to|['’]m not able to)"
@@ -36,9 +35,17 @@ _REFUSAL = re.compile(
 )
 _GARBLED = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ufffd\ufffe\uffff]")
 
+_LIST = re.compile(r'"prompts"\s*:\s*\[')
+_TOKEN = re.compile(r'["\[\]{}]')
+# Possessive quantifiers: a string without an end is scanned once, not once per possible start.
+_STRING = re.compile(r'"((?:[^"\\]++|\\.)*+)"', re.DOTALL)
+_KEY = re.compile(r"\s*+:")
+_ESCAPE = re.compile(r"\\(.)", re.DOTALL)
+_ESCAPED = {"n": "\n", "t": "\t", "r": "\n", "b": " ", "f": " "}
 
-class Parsed(NamedTuple):
-    """One prompt that was asked for. ``reason`` is "" for a good one; ``completion`` is the raw text that it comes from."""
+
+class ParsedPrompt(NamedTuple):
+    """One requested prompt. ``reason`` is "" if it is accepted; ``completion`` is its raw text."""
 
     prompt: str
     reason: str
@@ -46,88 +53,127 @@ class Parsed(NamedTuple):
     completion: str
 
 
-def clean(completion: str) -> str:
-    """The first line, white space folded, surrounding quotes and markers off."""
-    line = completion.strip().split("\n", 1)[0]
-    return _SPACE.sub(" ", line).strip().strip(_QUOTES).strip()
+def parse_row(task: Task, row: Mapping[str, Any]) -> list[ParsedPrompt]:
+    """Return one result for each prompt that a ledger row requested (``row["prompts"]``; absent or null: one).
+
+    All complete prompts of a structured completion are used, even if the rest is malformed. The others are TRUNCATED if the
+    completion was cut and MISSING if it ended; the first of them has the raw text.
+    """
+    intent, completion = row["intent"] or "", row["completion"] or ""
+    finish, error = row["finish_reason"] or "", row["error"] or ""
+    requested = row.get("prompts") or 1
+    if requested == 1:
+        return [_parse_one(task, intent, completion, finish, error)]
+    if error or not completion.strip():
+        return [_parse_one(task, intent, completion, finish, error)] * requested
+    texts = extract_strings(completion, requested)
+    results = [_parse_one(task, intent, text, "stop", "") for text in texts]
+    reason = Reason.TRUNCATED if finish == "length" else Reason.MISSING
+    if not texts and _REFUSAL.match(clean(completion)):
+        reason = Reason.REFUSAL
+    detail = f"{len(texts)} of {requested} prompts"
+    raw_texts = [replace_surrogates(completion)] + [""] * requested
+    return results + [ParsedPrompt("", str(reason), detail, raw) for raw in raw_texts[: requested - len(texts)]]
+
+
+def reject_reasons(task: Task, row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return (reason, detail) of each prompt that ``row`` requested; reason "" if the completion itself is acceptable."""
+    return [(parsed.reason, parsed.detail) for parsed in parse_row(task, row)]
+
+
+def _parse_one(task: Task, intent: str, completion: str, finish: str, error: str) -> ParsedPrompt:
+    prompt, reason, detail = parse(task, intent, completion, finish, error)
+    return ParsedPrompt(prompt, str(reason or ""), replace_surrogates(detail), replace_surrogates(completion))
 
 
 def parse(task: Task, intent: str, completion: str, finish_reason: str, error: str) -> tuple[str, Reason | None, str]:
-    """Return (prompt, reason, detail) of a completion that is one prompt; ``reason`` is None for a good one."""
+    """Return (prompt, reason, detail) of a completion that is one prompt; ``reason`` is None if it is accepted."""
     if error:
-        return "", Reason.INPUT_TOO_LONG if _TOO_LONG.search(error) else Reason.ENGINE_ERROR, error[:500]
-    prompt = salvage.storable(clean(completion))
+        return "", Reason.INPUT_TOO_LONG if _TOO_LONG.search(error) else Reason.ENGINE_ERROR, error[:MAX_ERROR]
+    prompt = replace_surrogates(clean(completion))
     if not prompt:
         return prompt, Reason.EMPTY, ""
     if _REFUSAL.match(prompt):
         return prompt, Reason.REFUSAL, prompt[:80]
     if finish_reason == "length" and "\n" not in completion.strip():
         return prompt, Reason.TRUNCATED, "no end within max_tokens"
-    reason, detail = _judge(task, intent, prompt, completion)
+    reason, detail = _check_prompt(task, intent, prompt, completion)
     return prompt, reason, detail
 
 
-def _judge(task: Task, intent: str, prompt: str, completion: str) -> tuple[Reason | None, str]:
-    """What is wrong with a whole line: the cheap and the telling first."""
+def clean(completion: str) -> str:
+    """Return the first line with white space folded and surrounding quotes and asterisks removed."""
+    line = completion.strip().split("\n", 1)[0]
+    return _SPACE.sub(" ", line).strip().strip(_QUOTES).strip()
+
+
+def _check_prompt(task: Task, intent: str, prompt: str, completion: str) -> tuple[Reason | None, str]:
+    """Return the first reason to reject a complete line, from cheap checks to expensive ones."""
     if _GARBLED.search(prompt) or _GARBLED.search(completion.strip().split("\n", 1)[0]):
-        return Reason.GARBLED, "holds control characters or broken bytes"
+        return Reason.GARBLED, "contains control characters or invalid bytes"
     if len(prompt) > CHARACTERS_PER_WORD * task.format.max_words:
         return Reason.MALFORMED, f"{len(prompt):,} characters"
-    if (script := writing.foreign_script(prompt, intent, _shown(task.name, _texts(task)))) is not None:
+    texts = tuple(text for example in task.examples for text in (example.intent, example.prompt))
+    if (script := language.foreign_script(prompt, intent, _scripts_of_examples(texts))) is not None:
         return Reason.WRONG_SCRIPT, script
     folded = prompt.casefold()
-    if any(folded == e.prompt.casefold() for e in task.examples):
+    if any(folded == example.prompt.casefold() for example in task.examples):
         return Reason.FEW_SHOT_LEAK, "copies an example of the task"
     problem = task.malformed(prompt)
     if problem:
         return Reason.MALFORMED, problem
     if components.novelty(intent, prompt) < MIN_NOVELTY:
-        return Reason.ECHO, "says little that the intent does not"
+        return Reason.ECHO, "adds little to the intent"
     if components.repetition(prompt) < MIN_DISTINCT_PAIRS:
         return Reason.REPETITIVE, ""
-    if task.format.languages and (language := writing.foreign_language(prompt, tuple(task.format.languages))) is not None:
-        return Reason.WRONG_LANGUAGE, language
+    if task.format.languages and (other := language.foreign_language(prompt, tuple(task.format.languages))) is not None:
+        return Reason.WRONG_LANGUAGE, other
     return None, ""
 
 
-def _texts(task: Task) -> tuple[str, ...]:
-    return tuple(text for e in task.examples for text in (e.intent, e.prompt))
-
-
 @lru_cache(maxsize=64)
-def _shown(name: str, texts: tuple[str, ...]) -> frozenset[str]:
-    return writing.scripts("".join(texts))
+def _scripts_of_examples(texts: tuple[str, ...]) -> frozenset[str]:
+    return language.scripts("".join(texts))
 
 
-def parse_row(task: Task, row: Mapping[str, Any]) -> list[Parsed]:
-    """The results of one ledger row: as many as it asked for prompts (``row["prompts"]``, absent or null: one).
+def extract_strings(text: str, limit: int) -> list[str]:
+    """Return the complete strings of the JSON list under ``"prompts"``, or else of the first list; at most ``limit``.
 
-    Of a structured completion whatever is whole is kept, however the rest looks. What is missing is TRUNCATED where the
-    completion was cut and MISSING where it ended, and the first such result has the raw text.
+    The JSON may be cut off or sloppy: other text may surround it, strings may contain raw line breaks and escapes that JSON
+    does not define, and items may be objects, whose values count. A string without its closing quote is incomplete.
     """
-    intent, completion = row["intent"] or "", row["completion"] or ""
-    finish, error = row["finish_reason"] or "", row["error"] or ""
-    asked = row.get("prompts") or 1
-    if asked == 1:
-        return [_parsed(task, intent, completion, finish, error)]
-    if error or not completion.strip():
-        first = _parsed(task, intent, completion, finish, error)
-        return [first] * asked
-    found = salvage.strings(completion, asked)
-    results = [_parsed(task, intent, text, "stop", "") for text in found]
-    reason = Reason.TRUNCATED if finish == "length" else Reason.MISSING
-    if not found and _REFUSAL.match(clean(completion)):
-        reason = Reason.REFUSAL
-    detail = f"{len(found)} of {asked} prompts"
-    raws = [salvage.storable(completion)] + [""] * asked
-    return results + [Parsed("", str(reason), detail, raw) for raw in raws[: asked - len(found)]]
+    start = _LIST.search(text)
+    position = start.end() if start else text.find("[") + 1
+    if not position:
+        return []
+    strings: list[str] = []
+    depth = 0
+    while len(strings) < limit and (token := _TOKEN.search(text, position)):
+        position = token.end()
+        if token[0] in "[{":
+            depth += 1
+        elif token[0] in "]}":
+            depth -= 1
+            if depth < 0:
+                break
+        else:
+            string = _STRING.match(text, token.start())
+            if not string:
+                break
+            position = string.end()
+            if not _KEY.match(text, position):
+                strings.append(_unescape(string[1]))
+    return strings
 
 
-def _parsed(task: Task, intent: str, completion: str, finish: str, error: str) -> Parsed:
-    prompt, reason, detail = parse(task, intent, completion, finish, error)
-    return Parsed(prompt, str(reason or ""), salvage.storable(detail), salvage.storable(completion))
+def _unescape(body: str) -> str:
+    try:
+        value = json.loads(f'"{body}"', strict=False)
+    except json.JSONDecodeError:
+        return _ESCAPE.sub(lambda match: _ESCAPED.get(match[1], match[1]), body)
+    return str(value)
 
 
-def reasons_of(task: Task, row: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(reason, detail) of each prompt that ``row`` asked for, "" for a good one: what one completion alone tells."""
-    return [(parsed.reason, parsed.detail) for parsed in parse_row(task, row)]
+def replace_surrogates(text: str) -> str:
+    """Replace lone surrogates, which a JSON escape may contain and UTF-8 can't encode, by U+FFFD."""
+    return text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

@@ -155,7 +155,7 @@ def judge_pointwise(
     if judge.kind != "rubric":
         return scores, {"parse_failures": None}
     scores[mass == 0] = np.nan  # scoring makes it 0, so that it is not learnt as good; here it is not known
-    return scores, {"parse_failures": mean(np.where(np.isnan(mass), np.nan, mass < rubric.HALF))}
+    return scores, {"parse_failures": mean(np.where(np.isnan(mass), np.nan, mass < rubric.MIN_MASS))}
 
 
 def judge_pairwise(judge: Judge, table: pa.Table, work: str, tasks: Sequence[Task], recipe: Recipe) -> tuple[pa.Table, Facts]:
@@ -178,5 +178,5 @@ def judge_pairwise(judge: Judge, table: pa.Table, work: str, tasks: Sequence[Tas
     said = [(by_id[one["episode_id"]], by_id[two["episode_id"]]) for one, two in shown]
     found = [pairwise.both_orders(one, two) for one, two in said]
     columns = [pa.array([row[i] for row in found], kind.type) for i, kind in enumerate(VERDICTS)]
-    unparsed = mean(np.array([mass < rubric.HALF for both in said for _, mass in both], dtype=float))
+    unparsed = mean(np.array([mass < rubric.MIN_MASS for both in said for _, mass in both], dtype=float))
     return pa.table(columns, schema=VERDICTS), {"parse_failures": unparsed}

@@ -34,7 +34,7 @@ def answers(
     """
     folder = folder_of(judge, work, tasks)
     store.add(folder, questions)
-    todo = rubric.unanswered(store.asked(folder), store.scores(folder))
+    todo = rubric.unjudged_files(store.asked(folder), store.scores(folder))
     if todo:
         models.resolve(judge.model)  # a missing model is told here, in one line
         cluster.connect()
@@ -70,7 +70,7 @@ def _depends_on(judge: Judge, tasks: Sequence[Task]) -> dict[str, Any]:
     of_kind: dict[str, dict[str, Any]] = {
         "likelihood": {"dtype": judge.engine.dtype, "template": [WITH_PROMPT, WITHOUT_PROMPT]},
         "embedding": {},
-        "rubric": {**engine, "rubric": rubric.RUBRIC, "tasks": rubric.facts(tasks)},
+        "rubric": {**engine, "rubric": rubric.RUBRIC, "tasks": rubric.task_inputs(tasks)},
         "pairwise": {**engine, **pairwise.facts(tasks)},
     }
     model = {"model": judge.model, "revision": models.revision(judge.model, judge.revision)}
@@ -79,15 +79,15 @@ def _depends_on(judge: Judge, tasks: Sequence[Task]) -> dict[str, Any]:
 
 def _engine_pass(judge: Judge, folder: str, tasks: Sequence[Task], context: StageContext) -> None:
     """Parts through the shared vLLM stage."""
-    read: rubric.Read
+    read: rubric.AnswerReader
     if judge.kind == "pairwise":
         policy, read, shown = pairwise.policy(judge, tasks), pairwise.preference, pairwise.SHOWN
     else:
         config = RubricJudge(**{name: getattr(judge, name) for name in RubricJudge.model_fields})
-        policy, shown = rubric.rubric_policy(config, tasks, f"judge {judge.display_name}"), rubric.JUDGED
-        read = rubric.reader(policy)
+        policy, shown = rubric.rubric_policy(config, tasks, f"judge {judge.display_name}"), rubric.JUDGED_COLUMNS
+        read = rubric.relevance_reader(policy)
     asked, scores = store.asked(folder), store.scores(folder)
-    rubric.answer(asked, scores, policy, read, column="score", shown=shown, context=context)
+    rubric.judge_candidates(asked, scores, policy, read, column="score", columns=shown, context=context)
 
 
 def _pass(judge: Judge, folder: str, todo: list[str], context: StageContext) -> None:

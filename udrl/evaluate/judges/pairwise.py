@@ -71,7 +71,7 @@ def _compared(task: Task) -> list[tuple[str, str]]:
 
 def facts(tasks: Sequence[Task]) -> dict[str, Any]:
     """What an answer depends on beside the model."""
-    return {"pairwise": [_INSTRUCTION, _FIELDS], "tasks": rubric.facts(tasks)}
+    return {"pairwise": [_INSTRUCTION, _FIELDS], "tasks": rubric.task_inputs(tasks)}
 
 
 def policy(judge: Judge, tasks: Sequence[Task]) -> Policy:
@@ -87,7 +87,7 @@ def policy(judge: Judge, tasks: Sequence[Task]) -> Policy:
         engine=judge.engine,
         placement=judge.placement,
         describe={"style": judge.style, **facts(tasks)},
-        top_tokens=rubric.TOP,
+        top_tokens=rubric.TOP_TOKENS,
     )
 
 
@@ -104,7 +104,7 @@ def preference(tokens: Sequence[str], logprobs: Sequence[float]) -> tuple[float,
 def both_orders(first: tuple[float, float], swapped: tuple[float, float]) -> tuple[float, float, bool]:
     """(preference for a prompt where it is shown first, the same where it is shown second, whether both orders parsed), from
     :func:`preference` of the pair as it stands and of the pair swapped."""
-    return first[0], 1 - swapped[0], min(first[1], swapped[1]) >= rubric.HALF
+    return first[0], 1 - swapped[0], min(first[1], swapped[1]) >= rubric.MIN_MASS
 
 
 def comparisons(outputs: pa.Table, limit: int, seed: int) -> list[tuple[Row, Row]]:
