@@ -18,7 +18,6 @@ from udrl import storage, tokenizer
 from udrl.commands import CommandVocabulary
 from udrl.errors import UserError
 from udrl.hashing import stable_id
-from udrl.policies import stage as engine
 from udrl.policies.actor import EMPTY_ANSWER
 from udrl.policies.ledger import list_parts
 from udrl.policies.policy import Row

@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 from fakes.tiny_student import MAX_WORDS, TASKS, export_tiny_student, find_free_port, in_object_store
 
@@ -74,6 +75,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedStudent]:
         finally:
             ray_serve.shutdown()
             ray.shutdown()
+
+
+def test_the_model_runs_in_the_engines_own_process(served: ServedStudent) -> None:
+    """With Ray's own engine class, a worker process would share its cores; see ``internals.in_process_vllm_engine``."""
+    children = psutil.Process(served.state()["pid"]).children(recursive=True)
+    titles = [" ".join(child.cmdline()) for child in children]
+    assert any("EngineCore" in title for title in titles)
+    assert not any("Worker" in title for title in titles)
 
 
 def test_n_prompts_are_returned_with_their_achieved_length(served: ServedStudent) -> None:

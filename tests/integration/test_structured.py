@@ -92,22 +92,22 @@ def test_the_teacher_grows_intents_that_name_no_held_out_subject(recipe: Recipe,
     assert not [text for text in grown["intent"].to_pylist() if text in held]
 
 
-def test_a_second_expansion_pays_for_nothing_and_gives_the_same(
-    recipe: Recipe, folder: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from udrl.policies import stage as engine
+def count_attempts(folder: str) -> int:
+    """Count how often an engine was started for a ledger in this local folder."""
+    return len(list(Path(folder).rglob("attempts/*.json")))
 
-    def no_engine(*_: object) -> None:
-        raise AssertionError("an engine was configured")
 
+def test_a_second_expansion_pays_for_nothing_and_gives_the_same(recipe: Recipe, folder: str) -> None:
     first = expand_intents(recipe, folder)
     grown = storage.read_table(storage.join(folder, "expanded.parquet"))
-    monkeypatch.setattr(engine, "_dataset", no_engine)
+    attempts = count_attempts(recipe.storage)
+    assert attempts
     assert expand_intents(recipe, folder) == first
     for name in ("expanded.json", "expanded.parquet"):  # as if it had been killed before its end
         storage.remove(storage.join(folder, name))
     assert expand_intents(recipe, folder) == first
     assert storage.read_table(storage.join(folder, "expanded.parquet")).equals(grown)
+    assert count_attempts(recipe.storage) == attempts
 
 
 def test_a_judge_scores_each_candidate_once(tmp_path: Path, recipe: Recipe, capfd: pytest.CaptureFixture[str]) -> None:
