@@ -63,14 +63,18 @@ def rows(*folders: str) -> list[Row]:
     return [row for folder in folders for part in storage.iter_tables(folder) for row in part.to_pylist()]
 
 
-def forbid_engines_and_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
+def forbid_training(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.train.torch import TorchTrainer
 
     def start(*_: object, **__: object) -> None:
-        raise AssertionError("an engine or a training was started")
+        raise AssertionError("a training was started")
 
-    monkeypatch.setattr(engine, "_dataset", start)
     monkeypatch.setattr(TorchTrainer, "fit", start)
+
+
+def count_attempts(run: str) -> int:
+    """Count how often an engine was started for a ledger of the run."""
+    return len(list(Path(run).rglob("attempts/*.json")))
 
 
 def test_a_round_explores_under_commands_and_trains_on_the_buffer(
@@ -116,9 +120,12 @@ def test_a_round_explores_under_commands_and_trains_on_the_buffer(
     assert weights[0] != weights[1] == weights[2]
     assert "not trained" not in stage.describe(result)
 
-    forbid_engines_and_trainings(monkeypatch)
+    forbid_training(monkeypatch)
     capsys.readouterr()
+    attempts = count_attempts(run)
+    assert attempts
     assert stage.run(recipe(run, rounds=1)) == result
+    assert count_attempts(run) == attempts
     assert "already explored and scored" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"samples: 2 -> 1"):
         stage.run(recipe(run, rounds=1, explore={"samples": 1}))
@@ -182,5 +189,7 @@ def test_a_dull_round_is_not_trained_on_and_a_killed_one_resumes(
     assert list(list_parts(str(ledger))) == list(shards)
     assert {name: (ledger / name).stat().st_mtime_ns for name in remaining} == remaining
 
-    forbid_engines_and_trainings(monkeypatch)
+    forbid_training(monkeypatch)
+    attempts = count_attempts(run)
     assert stage.run(settings).rounds == result.rounds
+    assert count_attempts(run) == attempts
