@@ -8,8 +8,8 @@
 - ``variants``: AsyncLLM under other engine settings, to choose those of a recipe.
 
 The default student has 104M parameters (12 layers x 768, vocabulary 24k) with random weights, which never end a prompt, so that
-every request generates its 40 tokens. Every arm runs alone on the machine, in turns, ``--repeats`` times; the load generator
-is a process of its own. The latency that the server adds is measured on requests of one token, because the engine's own
+every request generates its 40 tokens. Arms take turns, one at a time, ``--repeats`` times; the load generator is a process of
+its own. The latency that the server adds is measured on requests of one token, because the engine's own
 variation exceeds it on longer ones. Overrides apply to the recipe's serve section: ``serve.placement.gpus=1`` on a GPU.
 
 Prints tables and, as its last line, JSON.

@@ -59,7 +59,7 @@ def measure_serve(work: dict[str, Any], path: str) -> dict[str, Any]:
 def _serve_memory() -> dict[str, float]:
     from serve import app
 
-    state = app.engine_handle("bench").state.remote().result(timeout_s=60)
+    state = app.get_engine_handle("bench").state.remote().result(timeout_s=60)
     engine = set(process_tree(state["pid"]))
     ray_roots = [pid for name in ("raylet", "gcs_server") for pid in descendants_named(name)]
     others = {pid for root in ray_roots for pid in process_tree(root)} - engine

@@ -57,10 +57,10 @@ def build(args: dict[str, Any]) -> "Application":
     except ValidationError as error:
         raise UserError("\n".join(problem_line("serve config: args", problem) for problem in error.errors())) from error
     recipe = load(arguments.recipe, arguments.overrides)
-    return build_application(recipe, arguments.model or student_folder(arguments.storage or recipe.storage))
+    return build_application(recipe, arguments.model or locate_student(arguments.storage or recipe.storage))
 
 
-def student_folder(run_storage: str) -> str:
+def locate_student(run_storage: str) -> str:
     """Return the path or URI of a run's exported student."""
     return Run(storage.absolute(run_storage)).student.folder
 
@@ -73,14 +73,14 @@ def build_application(recipe: Recipe, student: str) -> "Application":
     """
     context, _ = check_student(recipe, student)
     keys = load_keys(recipe)
-    from serve.engine import engine_deployment
-    from serve.ingress import ingress_deployment
+    from serve.engine import build_engine
+    from serve.ingress import build_ingress
 
     try:
-        engine = engine_deployment(recipe, student, context)
+        engine = build_engine(recipe, student, context)
     except ValueError as error:  # Ray's checks of engine.kwargs and placement.accelerator
         raise UserError(f"serve: {' '.join(str(error).split())[:300]}; correct serve.engine or serve.placement") from error
-    return ingress_deployment(recipe, student, engine, keys)
+    return build_ingress(recipe, student, engine, keys)
 
 
 def load_keys(recipe: Recipe) -> KeyRing | None:
@@ -128,7 +128,7 @@ def check_student(recipe: Recipe, student: str) -> tuple[int, CommandVocabulary]
     return context, vocabulary
 
 
-def engine_handle(model: str) -> "DeploymentHandle":
+def get_engine_handle(model: str) -> "DeploymentHandle":
     """Return a handle of a running application's engines that a script without an event loop can use."""
     from ray import serve as ray_serve
 
@@ -155,7 +155,7 @@ def require_free_port(host: str, port: int) -> None:
         raise UserError(f"serve.host: cannot listen on {host}:{port} ({reason}); set an address of this machine") from error
 
 
-def curl_line(url: str, vocabulary: CommandVocabulary) -> str:
+def format_curl_line(url: str, vocabulary: CommandVocabulary) -> str:
     """Return an example request to paste into a shell."""
     task, task_commands = next(iter(vocabulary.tasks.items()))
     intent = "birthday invitation for a five-year-old who loves dinosaurs"
@@ -166,7 +166,7 @@ def curl_line(url: str, vocabulary: CommandVocabulary) -> str:
 
 def main(argv: Sequence[str]) -> None:
     recipe = parse_recipe(argv, "Serve a run's student over HTTP, with a playground page.")
-    student = student_folder(recipe.storage)
+    student = locate_student(recipe.storage)
     _, vocabulary = check_student(recipe, student)
     host, port = recipe.serve.host, recipe.serve.port
     require_free_port(host, port)
@@ -189,12 +189,13 @@ def main(argv: Sequence[str]) -> None:
         try:
             ray_serve.run(build_application(recipe, student), name=APPLICATION_NAME)
         except RuntimeError as error:
-            raise UserError(
-                f"serve: the application did not start ({_start_failure(error)}); see the logs in /tmp/ray/session_latest/logs"
-            ) from error
+            cause = _find_start_failure(error)
+            raise UserError(f"serve: the application did not start ({cause}); see /tmp/ray/session_latest/logs") from error
         log.info("serve: ready after %.0f s", time.monotonic() - started)
         url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
-        print(f"\n  playground  {url}/\n  try         {curl_line(url, vocabulary)}\n\nCtrl-C stops the server.", flush=True)
+        print(
+            f"\n  playground  {url}/\n  try         {format_curl_line(url, vocabulary)}\n\nCtrl-C stops the server.", flush=True
+        )
         while True:
             signal.pause()
     except KeyboardInterrupt:
@@ -211,7 +212,7 @@ def _raise_keyboard_interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _start_failure(error: BaseException) -> str:
+def _find_start_failure(error: BaseException) -> str:
     """Return the last line of a failed replica's traceback, which is only in the deployment's status, not in ``error``."""
     from ray import serve as ray_serve
 

@@ -38,7 +38,7 @@ class PromptSpec:
     def task(self) -> str:
         return self.request.command.task
 
-    def words_off(self, n_words: int) -> int:
+    def count_words_off(self, n_words: int) -> int:
         """Return the words by which a length misses the requested range; 0 if no length was requested."""
         if self.min_words is None or self.max_words is None:
             return 0
@@ -110,14 +110,14 @@ class PromptSlots:
 
     def offer(self, index: int, draft: Draft) -> DraftFault | None:
         """Fill slot ``index`` with ``draft``, or keep the draft as rejected and return the reason."""
-        reason = self._fault(draft)
+        reason = self._find_fault(draft)
         if reason is None:
             self._fill(index, draft)
         else:
             self.rejected.append(draft)
         return reason
 
-    def open_slots(self) -> list[int]:
+    def find_open_slots(self) -> list[int]:
         return [index for index in range(self.spec.request.n) if index not in self.accepted]
 
     def fill_from_rejected(self) -> dict[int, Draft]:
@@ -128,26 +128,26 @@ class PromptSlots:
 
         def distance(draft: Draft) -> tuple[bool, bool, int]:
             cut = draft.finish_reason == "length" and self.spec.reject_cut
-            return not draft.text, cut, self.spec.words_off(count_words(draft.text))
+            return not draft.text, cut, self.spec.count_words_off(count_words(draft.text))
 
         candidates = sorted(self.rejected, key=distance)
         filled: dict[int, Draft] = {}
-        for index in self.open_slots():
+        for index in self.find_open_slots():
             for draft in candidates:
-                if not self.spec.reject_duplicates or (draft.text and _normalized(draft) not in self._normalized_texts):
+                if not self.spec.reject_duplicates or (draft.text and _normalize(draft) not in self._normalized_texts):
                     self._fill(index, draft)
                     filled[index] = draft
                     candidates.remove(draft)
                     break
         return filled
 
-    def _fault(self, draft: Draft) -> DraftFault | None:
-        text = _normalized(draft)
+    def _find_fault(self, draft: Draft) -> DraftFault | None:
+        text = _normalize(draft)
         if not text and (self.spec.reject_cut or draft.finish_reason == "stop"):
             return "empty"
         if draft.finish_reason == "length" and self.spec.reject_cut:
             return "cut"
-        if self.spec.words_off(count_words(draft.text)):
+        if self.spec.count_words_off(count_words(draft.text)):
             return "length"
         if self.spec.reject_duplicates and text in self._normalized_texts:
             return "duplicate"
@@ -155,10 +155,10 @@ class PromptSlots:
 
     def _fill(self, index: int, draft: Draft) -> None:
         self.accepted[index] = draft
-        self._normalized_texts.add(_normalized(draft))
+        self._normalized_texts.add(_normalize(draft))
 
 
-def _normalized(draft: Draft) -> str:
+def _normalize(draft: Draft) -> str:
     return " ".join(draft.text.lower().split())
 
 
@@ -199,7 +199,7 @@ async def write_prompts(
         elif rounds:
             yield DraftRejected(index, count_words(draft.text), reason)
     for round_number in range(1, rounds + 1):
-        open_slots = slots.open_slots()
+        open_slots = slots.find_open_slots()
         if not open_slots:
             break
         request = _retry_request(spec.request, round_number, len(open_slots), budget)

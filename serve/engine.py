@@ -46,7 +46,7 @@ class StudentServer(LLMServer):
     """
 
     async def __init__(self, llm_config: LLMConfig, student: str, sampling: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits constructors
-        folder = await asyncio.to_thread(local_folder, student)
+        folder = await asyncio.to_thread(fetch_student, student)
         internals.set_model_folder(llm_config, folder)
         self.sampling = Sampling(**sampling)
         self.context = int(llm_config.engine_kwargs["max_model_len"])  # tokens
@@ -76,9 +76,9 @@ class StudentServer(LLMServer):
         with self._track_request():
             outputs = [output async for output in self._generate(prompt_ids, request, RequestOutputKind.FINAL_ONLY)]
             completions = outputs[-1].outputs
-            drafts = {completion.index: _draft(completion.text, completion.finish_reason) for completion in completions}
+            drafts = {completion.index: _finish_draft(completion.text, completion.finish_reason) for completion in completions}
             n_tokens = sum(len(completion.token_ids) for completion in completions)
-        return self._result(drafts, len(prompt_ids), n_tokens)
+        return self._to_result(drafts, len(prompt_ids), n_tokens)
 
     async def stream(self, request: SampleRequest) -> AsyncIterator[list[TextDelta] | SampleResult | Refusal]:
         """Yield the drafts' text as it grows, in intervals of 50 ms, and last the result of :meth:`sample`."""
@@ -102,13 +102,13 @@ class StudentServer(LLMServer):
                         texts[index] = texts.get(index, "") + text
                         pending[index] = pending.get(index, "") + text
                         finish_reasons[index] = completion.finish_reason or finish_reasons.get(index)
-                    if time.monotonic() - sent_at > DELTA_INTERVAL and (deltas := _deltas(pending)):
+                    if time.monotonic() - sent_at > DELTA_INTERVAL and (deltas := _to_deltas(pending)):
                         yield deltas
                         pending, sent_at = {}, time.monotonic()
-            if deltas := _deltas(pending):
+            if deltas := _to_deltas(pending):
                 yield deltas
-            drafts = {index: _draft(text, finish_reasons[index]) for index, text in texts.items()}
-            yield self._result(drafts, len(prompt_ids), n_tokens)
+            drafts = {index: _finish_draft(text, finish_reasons[index]) for index, text in texts.items()}
+            yield self._to_result(drafts, len(prompt_ids), n_tokens)
 
     def state(self) -> dict[str, Any]:
         """Return the revision, the process id and the request counts of this replica, for tests and operators."""
@@ -157,12 +157,12 @@ class StudentServer(LLMServer):
         engine: Any = self.engine
         return engine.async_llm.generate(TokensPrompt(prompt_token_ids=prompt_ids), params, uuid.uuid4().hex)
 
-    def _result(self, drafts: dict[int, Draft], prompt_tokens: int, completion_tokens: int) -> SampleResult:
+    def _to_result(self, drafts: dict[int, Draft], prompt_tokens: int, completion_tokens: int) -> SampleResult:
         ordered = [drafts[index] for index in sorted(drafts)]
         return SampleResult(ordered, prompt_tokens, completion_tokens, self.revision)
 
 
-def _draft(text: str, finish_reason: str | None) -> Draft:
+def _finish_draft(text: str, finish_reason: str | None) -> Draft:
     """Return a finished draft.
 
     Raises:
@@ -173,16 +173,16 @@ def _draft(text: str, finish_reason: str | None) -> Draft:
     return Draft(text.strip(), "stop" if finish_reason == "stop" else "length")
 
 
-def _deltas(pending: dict[int, str]) -> list[TextDelta]:
+def _to_deltas(pending: dict[int, str]) -> list[TextDelta]:
     return [TextDelta(index, text) for index, text in pending.items() if text]
 
 
-def local_folder(student: str) -> str:
+def fetch_student(student: str) -> str:
     """Return the student's local folder: itself, or a new copy of a remote one, which never mixes with an older copy."""
     return storage.download_folder(student, "" if storage.is_local(student) else tempfile.mkdtemp(prefix="udrl-student-"))
 
 
-def engine_deployment(recipe: Recipe, student: str, context: int) -> Application:
+def build_engine(recipe: Recipe, student: str, context: int) -> Application:
     """Return the engine deployment of ``student`` (path or URI), placed and scaled as the recipe's serve section says.
 
     Ray must be initialized: Ray's builder asks for the driver's runtime environment.
@@ -191,7 +191,7 @@ def engine_deployment(recipe: Recipe, student: str, context: int) -> Application
     config = LLMConfig(
         model_loading_config={"model_id": recipe.name},
         accelerator_type=settings.placement.accelerator,
-        placement_group_config={"bundles": _bundles(settings)},
+        placement_group_config={"bundles": _resource_bundles(settings)},
         runtime_env={"env_vars": engine_environment(settings.placement)},
         engine_kwargs=engine_kwargs(engine_for_student(settings.engine, context), settings.placement),
         deployment_config={
@@ -221,7 +221,7 @@ def engine_deployment(recipe: Recipe, student: str, context: int) -> Application
     return build_llm_deployment(config, deployment_cls=StudentServer, bind_kwargs=kwargs)
 
 
-def _bundles(settings: Serve) -> list[dict[str, float]]:
+def _resource_bundles(settings: Serve) -> list[dict[str, float]]:
     # Ray takes an engine for a CPU engine if its bundles have no GPU key (infer_hardware_kind_from_bundles).
     return [
         {name: amount for name, amount in bundle.items() if amount or name == "CPU"}

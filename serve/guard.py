@@ -66,10 +66,10 @@ class RateLimiter:
         self.tokens = min(limits.burst, self.tokens + max(now - self.refilled_at, 0) * tokens_per_second)
         self.refilled_at = now
         if self.running >= limits.concurrent:
-            raise _rate_limited(f"too many concurrent requests with this key; the limit is {limits.concurrent}", 1)
+            raise _rate_limit_error(f"too many concurrent requests with this key; the limit is {limits.concurrent}", 1)
         if self.tokens < 1:
             wait = max(math.ceil((1 - self.tokens) / tokens_per_second), 1)
-            raise _rate_limited(
+            raise _rate_limit_error(
                 f"too many requests with this key; the limit is {limits.per_minute} per minute; try again in {wait} s", wait
             )
         self.tokens -= 1
@@ -80,7 +80,7 @@ class RateLimiter:
             self.running -= 1
 
 
-def _rate_limited(message: str, retry_after: int) -> RequestError:
+def _rate_limit_error(message: str, retry_after: int) -> RequestError:
     return RequestError(message, None, 429, "rate_limited", retry_after)
 
 
@@ -158,26 +158,26 @@ class GuardMiddleware:
         """
         if self.keys is None:
             client = scope.get("client")
-            if not client or not is_loopback(client[0]) or not _names_loopback(_headers(scope, b"host")):
+            if not client or not is_loopback(client[0]) or not _names_loopback(_find_headers(scope, b"host")):
                 raise RequestError(
                     "keys are off, so only requests from this machine to localhost are answered", None, 403, "forbidden"
                 )
             return ANONYMOUS
-        token = _bearer_token(_headers(scope, b"authorization"))
+        token = _parse_bearer_token(_find_headers(scope, b"authorization"))
         key_name = None if token is None else self.keys.find_name(token)
         if key_name is not None:
             return key_name
-        if _path(scope) in OPEN_PATHS:
+        if _strip_mount_prefix(scope) in OPEN_PATHS:
             return ANONYMOUS
         message = "unknown key; send a valid one" if token else "no key; send the header Authorization: Bearer KEY"
         raise RequestError(message, None, 401, "unauthorized")
 
     async def _forward(self, key_name: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on within the limits of its key."""
-        for length in _headers(scope, b"content-length"):
+        for length in _find_headers(scope, b"content-length"):
             # Python refuses to parse numbers of thousands of digits; 18 digits exceed every limit.
             if length.isdigit() and (len(length) > 18 or int(length) > self.limits.body_bytes):
-                raise self._too_large()
+                raise self._too_large_error()
         if scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self.app(scope, receive, send)  # no route reads a body of these
         elif scope["method"] != "POST":
@@ -202,7 +202,7 @@ class GuardMiddleware:
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > self.limits.body_bytes:
-                raise self._too_large()
+                raise self._too_large_error()
         replayed = False
 
         async def replay() -> Message:
@@ -214,7 +214,7 @@ class GuardMiddleware:
 
         return replay
 
-    def _too_large(self) -> RequestError:
+    def _too_large_error(self) -> RequestError:
         return RequestError(f"the body is too large; the limit is {self.limits.body_bytes} bytes", None, 413)
 
 
@@ -237,11 +237,11 @@ def _names_loopback(hosts: list[bytes]) -> bool:
     return match is not None and is_loopback(match[1].removeprefix("[").removesuffix("]"))
 
 
-def _headers(scope: Scope, name: bytes) -> list[bytes]:
+def _find_headers(scope: Scope, name: bytes) -> list[bytes]:
     return [value.strip() for key, value in scope["headers"] if key.lower() == name]
 
 
-def _bearer_token(headers: list[bytes]) -> str | None:
+def _parse_bearer_token(headers: list[bytes]) -> str | None:
     """Return the token of the ``Authorization: Bearer`` header; None if there is not exactly one."""
     if len(headers) != 1:
         return None
@@ -249,7 +249,7 @@ def _bearer_token(headers: list[bytes]) -> str | None:
     return token.strip().decode("latin-1") if scheme.lower() == b"bearer" else None
 
 
-def _path(scope: Scope) -> str:
+def _strip_mount_prefix(scope: Scope) -> str:
     """Return the path without the prefix that the application is mounted under, as routes see it."""
     path, root = scope["path"], scope.get("root_path", "")
     return path[len(root) :] if root and path.startswith(f"{root}/") else path

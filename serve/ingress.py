@@ -119,7 +119,7 @@ class Readiness:
 
 
 def require_loopback_host() -> None:
-    """Refuse to run without keys if Serve's HTTP proxies listen to other machines, whatever the recipe's host is.
+    """Refuse to run without keys if Serve's HTTP proxies listen to other machines, even if the recipe's host is loopback.
 
     The guard checks each caller's address, but behind HAProxy (RAY_SERVE_ENABLE_HA_PROXY), which runs on the same node, every
     caller has this machine's address.
@@ -157,7 +157,7 @@ class Ingress:
         return web.create_app(self.service, self.keys, self.is_ready)
 
 
-def ingress_deployment(recipe: Recipe, student: str, engine: Any, keys: KeyRing | None) -> Any:
+def build_ingress(recipe: Recipe, student: str, engine: Any, keys: KeyRing | None) -> Any:
     """Return the ingress in front of ``engine`` as a Serve application."""
     settings = recipe.serve
     deployment: Any = ray_serve.deployment(

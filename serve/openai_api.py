@@ -23,11 +23,11 @@ from serve.openai_schemas import (
     PromptOutcome,
     TextChoice,
 )
-from serve.request_errors import RequestError, error_responses
+from serve.request_errors import RequestError, describe_errors
 from serve.resolver import ResolvedRequest
 from serve.schemas import Prompt, Usage
 from serve.service import PromptService, TaskEvent, to_prompt
-from serve.streaming import encode_event, stream_response, stream_schema
+from serve.streaming import describe_stream, encode_event, stream_response
 
 # Encodes a choice of a streamed response from its index, its text, the prompt (only in its last chunk) and whether this is its
 # first chunk.
@@ -50,17 +50,17 @@ def parse_model_id(model_id: str, served_model: str, tasks: list[str]) -> str | 
 def add_openai_routes(app: FastAPI, service: PromptService) -> None:
     """Add ``/v1/completions``, ``/v1/chat/completions`` and ``/v1/models``."""
     tasks = list(service.vocabulary.tasks)
-    errors = error_responses(400, 401, 403, 404, 413, 422, 429, 500, 503, 504)
-    stream = {"content": stream_schema("error"), "description": "OpenAI's response, or its chunks"}
+    errors = describe_errors(400, 401, 403, 404, 413, 422, 429, 500, 503, 504)
+    stream = {"content": describe_stream("error"), "description": "OpenAI's response, or its chunks"}
 
     @app.post("/v1/completions", response_model=CompletionResponse, responses={**errors, 200: stream})
     async def completions(body: CompletionRequest) -> Response:
         """OpenAI's completions: the prompt is the intent."""
         requests = _resolve(service, body, body.intents(), "prompt")
         if body.stream:
-            return await _stream(service, body, requests, "text_completion", _text_chunk)
+            return await _stream(service, body, requests, "text_completion", _encode_text_chunk)
         prompts, usage = await _answer(service, requests)
-        choices = [_text_choice(index, prompt) for index, prompt in enumerate(prompts)]
+        choices = [_to_text_choice(index, prompt) for index, prompt in enumerate(prompts)]
         response = CompletionResponse(**_response_head(requests[0], body.model), choices=choices, usage=usage)
         return JSONResponse(response.model_dump())
 
@@ -69,18 +69,18 @@ def add_openai_routes(app: FastAPI, service: PromptService) -> None:
         """OpenAI's chat completions: the last user message is the intent."""
         requests = _resolve(service, body, [body.intent()], "messages")
         if body.stream:
-            return await _stream(service, body, requests, "chat.completion.chunk", _chat_chunk)
+            return await _stream(service, body, requests, "chat.completion.chunk", _encode_chat_chunk)
         prompts, usage = await _answer(service, requests)
-        choices = [_chat_choice(index, prompt) for index, prompt in enumerate(prompts)]
+        choices = [_to_chat_choice(index, prompt) for index, prompt in enumerate(prompts)]
         response = ChatResponse(**_response_head(requests[0], body.model), choices=choices, usage=usage)
         return JSONResponse(response.model_dump())
 
-    @app.get("/v1/models", responses=error_responses(401, 403))
+    @app.get("/v1/models", responses=describe_errors(401, 403))
     async def models() -> schemas.ModelList:
         """The model, the commands that it accepts, and one more id for each of its tasks."""
         return schemas.ModelList(data=service.model_cards())
 
-    @app.get("/v1/models/{model}", responses=error_responses(401, 403, 404))
+    @app.get("/v1/models/{model}", responses=describe_errors(401, 403, 404))
     async def model(model: str) -> schemas.ModelCard:
         task = parse_model_id(model, service.model, tasks)
         return next(card for card in service.model_cards() if card.task == task)
@@ -159,31 +159,31 @@ async def _stream(
     return await stream_response(service.events(request, live=live), lines)
 
 
-def _outcome(prompt: Prompt) -> PromptOutcome:
+def _to_outcome(prompt: Prompt) -> PromptOutcome:
     return PromptOutcome(task=prompt.task, words=prompt.words, command=prompt.command, on_length=prompt.on_length)
 
 
-def _text_choice(index: int, prompt: Prompt) -> TextChoice:
-    return TextChoice(index=index, text=prompt.text, finish_reason=prompt.finish_reason, udrl=_outcome(prompt))
+def _to_text_choice(index: int, prompt: Prompt) -> TextChoice:
+    return TextChoice(index=index, text=prompt.text, finish_reason=prompt.finish_reason, udrl=_to_outcome(prompt))
 
 
-def _chat_choice(index: int, prompt: Prompt) -> ChatChoice:
+def _to_chat_choice(index: int, prompt: Prompt) -> ChatChoice:
     message = AssistantMessage(content=prompt.text)
-    return ChatChoice(index=index, message=message, finish_reason=prompt.finish_reason, udrl=_outcome(prompt))
+    return ChatChoice(index=index, message=message, finish_reason=prompt.finish_reason, udrl=_to_outcome(prompt))
 
 
-def _text_chunk(index: int, text: str, prompt: Prompt | None, _is_first: bool) -> dict[str, Any]:
-    return {"text": text, **_chunk_end(index, prompt)}
+def _encode_text_chunk(index: int, text: str, prompt: Prompt | None, _is_first: bool) -> dict[str, Any]:
+    return {"text": text, **_encode_chunk_end(index, prompt)}
 
 
-def _chat_chunk(index: int, text: str, prompt: Prompt | None, is_first: bool) -> dict[str, Any]:
+def _encode_chat_chunk(index: int, text: str, prompt: Prompt | None, is_first: bool) -> dict[str, Any]:
     role = {"role": "assistant"} if is_first else {}
     content = {"content": text} if text or is_first else {}
-    return {"delta": {**role, **content}, **_chunk_end(index, prompt)}
+    return {"delta": {**role, **content}, **_encode_chunk_end(index, prompt)}
 
 
-def _chunk_end(index: int, prompt: Prompt | None) -> dict[str, Any]:
+def _encode_chunk_end(index: int, prompt: Prompt | None) -> dict[str, Any]:
     fields: dict[str, Any] = {"index": index, "finish_reason": None, "logprobs": None}
     if prompt is not None:
-        fields |= {"finish_reason": prompt.finish_reason, "udrl": _outcome(prompt).model_dump()}
+        fields |= {"finish_reason": prompt.finish_reason, "udrl": _to_outcome(prompt).model_dump()}
     return fields

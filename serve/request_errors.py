@@ -61,17 +61,17 @@ class RequestError(Exception):
         return JSONResponse({"error": self.detail().model_dump()}, self.status, headers)
 
 
-def internal_error() -> RequestError:
+def make_internal_error() -> RequestError:
     """Return a 500 that reveals no detail."""
     return RequestError("internal error; the cause is in the server's log", None, 500, "internal_error")
 
 
-def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def describe_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the ``responses`` of a FastAPI route for these statuses."""
     return {status: {"model": ErrorBody, "description": STATUS_DESCRIPTIONS[status]} for status in statuses}
 
 
-def validation_error(problems: list[Any]) -> RequestError:
+def to_request_error(problems: list[Any]) -> RequestError:
     """Return the first of Pydantic's problems as a request error that names the key."""
     # A union has one problem per member; the member that got furthest into the request is the one that the client meant.
     same_key = [problem for problem in problems if problem["loc"][:2] == problems[0]["loc"][:2]]
@@ -104,7 +104,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _validation(_: Request, error: RequestValidationError) -> JSONResponse:
-        return validation_error(list(error.errors())).response()
+        return to_request_error(list(error.errors())).response()
 
     @app.exception_handler(HTTPException)
     async def _http(_: Request, error: HTTPException) -> JSONResponse:
@@ -117,4 +117,4 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def _internal(_: Request, __: Exception) -> JSONResponse:
-        return internal_error().response()
+        return make_internal_error().response()

@@ -70,8 +70,8 @@ class RequestResolver:
         if options.temperature == 0 and n > 1:
             raise RequestError("n: must be 1 at temperature 0, because all prompts would be equal", "n")
         specs = []
-        for task in self._tasks(fields):
-            command, min_words, max_words = self._command(task, fields)
+        for task in self._select_tasks(fields):
+            command, min_words, max_words = self._choose_command(task, fields)
             request = SampleRequest(intent, command, n, options)
             specs.append(PromptSpec(request, min_words, max_words, reject_cut, reject_duplicates))
         return ResolvedRequest(intent, specs)
@@ -88,7 +88,7 @@ class RequestResolver:
                 f"n: too many prompts over all intents and tasks ({total}); ask for at most {limit} per request", "n"
             )
 
-    def _tasks(self, fields: schemas.CommandFields) -> list[str]:
+    def _select_tasks(self, fields: schemas.CommandFields) -> list[str]:
         model_tasks = list(self.vocabulary.tasks)
         names = ", ".join(model_tasks)
         if fields.task is None:
@@ -106,10 +106,10 @@ class RequestResolver:
             raise RequestError(f"task: this model does not have the task; use one of {names}", "task")
         return tasks
 
-    def _command(self, task: str, fields: schemas.CommandFields) -> tuple[Command, int | None, int | None]:
+    def _choose_command(self, task: str, fields: schemas.CommandFields) -> tuple[Command, int | None, int | None]:
         """Return the command for the student and the accepted range of words (None, None: any length)."""
         default = self.vocabulary.default(task)
-        min_words, max_words = self._accepted_words(fields.length)
+        min_words, max_words = self._check_length(fields.length)
         words = default.words
         if fields.length == ANY_VALUE:
             words = ANY
@@ -118,9 +118,13 @@ class RequestResolver:
             margin = min(RANGE_MARGIN, (max_words - min_words) // 2)
             usual = default.words if default.words != ANY else min_words
             words = min(max(usual, min_words + margin), max_words - margin)
-        return Command(task=task, words=words, reward=self._reward_bin(default.reward, fields.reward)), min_words, max_words
+        return (
+            Command(task=task, words=words, reward=self._choose_reward_bin(default.reward, fields.reward)),
+            min_words,
+            max_words,
+        )
 
-    def _accepted_words(self, length: schemas.Length) -> tuple[int | None, int | None]:
+    def _check_length(self, length: schemas.Length) -> tuple[int | None, int | None]:
         if isinstance(length, LengthRange):
             bounds = {"length.max": length.max, "length.min": length.min}
         elif isinstance(length, int):
@@ -132,7 +136,7 @@ class RequestResolver:
                 raise RequestError(f"{param}: out of range ({words} words); use 1..{self.vocabulary.max_words}", param)
         return min(bounds.values()), max(bounds.values())
 
-    def _reward_bin(self, default: int, reward: schemas.Reward) -> int:
+    def _choose_reward_bin(self, default: int, reward: schemas.Reward) -> int:
         if reward is None:
             return default
         if reward == ANY_VALUE:

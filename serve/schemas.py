@@ -82,7 +82,7 @@ class PromptCommand(BaseModel):
 
 
 class Prompt(BaseModel):
-    """A prompt and what it achieved."""
+    """A prompt, its command and its achieved length."""
 
     task: str
     text: str

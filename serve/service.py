@@ -141,7 +141,7 @@ class PromptService:
             case DraftRejected(reason=reason):
                 self.metrics.count_redraft(item.spec.task, reason)
             case DraftAccepted(draft=draft):
-                missed = item.spec.words_off(count_words(draft.text)) > 0
+                missed = item.spec.count_words_off(count_words(draft.text)) > 0
                 self.metrics.count_prompt(item.spec.task, missed=missed, cut=draft.finish_reason == "length")
             case TextDelta():
                 pass
@@ -178,6 +178,6 @@ def to_prompt(spec: PromptSpec, draft: Draft) -> schemas.Prompt:
         command=schemas.PromptCommand(
             words=None if command.words == ANY else command.words, reward=None if command.reward == ANY else command.reward
         ),
-        on_length=None if spec.min_words is None else spec.words_off(words) == 0,
+        on_length=None if spec.min_words is None else spec.count_words_off(words) == 0,
         finish_reason=draft.finish_reason,
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi.responses import Response, StreamingResponse
 
-from serve.request_errors import RequestError, internal_error
+from serve.request_errors import RequestError, make_internal_error
 from serve.service import TaskEvent
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ async def stream_response(
             yield encode_event({"error": error.detail().model_dump()}, "error")
         except Exception:
             log.exception("a stream failed")
-            yield encode_event({"error": internal_error().detail().model_dump()}, "error")
+            yield encode_event({"error": make_internal_error().detail().model_dump()}, "error")
         finally:
             await events.aclose()  # cancels the generation if the client has disconnected
 
@@ -54,7 +54,7 @@ def encode_event(data: dict[str, Any], name: str | None = None) -> str:
     return (f"event: {name}\n" if name else "") + f"data: {json.dumps(data)}\n\n"
 
 
-def stream_schema(*names: str) -> dict[str, Any]:
+def describe_stream(*names: str) -> dict[str, Any]:
     """Return the OpenAPI ``content`` of a stream of events with these names and JSON data."""
     properties = {"event": {"enum": [*names, "message"]}, "data": {"type": "string", "description": "JSON"}}
     return {"text/event-stream": {"itemSchema": {"type": "object", "required": ["data"], "properties": properties}}}

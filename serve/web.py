@@ -14,10 +14,10 @@ from serve.engine_protocol import TextDelta
 from serve.guard import GuardMiddleware, KeyLimits
 from serve.keys import KeyRing
 from serve.openai_api import add_openai_routes
-from serve.request_errors import RequestError, error_responses, install_error_handlers
+from serve.request_errors import RequestError, describe_errors, install_error_handlers
 from serve.resolver import ResolvedRequest
 from serve.service import PromptService, TaskEvent, to_prompt
-from serve.streaming import encode_event, stream_response, stream_schema
+from serve.streaming import describe_stream, encode_event, stream_response
 
 PLAYGROUND = Path(__file__).parent / "playground" / "index.html"
 # The page is self-contained; injected content could neither load nor send anything elsewhere.
@@ -73,9 +73,9 @@ def create_app(service: PromptService, keys: KeyRing | None, is_ready: Callable[
 
 
 def _add_native_routes(app: FastAPI, service: PromptService) -> None:
-    errors = error_responses(400, 401, 403, 413, 422, 429, 500, 503, 504)
+    errors = describe_errors(400, 401, 403, 413, 422, 429, 500, 503, 504)
     stream = {
-        "content": stream_schema("delta", "redraft", "prompt", "done", "error"),
+        "content": describe_stream("delta", "redraft", "prompt", "done", "error"),
         "description": "the prompts, or with stream=true their events",
     }
 
@@ -142,7 +142,7 @@ def _add_operations_routes(app: FastAPI, service: PromptService, is_ready: Calla
         """This process is up. Serve watches the engines' health: it restarts a replica that fails its check."""
         return schemas.Health(status="ok", model=service.model)
 
-    @app.get("/readyz", responses=error_responses(503))
+    @app.get("/readyz", responses=describe_errors(503))
     async def readyz() -> schemas.Health:
         """An engine has finished its warm-up, or a request can start one if the recipe scales to zero."""
         if not await is_ready():
@@ -151,7 +151,7 @@ def _add_operations_routes(app: FastAPI, service: PromptService, is_ready: Calla
 
     text = {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus' text format"}
 
-    @app.get("/metrics", response_model=None, responses={**error_responses(401, 403), 200: text})
+    @app.get("/metrics", response_model=None, responses={**describe_errors(401, 403), 200: text})
     async def metrics() -> Response:
         """Counters of this server, Ray Serve and vLLM on all nodes, for Prometheus."""
         return PlainTextResponse(await service.metrics.page(), media_type="text/plain; version=0.0.4")

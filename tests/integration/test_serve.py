@@ -39,7 +39,7 @@ class ServedStudent:
     def __init__(self, url: str, revision: str) -> None:
         self.url, self.revision = url, revision
         self.http = httpx.Client(base_url=url, timeout=60)
-        self.engine = app.engine_handle("tiny")
+        self.engine = app.get_engine_handle("tiny")
 
     def state(self) -> dict[str, Any]:
         state: dict[str, Any] = self.engine.state.remote().result(timeout_s=30)

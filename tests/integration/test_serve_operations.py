@@ -92,7 +92,7 @@ class Deployment:
         return engine.replica_states.get("RUNNING", 0)
 
     def engine_state(self) -> dict[str, Any]:
-        state: dict[str, Any] = app.engine_handle("tiny").state.remote().result(timeout_s=60)
+        state: dict[str, Any] = app.get_engine_handle("tiny").state.remote().result(timeout_s=60)
         return state
 
 

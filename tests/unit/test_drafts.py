@@ -110,7 +110,7 @@ def test_a_client_that_sets_the_token_limit_gets_cut_drafts() -> None:
     assert cost.drafts == 1
 
 
-def test_duplicates_are_replaced_whatever_their_case_and_white_space() -> None:
+def test_duplicates_are_replaced_regardless_of_case_and_white_space() -> None:
     engine = engine_with_rounds(
         [draft("one two three"), draft("One  Two three")], [draft("ONE two three"), draft("four five six")]
     )
