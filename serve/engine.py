@@ -191,7 +191,7 @@ def build_engine(recipe: Recipe, student: str, context: int) -> Application:
     config = LLMConfig(
         model_loading_config={"model_id": recipe.name},
         accelerator_type=settings.placement.accelerator,
-        placement_group_config={"bundles": _resource_bundles(settings)},
+        placement_group_config={"bundles": _bundles_without_zeros(settings)},
         runtime_env={"env_vars": engine_environment(settings.placement)},
         engine_kwargs=engine_kwargs(engine_for_student(settings.engine, context), settings.placement),
         deployment_config={
@@ -221,8 +221,8 @@ def build_engine(recipe: Recipe, student: str, context: int) -> Application:
     return build_llm_deployment(config, deployment_cls=StudentServer, bind_kwargs=kwargs)
 
 
-def _resource_bundles(settings: Serve) -> list[dict[str, float]]:
-    # Ray takes an engine for a CPU engine if its bundles have no GPU key (infer_hardware_kind_from_bundles).
+def _bundles_without_zeros(settings: Serve) -> list[dict[str, float]]:
+    # Ray takes an engine for a CPU engine only if its bundles have no GPU key (infer_hardware_kind_from_bundles).
     return [
         {name: amount for name, amount in bundle.items() if amount or name == "CPU"}
         for bundle in resource_bundles(settings.engine, settings.placement)
