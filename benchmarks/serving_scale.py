@@ -97,8 +97,8 @@ def measure_step(url: str, clients: int, count_replicas: Callable[[], tuple[int,
         warm = wait_until("warm-up of the other engine", lambda: count_replicas()[0] > 1)
         n_responses = len(load.responses)
         wait_until("further responses", lambda: len(load.responses) > n_responses + 4 * clients)
-        settled = time.monotonic()
-        wait_until("end of the load of all clients", lambda: time.monotonic() > settled + calm)
+        all_started = time.monotonic()
+        wait_until("end of the load of all clients", lambda: time.monotonic() > all_started + calm)
     finally:
         load.join()
     result = {
@@ -107,7 +107,7 @@ def measure_step(url: str, clients: int, count_replicas: Callable[[], tuple[int,
         "serving_after_s": round(warm - step, 1),
         "before": load.statistics(started, step),
         "between": load.statistics(step, warm),
-        "after": load.statistics(settled, time.monotonic()),
+        "after": load.statistics(all_started, time.monotonic()),
         "failed": sum(status != 200 for _, _, status in load.responses),
     }
     print(
