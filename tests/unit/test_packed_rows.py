@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from fakes.tiny_student import in_object_store
 
 from udrl import storage
 from udrl.train.packed_rows import PackedRows, fetch_files, local_files, write_rows
@@ -123,14 +124,14 @@ def test_only_the_file_that_a_killed_worker_left_incomplete_is_fetched_again(tmp
 
 
 def test_rows_of_an_object_store_are_fetched_into_the_cache_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    batches = write_files(tmp_path / "remote", [3, 2])
+    batches = write_files(tmp_path / "rows", [3, 2])
     monkeypatch.setenv("UDRL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(storage, "is_local", lambda uri: False)
-    names = local_files(str(tmp_path / "remote"), "one")
-    assert all(name.startswith(str(tmp_path / "cache" / "rows")) for name in names)
-    times = [os.stat(name).st_mtime_ns for name in names]
-    assert local_files(str(tmp_path / "remote"), "one") == names
-    assert [os.stat(name).st_mtime_ns for name in names] == times
-    assert np.array_equal(PackedRows(names, CONTEXT).take(np.arange(3)).tokens, batches[0].tokens)
-    # Other rows in the same place are fetched into another folder.
-    assert set(local_files(str(tmp_path / "remote"), "two")).isdisjoint(names)
+    with in_object_store(tmp_path / "rows") as uri:
+        names = local_files(uri, "one")
+        assert all(name.startswith(str(tmp_path / "cache" / "rows")) for name in names)
+        times = [os.stat(name).st_mtime_ns for name in names]
+        assert local_files(uri, "one") == names
+        assert [os.stat(name).st_mtime_ns for name in names] == times
+        assert np.array_equal(PackedRows(names, CONTEXT).take(np.arange(3)).tokens, batches[0].tokens)
+        # Other rows in the same place are fetched into another folder.
+        assert set(local_files(uri, "two")).isdisjoint(names)
