@@ -145,7 +145,7 @@ def test_a_line_that_ended_before_the_token_limit_is_complete() -> None:
 def test_any_completion_is_a_prompt_or_a_reject(completion: str, finish: str, error: str) -> None:
     prompt, reject, detail = parse(TASK, INTENT, completion, finish, error)
     assert reject is None or reject in set(Reason)
-    assert reject is not None or TASK.malformed(prompt) is None
+    assert reject is not None or TASK.find_violation(prompt) is None
     assert isinstance(detail, str)
 
 

@@ -1,4 +1,4 @@
-"""Tasks: what ships, what a user's own file needs, and how a task becomes a teacher's input."""
+"""Tasks: the shipped ones, the rules for a user's own file, and the rendering as a teacher's input."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def task(request: pytest.FixtureRequest) -> tasks.Task:
     return tasks.load_task(request.param)
 
 
-def problem_of(path: Path, text: str) -> str:
+def error_of(path: Path, text: str) -> str:
     path.write_text(text)
     with pytest.raises(UserError) as problem:
         tasks.load_task(str(path))
@@ -41,18 +41,18 @@ def problem_of(path: Path, text: str) -> str:
 
 
 def test_four_tasks_ship() -> None:
-    assert tasks.shipped() == SHIPPED
+    assert tasks.shipped_tasks() == SHIPPED
     assert [task.name for task in tasks.load_tasks(SHIPPED)] == SHIPPED
 
 
-def test_shipped_examples_keep_their_own_tasks_rules(task: tasks.Task) -> None:
+def test_shipped_examples_keep_the_rules_of_their_task(task: tasks.Task) -> None:
     for example in task.examples:
-        assert task.malformed(example.prompt) is None, example.prompt
+        assert task.find_violation(example.prompt) is None, example.prompt
         assert task.format_score(example.prompt) >= 0.5, example.prompt
 
 
-def test_shipped_examples_are_single_lines_of_spread_lengths(task: tasks.Task) -> None:
-    # The teacher copies the lengths that it is shown, and length control learns from what the teacher happens to write.
+def test_shipped_examples_are_single_lines_of_different_lengths(task: tasks.Task) -> None:
+    # The teacher copies the lengths of its examples, and length control is learned from the lengths that the teacher writes.
     assert len(task.examples) >= 4
     lengths = [count_words(example.prompt) for example in task.examples]
     assert max(lengths) >= 2 * min(lengths)
@@ -85,8 +85,8 @@ def test_shipped_prefixes_stay_short_enough_for_a_small_teacher(task: tasks.Task
         "fox " * 60,
     ],
 )
-def test_shipped_tasks_reject_what_is_no_prompt(task: tasks.Task, prompt: str) -> None:
-    assert task.malformed(prompt)
+def test_shipped_tasks_reject_texts_that_are_not_prompts(task: tasks.Task, prompt: str) -> None:
+    assert task.find_violation(prompt)
 
 
 @pytest.mark.parametrize(
@@ -112,16 +112,16 @@ def test_shipped_tasks_reject_what_is_no_prompt(task: tasks.Task, prompt: str) -
 )
 def test_format_score_prefers_the_better_prompt(name: str, better: str, worse: str) -> None:
     task = tasks.load_task(name)
-    assert task.malformed(better) is None
+    assert task.find_violation(better) is None
     assert task.format_score(better) > task.format_score(worse)
 
 
 def test_a_fifth_task_is_one_yaml_file(tmp_path: Path) -> None:
     (tmp_path / "haiku.yaml").write_text(FIFTH)
     *_, haiku = tasks.load_tasks([*SHIPPED, str(tmp_path / "haiku.yaml")])
-    assert haiku.malformed("A cat sleeps, the sun moves on.") is None
-    assert haiku.malformed("This poem is about a cat")
-    assert haiku.malformed("too short")
+    assert haiku.find_violation("A cat sleeps, the sun moves on.") is None
+    assert haiku.find_violation("This poem is about a cat")
+    assert haiku.find_violation("too short")
     assert haiku.format_score("A cat sleeps, the sun moves on.") == 1.0
     assert haiku.format_score("A dog sleeps, the sun moves on.") == 0.5
     text = tasks.render_completion(haiku, "a cat in the sun")
@@ -132,17 +132,17 @@ def test_a_fifth_task_is_one_yaml_file(tmp_path: Path) -> None:
     assert chat[-1]["content"] == "a cat in the sun"
 
 
-def test_without_format_rules_any_prompt_of_ordinary_length_is_well_formed(tmp_path: Path) -> None:
+def test_a_task_without_format_rules_accepts_any_prompt_of_ordinary_length(tmp_path: Path) -> None:
     values = yaml.safe_load(FIFTH)
     del values["format"]
     (tmp_path / "plain.yaml").write_text(yaml.safe_dump(values))
     plain = tasks.load_task(str(tmp_path / "plain.yaml"))
-    assert plain.malformed("a poem of five words") is None
+    assert plain.find_violation("a poem of five words") is None
     assert plain.format_score("anything") == 1.0
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("old", "new", "message"),
     [
         ("title: Haiku\n", "", "title: Field required"),
         ("name: haiku", "name: My Haiku", "name: String should match"),
@@ -153,26 +153,26 @@ def test_without_format_rules_any_prompt_of_ordinary_length_is_well_formed(tmp_p
         ("  - {intent: tea,", "  - {intent: '',", "examples.2.intent"),
     ],
 )
-def test_a_malformed_task_file_is_told_in_one_line(tmp_path: Path, old: str, new: str, told: str) -> None:
+def test_a_malformed_task_file_is_reported_in_one_line(tmp_path: Path, old: str, new: str, message: str) -> None:
     assert old in FIFTH
-    message = problem_of(tmp_path / "haiku.yaml", FIFTH.replace(old, new))
-    assert told in message.splitlines()[0]
+    error = error_of(tmp_path / "haiku.yaml", FIFTH.replace(old, new))
+    assert message in error.splitlines()[0]
 
 
 def test_too_few_examples(tmp_path: Path) -> None:
     values = yaml.safe_load(FIFTH)
     values["examples"] = values["examples"][:2]
-    assert "examples: List should have at least 3 items" in problem_of(tmp_path / "haiku.yaml", yaml.safe_dump(values))
+    assert "examples: List should have at least 3 items" in error_of(tmp_path / "haiku.yaml", yaml.safe_dump(values))
 
 
-@pytest.mark.parametrize(("text", "told"), [("a: [", "not YAML"), ("- a\n- b", "found list"), ("", "found NoneType")])
-def test_files_that_hold_no_task(tmp_path: Path, text: str, told: str) -> None:
-    message = problem_of(tmp_path / "task.yaml", text)
-    assert told in message
-    assert "\n" not in message
+@pytest.mark.parametrize(("text", "message"), [("a: [", "not YAML"), ("- a\n- b", "(list)"), ("", "(NoneType)")])
+def test_files_that_do_not_contain_a_task(tmp_path: Path, text: str, message: str) -> None:
+    error = error_of(tmp_path / "task.yaml", text)
+    assert message in error
+    assert "\n" not in error
 
 
-def test_an_unknown_name_lists_what_ships() -> None:
+def test_an_unknown_name_lists_the_shipped_tasks() -> None:
     with pytest.raises(UserError, match=r"text_to_musik: not shipped .*text_to_image"):
         tasks.load_task("text_to_musik")
 

@@ -16,7 +16,7 @@ from udrl.policies.policy import Policy
 from udrl.policies.requests import intent_requests, key_columns
 from udrl.policies.teacher import structured_outputs, teacher_policy
 from udrl.recipe import Teacher
-from udrl.tasks import Example, Format, Task, load_task, render_chat_json, render_completion, render_completion_json, shipped
+from udrl.tasks import Example, Format, Task, load_task, render_chat_json, render_completion, render_completion_json, shipped_tasks
 
 
 def task(name: str = "paint", **rules: Any) -> Task:
@@ -94,7 +94,7 @@ def test_only_a_structured_request_overrides_the_sampling(folder: Path) -> None:
     assert json.loads(json.dumps(rendered["sampling"])) == rendered["sampling"]  # it travels to the engine as JSON
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", shipped_tasks())
 def test_the_examples_have_the_form_of_a_structured_answer(name: str) -> None:
     task_shown = load_task(name)
     answers = [

@@ -19,7 +19,7 @@ from udrl.policies.policy import sampling_kwargs
 from udrl.recipe import Recipe, Rewards
 from udrl.storage import without_credentials
 from udrl.tables import markdown_table
-from udrl.tasks import Task, load_tasks, shipped
+from udrl.tasks import Task, load_tasks, shipped_tasks
 
 COLUMNS = {
     "episode_id": "63-bit hash of everything that tells two requests of a run apart; unique",
@@ -113,7 +113,7 @@ def _front(recipe: Recipe, license_: License, counts: Counts, has_rejects: bool)
     front: dict[str, Any] = {"pretty_name": recipe.name, "license": license_.id}
     if license_.id == "other":
         front |= {"license_name": "as-of-the-teacher-model", "license_link": license_.url}
-    if set(recipe.tasks) <= set(shipped()):  # these are English; of a user's own tasks the language is not known
+    if set(recipe.tasks) <= set(shipped_tasks()):  # these are English; of a user's own tasks the language is not known
         front["language"] = ["en"]
     configs = [{"config_name": "episodes", "default": True, "data_files": "episodes/*.parquet"}]
     if has_rejects:

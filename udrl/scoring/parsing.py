@@ -119,7 +119,7 @@ def _check_prompt(task: Task, intent: str, prompt: str, completion: str) -> tupl
     folded = prompt.casefold()
     if any(folded == example.prompt.casefold() for example in task.examples):
         return Reason.FEW_SHOT_LEAK, "copies an example of the task"
-    problem = task.malformed(prompt)
+    problem = task.find_violation(prompt)
     if problem:
         return Reason.MALFORMED, problem
     if components.novelty(intent, prompt) < MIN_NOVELTY:

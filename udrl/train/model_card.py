@@ -14,7 +14,7 @@ from udrl.progress import duration
 from udrl.recipe import Recipe
 from udrl.storage import without_credentials
 from udrl.tables import markdown_table
-from udrl.tasks import shipped
+from udrl.tasks import shipped_tasks
 
 OBJECTIVES = {
     "udrl": "Each episode is labelled with the command that it turned out to fulfil (upside-down reinforcement learning,"
@@ -70,7 +70,7 @@ def _front(recipe: Recipe, by_model: dict[str, licenses.License]) -> str:
     facts: dict[str, Any] = {"license": license_.id if len(ids) == 1 else "other"}
     if facts["license"] == "other":
         facts |= {"license_name": "see-licenses-below", "license_link": license_.url}
-    if set(recipe.tasks) <= set(shipped()):  # these are English; of a user's own tasks the language is not known
+    if set(recipe.tasks) <= set(shipped_tasks()):  # these are English; of a user's own tasks the language is not known
         facts["language"] = ["en"]
     if _on_hub(recipe.student.init):
         facts["base_model"] = recipe.student.init

@@ -59,7 +59,7 @@ def add_accuracy_columns(rows: Columns, tasks: Sequence[Task], training: Texts, 
     well_formed = np.full(len(rows["prompt"]), np.nan)
     for i, (task, prompt) in enumerate(zip(rows["task"], rows["prompt"], strict=True)):
         if task in by_name:
-            well_formed[i] = by_name[task].malformed(prompt) is None
+            well_formed[i] = by_name[task].find_violation(prompt) is None
     well_formed = np.where(rows["rejected"] & ~np.isnan(well_formed), 0.0, well_formed)
     return {**rows, RECOGNIZED: _recognize(rows, training, seed), WELL_FORMED: well_formed}
 
