@@ -82,8 +82,8 @@ def child(*command: str, env: dict[str, str] | None = None) -> str:
 
 
 def engine_part(recipe: Recipe, n: int, turns: int, folder: str) -> dict[str, Any]:
-    from udrl.generate.cost import steady
-    from udrl.generate.prepare import prepare
+    from udrl.generate.plan import steady_rate_of_points
+    from udrl.generate.stage import prepare_generation
     from udrl.policies.policy import engine_environment, engine_kwargs
 
     per_intent = len(recipe.tasks) * recipe.teacher.samples
@@ -92,13 +92,13 @@ def engine_part(recipe: Recipe, n: int, turns: int, folder: str) -> dict[str, An
         "intents": recipe.intents.model_copy(update={"heldout": 0.0, "limit": -(-n // per_intent)}),
     }
     recipe = recipe.model_copy(update=values)
-    work = prepare(recipe)
-    rows = [{"prompts": 1, **row} for shard in range(work.requests.shards) for row in work.requests.rows(shard)]
+    prepared = prepare_generation(recipe)
+    rows = [{"prompts": 1, **row} for shard in range(prepared.requests.shards) for row in prepared.requests.rows(shard)]
     bare = {
-        "model": work.policy.path,
+        "model": prepared.policy.path,
         "engine_kwargs": engine_kwargs(recipe.teacher.engine, recipe.teacher.placement),
-        "sampling_params": work.policy.sampling_params(),
-        "prompts": [work.policy.render(row)["prompt"] for row in rows],
+        "sampling_params": prepared.policy.sampling_params(),
+        "prompts": [prepared.policy.render(row)["prompt"] for row in rows],
     }
     Path(folder, "bare.json").write_text(json.dumps(bare))
     Path(folder, "recipe.yaml").write_text(recipes.dump(recipe))
@@ -110,8 +110,8 @@ def engine_part(recipe: Recipe, n: int, turns: int, folder: str) -> dict[str, An
         child("-m", "benchmarks.bare_engine", f"{folder}/bare.json", f"{folder}/out.json", env=threads)
         alone = json.loads(Path(folder, "out.json").read_text())
         alone["tokens"] = sum(tokens for _, _, tokens in alone["finished"])
-        alone["steady"] = steady(alone["finished"], seats)
-        shutil.rmtree(work.ledger, ignore_errors=True)
+        alone["steady"] = steady_rate_of_points(alone["finished"], seats)
+        shutil.rmtree(prepared.ledger, ignore_errors=True)
         whole = json.loads(child("-m", "benchmarks.generation_stage", f"{folder}/recipe.yaml").splitlines()[-1])
         for name, result in (("bare", alone), ("stage", whole)):
             rates[name].append(result["steady"])

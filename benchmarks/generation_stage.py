@@ -10,19 +10,18 @@ from typing import Any
 
 from udrl import cluster, command_line, logs, recipe
 from udrl.context import StageContext
-from udrl.generate.cost import steady_rate
-from udrl.generate.prepare import prepare
-from udrl.generate.stage import Inspect
+from udrl.generate.plan import steady_rate
+from udrl.generate.stage import PreparedGeneration, RejectInspector, prepare_generation
 from udrl.policies.ledger import list_parts
 from udrl.policies.stage import complete
 
 
 def main(path: str, how: str = "vllm") -> None:
     config = command_line.load(path)
-    work = prepare(config)
+    prepared = prepare_generation(config)
     cluster.connect()
     if how == "score":
-        print(json.dumps(score(config, work)))
+        print(json.dumps(score(config, prepared)))
         return
     actor = None
     if how == "dummy":
@@ -31,17 +30,17 @@ def main(path: str, how: str = "vllm") -> None:
         actor = DummyEngine
     begun = time.monotonic()
     tally = complete(
-        work.policy,
-        work.requests,
-        work.ledger,
+        prepared.policy,
+        prepared.requests,
+        prepared.ledger,
         "benchmark",
-        inspect=Inspect(work.tasks),
+        inspect=RejectInspector(prepared.tasks),
         context=StageContext(engine_actor=actor),
     )
     found: dict[str, Any] = {
         "tokens": tally.output_tokens,
         "seconds": tally.seconds,
-        "steady": steady_rate(work.ledger, config.teacher.engine.max_num_seqs),
+        "steady": steady_rate(prepared.ledger, config.teacher.engine.max_num_seqs),
         "startup_seconds": round(tally.startup_seconds, 1),
         "accepted_share": round(tally.accepted_share, 3),
         "engines_busy": round(tally.busy_share, 4),
@@ -57,28 +56,27 @@ def main(path: str, how: str = "vllm") -> None:
             "rows_per_second": round(tally.rows / tally.seconds, 1),
             "seconds": round(time.monotonic() - begun, 1),
             "driver_mib": round(peak_mib(), 1),
-            "files": sum(map(len, list_parts(work.ledger).values())),
+            "files": sum(map(len, list_parts(prepared.ledger).values())),
         }
     print(json.dumps(found))
 
 
-def score(config: recipe.Recipe, work: Any) -> dict[str, Any]:
-    from udrl.run import Run
+def score(config: recipe.Recipe, prepared: PreparedGeneration) -> dict[str, Any]:
     from udrl.scoring.score import score as score_ledger
 
     begun = time.monotonic()
-    scored = score_ledger(work.ledger, Run(config.storage).scoring, work.tasks, config.rewards)
+    scored = score_ledger(prepared.ledger, prepared.run.scoring, prepared.tasks, config.rewards)
     seconds = time.monotonic() - begun
     other = config.rewards.model_copy(update={"weights": config.rewards.weights.model_copy(update={"novelty": 0.5})})
     begun = time.monotonic()
-    score_ledger(work.ledger, Run(config.storage).scoring, work.tasks, other)
+    score_ledger(prepared.ledger, prepared.run.scoring, prepared.tasks, other)
     reweigh = time.monotonic() - begun
     return {
         "prompts": scored.total,
         "accepted": scored.accepted,
         "seconds": round(seconds, 1),
         "prompts_per_second": round(scored.total / seconds, 1),
-        "texts_per_second": round((scored.accepted + work.n_train) / seconds, 1),
+        "texts_per_second": round((scored.accepted + prepared.n_intents) / seconds, 1),
         "reweigh_seconds": round(reweigh, 1),
     }
 

@@ -10,11 +10,18 @@ from udrl.errors import UserError, exit_code
 def main(argv: Sequence[str]) -> None:
     recipe = parse_recipe(argv, "Stream intents through the teacher into scored episodes.", allow_dry_run=True)
     if recipe.episodes_from:
-        raise UserError(f"episodes_from: nothing to generate; the episodes are those of {recipe.episodes_from}")
-    from udrl.generate import dry_run
-    from udrl.generate import stage as generate
+        raise UserError(
+            f"episodes_from: the episodes are those of another run ({recipe.episodes_from}), so there is nothing to generate;"
+            " run jobs.train, or remove the key"
+        )
+    if recipe.dry_run:
+        from udrl.generate import plan
 
-    print("\n".join(dry_run.run(recipe)) if recipe.dry_run else generate.describe(generate.run(recipe)))
+        print(plan.describe_plan(plan.plan_generation(recipe)))
+        return
+    from udrl.generate import stage
+
+    print(stage.describe(stage.run(recipe)))
 
 
 if __name__ == "__main__":

@@ -394,11 +394,14 @@ class GenerateSummary(Document):
     attempts: Attempts | None = None
 
 
+Basis = Literal["measured", "given", "assumed"]
+
+
 class Figure(Document):
     """A number of a plan and where it comes from."""
 
     value: float
-    basis: Literal["measured", "given", "assumed"]
+    basis: Basis
 
     def times(self, factor: float) -> "Figure":
         return Figure(value=self.value * factor, basis=self.basis)

@@ -1,4 +1,4 @@
-"""A job that a test starts and kills as often as it wants."""
+"""A job that a test starts and kills."""
 
 import abc
 import contextlib
@@ -11,12 +11,12 @@ from pathlib import Path
 import psutil
 
 HERE = Path(__file__).parent
-AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent", "python")
-WAIT = 240  # seconds until a trigger that never comes fails the test
+RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent", "python")
+WAIT = 240  # seconds; a trigger that has not come by then fails the test
 
 
 class Killable(abc.ABC):
-    """A driver in a process of its own. Subclasses give its :meth:`command`."""
+    """A driver in a process of its own, started by :meth:`command`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.faults = folder, folder / "faults"
@@ -25,23 +25,23 @@ class Killable(abc.ABC):
 
     @abc.abstractmethod
     def command(self) -> list[str]:
-        """What starts it."""
+        """Return the command line."""
 
     def environment(self) -> dict[str, str]:
         paths = [str(HERE / "faults"), str(HERE.parents[1])]
         return {"PYTHONPATH": os.pathsep.join(paths), "UDRL_FAULTS": str(self.faults)}
 
     def fault(self, name: str) -> None:
-        """See ``faults/sitecustomize.py``."""
+        """Add a fault (see ``faults/sitecustomize.py``)."""
         (self.faults / name).touch()
 
     def struck(self, name: str) -> bool:
         return (self.faults / f"{name}.struck").exists()
 
     def release(self) -> None:
-        """Let go on who is held."""
-        for held in self.faults.glob("*-hold-*.struck"):
-            held.unlink()
+        """Let all held processes continue."""
+        for fault in self.faults.glob("*-hold-*.struck"):
+            fault.unlink()
 
     def start(self) -> None:
         self.driver = subprocess.Popen(
@@ -54,24 +54,24 @@ class Killable(abc.ABC):
 
     def until(self, met: Callable[[], bool]) -> None:
         assert self.driver
-        assert wait(lambda: met() or self.driver.poll() is not None), self.told()  # type: ignore[union-attr]
-        assert self.driver.poll() is None, f"the job ended before it was killed\n{self.told()}"
+        assert wait(lambda: met() or self.driver.poll() is not None), self.log_tail()  # type: ignore[union-attr]
+        assert self.driver.poll() is None, f"the job ended before it was killed\n{self.log_tail()}"
 
     def kill(self) -> None:
-        """SIGKILL the driver, and wait until its cluster has gone with it."""
+        """SIGKILL the driver, and wait until the processes of its cluster have ended."""
         assert self.driver
         family = psutil.Process(self.driver.pid).children(recursive=True)
         self.driver.kill()
         self.driver.wait()
-        # Ray's agents take half a minute to notice; they hold no engine and write no file.
-        assert wait(lambda: all(gone(process) or process.name() in AGENTS for process in family))
+        # Ray's agents notice after half a minute; they have no engine and write no file.
+        assert wait(lambda: all(gone(process) or process.name() in RAY_AGENTS for process in family))
         for process in family:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         self.release()
 
     def end(self) -> None:
-        """Kill it where it still runs."""
+        """Kill the driver if it still runs."""
         if self.driver and self.driver.poll() is None:
             self.kill()
 
@@ -79,21 +79,21 @@ class Killable(abc.ABC):
         if not self.driver or self.driver.poll() is not None:
             self.start()
         assert self.driver
-        assert self.driver.wait(WAIT) == 0, self.told()
+        assert self.driver.wait(WAIT) == 0, self.log_tail()
 
-    def told(self) -> str:
+    def log_tail(self) -> str:
         return (self.folder / "driver.log").read_text(errors="replace")[-20_000:]
 
 
 def gone(process: psutil.Process) -> bool:
     try:
         return not process.is_running() or not process.cmdline()
-    except psutil.Error:  # a zombie: nobody may ever wait for it, and it does nothing
+    except psutil.Error:  # a zombie does nothing, and its parent may never wait for it
         return True
 
 
 def wait(met: Callable[[], bool]) -> bool:
-    """Whether ``met`` came true in time; the clock only ends a test that has failed."""
+    """Return whether ``met`` became true; the time limit only ends a test that has failed."""
     pause = threading.Event()
     for _ in range(WAIT * 20):
         if met():

@@ -1,4 +1,4 @@
-"""Generation for real: Ray Data, vLLM, the bundled teacher; a user's own task and intents; resume."""
+"""The generate stage with Ray Data, vLLM and the bundled teacher; a user's own task and intents; resume."""
 
 import json
 import sys
@@ -14,13 +14,14 @@ from benchmarks.dummy_engine import DummyEngine
 from udrl import storage
 from udrl.episodes import EPISODES, REJECTS
 from udrl.errors import UserError
-from udrl.generate import dry_run
+from udrl.generate import plan
 from udrl.generate import stage as generate
 from udrl.policies.ledger import list_parts, load_attempts, read_shard
 from udrl.recipe import Recipe
+from udrl.run import GenerateSummary, GenerationPlan, Run
 
 pytestmark = pytest.mark.usefixtures("local_ray")
-# The engines below travel to Ray's workers, which know no module of the tests.
+# Ray's workers can't import the tests, so the engines below are pickled by value.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 MUSIC = """
@@ -38,7 +39,7 @@ format: {min_words: 2, max_words: 14}
 
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A fifth task by one YAML file and intents by one JSONL file, two of them unusable."""
+    """Generate with a task from one YAML file and intents from one JSONL file, two of which are unusable."""
     folder = tmp_path_factory.mktemp("generate")
     (folder / "music.yaml").write_text(MUSIC)
     intents = ["birthday song for a dinosaur fan", "music for a long train ride", "", "songs for baking bread", None]
@@ -51,58 +52,62 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "teacher": {"samples": 2, "shard_size": 4, "sampling": {"max_tokens": 24}, "engine": {"max_num_seqs": 8}},
         "evaluate": {"lengths": [6]},
     }
-    return {"values": values, "summary": generate.run(Recipe.model_validate(values))}
+    return {"values": values, "summary": generate.run(Recipe.model_validate(values)), "paths": Run(values["storage"])}
 
 
-def run(setup: dict[str, Any], **more: Any) -> dict[str, Any]:
-    return generate.run(Recipe.model_validate(setup["values"] | more))
+def run(setup: dict[str, Any], **changes: Any) -> GenerateSummary:
+    return generate.run(Recipe.model_validate(setup["values"] | changes))
 
 
 def test_every_request_is_an_episode_or_a_reject(setup: dict[str, Any]) -> None:
-    summary, where = setup["summary"], setup["values"]["storage"]
-    assert summary["requested"] == 3 * 2 * 2
-    assert summary["accepted"] + summary["rejected"] == summary["requested"]
+    summary, scoring = setup["summary"], setup["paths"].scoring
+    assert summary.requested == 3 * 2 * 2
+    assert summary.accepted + summary.rejected == summary.requested
     ids = [
         i
-        for side in ("episodes", "rejects")
-        for t in storage.iter_tables(storage.join(where, side))
+        for folder in (scoring.episodes, scoring.rejects)
+        for t in storage.iter_tables(folder)
         for i in t["episode_id"].to_pylist()
     ]
-    assert len(ids) == len(set(ids)) == summary["requested"]
+    assert len(ids) == len(set(ids)) == summary.requested
 
 
 def test_episodes_have_the_schema_and_load_as_a_dataset(setup: dict[str, Any]) -> None:
     from datasets import load_dataset
 
-    where = storage.join(setup["values"]["storage"], "episodes")
-    table = pa.concat_tables(list(storage.iter_tables(where)))
+    folder = setup["paths"].scoring.episodes
+    table = pa.concat_tables(list(storage.iter_tables(folder)))
     assert table.schema.equals(EPISODES)
     assert table.num_rows, "the teacher wrote nothing usable"
-    loaded = load_dataset("parquet", data_files=f"{where}/*.parquet", split="train")
+    loaded = load_dataset("parquet", data_files=f"{folder}/*.parquet", split="train")
     assert loaded.column_names == EPISODES.names
     assert {"music_search"} <= set(table["task"].to_pylist())
 
 
+class NoEngine(DummyEngine):
+    """Fail when it starts."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise AssertionError("an engine was started")
+
+
 def test_a_finished_job_starts_no_engine(setup: dict[str, Any]) -> None:
-    ledger = storage.join(setup["values"]["storage"], "completions", setup["summary"]["ledger"])
-    attempts = load_attempts(ledger)
-    again = run(setup)
-    assert load_attempts(ledger) == attempts
-    assert again["generated_now"] == 0
-    assert again["reused"] == again["requested"]
-    assert again["accepted"] == setup["summary"]["accepted"]
+    again = generate.run(Recipe.model_validate(setup["values"]), engine_actor=NoEngine)
+    assert again.generated_now == 0
+    assert again.reused == again.requested
+    assert again.accepted == setup["summary"].accepted
 
 
-def test_lost_files_are_made_again_and_the_rest_is_kept(setup: dict[str, Any]) -> None:
-    ledger = storage.join(setup["values"]["storage"], "completions", setup["summary"]["ledger"])
+def test_only_lost_files_are_generated_again(setup: dict[str, Any]) -> None:
+    ledger = setup["paths"].scoring.ledger(setup["summary"].ledger)
     parts = [n for n in storage.list_files(ledger) if n.startswith("part-")]
     lost = storage.read_table(storage.join(ledger, parts[0]), ["episode_id"])["episode_id"].to_pylist()
     storage.remove(storage.join(ledger, parts[0]))
-    storage.remove(storage.join(setup["values"]["storage"], "episodes"))
+    storage.remove(setup["paths"].scoring.episodes)
     again = run(setup)
-    assert again["generated_now"] == len(lost)
+    assert again.generated_now == len(lost)
     ids = [i for names in list_parts(ledger).values() for i in read_shard(ledger, names)["episode_id"].to_pylist()]
-    assert len(ids) == len(set(ids)) == again["requested"]
+    assert len(ids) == len(set(ids)) == again.requested
     assert set(lost) <= set(ids)
 
 
@@ -110,46 +115,46 @@ def test_a_changed_recipe_never_mixes_with_old_rows(setup: dict[str, Any]) -> No
     changed = {"teacher": setup["values"]["teacher"] | {"sampling": {"max_tokens": 20}}}
     with pytest.raises(UserError, match=r"teacher\.sampling\.max_tokens: 24 -> 20; undo the change, or set resume=if_possible"):
         run(setup, **changed)
-    # Refused before anything was touched: the old rows still stand.
-    assert run(setup)["generated_now"] == 0
+    # It is refused before any file changes: the old rows are still complete.
+    assert run(setup).generated_now == 0
 
 
-def test_other_weights_rescore_and_pay_for_nothing(setup: dict[str, Any]) -> None:
-    episodes = storage.join(setup["values"]["storage"], "episodes")
+def test_other_weights_rescore_without_generating(setup: dict[str, Any]) -> None:
+    episodes = setup["paths"].scoring.episodes
     before = pa.concat_tables(storage.iter_tables(episodes)).sort_by("episode_id")
     again = run(setup, rewards={"weights": {"relevance": 0, "novelty": 1, "repetition": 0, "format": 0}})
     after = pa.concat_tables(storage.iter_tables(episodes)).sort_by("episode_id")
-    assert again["generated_now"] == 0
+    assert again.generated_now == 0
     assert before["prompt"] == after["prompt"]
     assert after["reward"].to_pylist() == pytest.approx(after["novelty"].to_pylist())
 
 
-def test_a_teacher_can_be_asked_by_its_chat_template(tmp_path: Path, setup: dict[str, Any]) -> None:
+def test_a_teacher_can_write_through_its_chat_template(tmp_path: Path, setup: dict[str, Any]) -> None:
     teacher = setup["values"]["teacher"] | {"style": "chat", "samples": 1, "sampling": {"max_tokens": 48}}
     summary = run(setup, storage=str(tmp_path / "run"), teacher=teacher)
-    assert summary["requested"] == 3 * 2
-    ledger = f"{tmp_path}/run/completions/{summary['ledger']}"
+    assert summary.requested == 3 * 2
+    ledger = Run(f"{tmp_path}/run").scoring.ledger(summary.ledger)
     table = pa.concat_tables(read_shard(ledger, names) for names in list_parts(ledger).values())
     assert all(table["error"].to_numpy(zero_copy_only=False) == "")
     assert all("<|im_" not in text and text.strip() for text in table["completion"].to_pylist())
 
 
-def test_an_engine_that_refuses_everything_ends_the_job_with_its_words(tmp_path: Path, setup: dict[str, Any]) -> None:
+def test_an_engine_that_refuses_every_request_ends_the_job_with_its_error(tmp_path: Path, setup: dict[str, Any]) -> None:
     teacher = setup["values"]["teacher"] | {"engine": {"max_model_len": 64}}  # shorter than the few-shot prefix
     with pytest.raises(UserError, match="refuses every request"):
         run(setup, storage=str(tmp_path / "run"), teacher=teacher)
     assert not list((tmp_path / "run").rglob("part-*"))
 
 
-def test_resume_never_makes_everything_again(tmp_path: Path) -> None:
+def test_resume_never_generates_everything_again(tmp_path: Path) -> None:
     values = weak_run(tmp_path, max_rejects=1, samples=2)
     first = generate.run(Recipe.model_validate(values), engine_actor=DummyEngine)
     again = generate.run(Recipe.model_validate(values | {"resume": "never"}), engine_actor=DummyEngine)
-    assert again["generated_now"] == again["requested"] == first["requested"]
-    assert again["reused"] == 0
+    assert again.generated_now == again.requested == first.requested
+    assert again.reused == 0
 
 
-def test_a_run_tells_what_it_cost(setup: dict[str, Any]) -> None:
+def test_a_finished_run_shows_its_cost(setup: dict[str, Any]) -> None:
     text = generate.describe(setup["summary"])
     for part in (
         "tokens in",
@@ -160,17 +165,21 @@ def test_a_run_tells_what_it_cost(setup: dict[str, Any]) -> None:
         "intents left out",
     ):
         assert part in text
-    ledger = storage.join(setup["values"]["storage"], "completions", setup["summary"]["ledger"])
-    assert sum(attempt.rows for attempt in load_attempts(ledger)) >= setup["summary"]["requested"]
+    ledger = setup["paths"].scoring.ledger(setup["summary"].ledger)
+    assert sum(attempt.rows for attempt in load_attempts(ledger)) >= setup["summary"].requested
 
 
-def test_a_dry_run_plans_and_generates_nothing(setup: dict[str, Any], tmp_path: Path) -> None:
+def test_a_dry_run_plans_without_leaving_completions(setup: dict[str, Any], tmp_path: Path) -> None:
     values = setup["values"] | {"storage": str(tmp_path / "planned"), "dry_run": True}
-    calibrated = "\n".join(dry_run.run(Recipe.model_validate(values)))
-    assert "12 for 12 prompts (counted)" in calibrated
-    assert "(measured)" in calibrated
-    given = Recipe.model_validate(values | {"teacher": values["teacher"] | {"tokens_per_second": 1000}})
-    assert "(given)" in "\n".join(dry_run.run(given)) or "(assumed)" in "\n".join(dry_run.run(given))
+    calibrated = plan.plan_generation(Recipe.model_validate(values))
+    assert "12 for 12 prompts (counted)" in plan.describe_plan(calibrated)
+    assert calibrated.generation_seconds is not None
+    assert calibrated.generation_seconds.basis == "measured"
+    assert GenerationPlan.load(Run(values["storage"]).plan) == calibrated
+    with_speed = Recipe.model_validate(values | {"teacher": values["teacher"] | {"tokens_per_second": 1000}})
+    estimated = plan.plan_generation(with_speed)
+    assert estimated.generation_seconds is not None
+    assert estimated.generation_seconds.basis == "assumed"
     assert not list((tmp_path / "planned").rglob("part-*"))
 
 
@@ -187,7 +196,7 @@ COMPLETIONS_OF_ALL_KINDS = {
 
 
 class Weak(DummyEngine):
-    """Answers with every kind of bad completion in turn, and now and then with an error of the engine's."""
+    """Answer with each kind of bad completion in turn, and sometimes with an error of the engine."""
 
     async def answer(self, row: dict[str, Any]) -> dict[str, Any]:
         answer = await super().answer(row)
@@ -209,25 +218,25 @@ def weak_run(tmp_path: Path, **teacher: Any) -> dict[str, Any]:
     }
 
 
-def test_bad_rows_go_to_the_rejects_with_their_reason(tmp_path: Path) -> None:
+def test_bad_completions_become_rejects_with_their_reason(tmp_path: Path) -> None:
     recipe = Recipe.model_validate(weak_run(tmp_path, max_rejects=1))
     summary = generate.run(recipe, engine_actor=Weak)
-    assert summary["accepted"] + summary["rejected"] == summary["requested"] == 400
+    assert summary.accepted + summary.rejected == summary.requested == 400
     expected = Counter(40 * list(COMPLETIONS_OF_ALL_KINDS.values())) + Counter({"input_too_long": 40})
-    found = Counter(summary["reasons"])
-    assert {reason: n for reason, n in found.items() if "duplicate" not in reason and reason != "echo"} == expected
-    for table in storage.iter_tables(storage.join(recipe.storage, "rejects")):
+    reasons = Counter(summary.reasons)
+    assert {reason: n for reason, n in reasons.items() if "duplicate" not in reason and reason != "echo"} == expected
+    for table in storage.iter_tables(Run(recipe.storage).scoring.rejects):
         assert table.schema.equals(REJECTS)
 
-    # The run is a data set with its card. A cache of its own: datasets' goes by a folder's last name and knows older runs.
+    # The run loads as a data set. The cache is separate, because `datasets` identifies a folder by its last name only.
     from datasets import load_dataset
 
     cache = str(tmp_path / "cache")
-    assert load_dataset(recipe.storage, split="train", cache_dir=cache).num_rows == summary["accepted"] > 0
-    assert load_dataset(recipe.storage, "rejects", split="train", cache_dir=cache).num_rows == summary["rejected"]
+    assert load_dataset(recipe.storage, split="train", cache_dir=cache).num_rows == summary.accepted > 0
+    assert load_dataset(recipe.storage, "rejects", split="train", cache_dir=cache).num_rows == summary.rejected
 
 
-def test_a_run_that_mostly_makes_rejects_ends_early_and_says_why(tmp_path: Path) -> None:
+def test_a_run_with_mostly_rejects_ends_early_with_the_reason(tmp_path: Path) -> None:
     recipe = Recipe.model_validate(weak_run(tmp_path))
     with pytest.raises(UserError, match=r"9\d% of the first .* prompts are rejected.*malformed.*teacher.max_rejects"):
         generate.run(recipe, engine_actor=Weak)

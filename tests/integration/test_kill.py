@@ -1,4 +1,4 @@
-"""Whatever is killed, the same command makes every episode exactly once, and pays again for what was in flight alone."""
+"""After any kill the same command makes every episode exactly once, and only in-flight requests are generated twice."""
 
 import contextlib
 import sys
@@ -12,9 +12,10 @@ from killing import HERE, WAIT, Killable, gone, wait
 
 from udrl import storage
 from udrl.command_line import load
-from udrl.generate.prepare import prepare
+from udrl.generate.stage import prepare_generation
 from udrl.policies.ledger import list_parts, read_shard
 from udrl.policies.stage import UNWRITTEN_BLOCKS, tasks_in_flight
+from udrl.run import Run
 
 SHARD, SEQS, INTENTS, SAMPLES = 8, 8, 20, 4
 REQUESTS = INTENTS * SAMPLES
@@ -22,7 +23,7 @@ REQUESTS = INTENTS * SAMPLES
 
 @pytest.fixture(scope="module")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A Llama of two small layers with the bundled teacher's tokenizer: it writes nonsense, and starts in seconds."""
+    """Return a Llama of two small layers with the bundled teacher's tokenizer: it writes nonsense, and starts in seconds."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -46,7 +47,7 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 class Job(Killable):
-    """One recipe."""
+    """A generate stage in a process of its own; its engines log each request."""
 
     def __init__(self, folder: Path, teacher: str, engine: str) -> None:
         super().__init__(folder)
@@ -77,8 +78,8 @@ class Job(Killable):
     def environment(self) -> dict[str, str]:
         return super().environment() | {"UDRL_REQUEST_LOG": str(self.log)}
 
-    def asked(self) -> list[tuple[int, int, str]]:
-        """(id, process, node) of every request that an engine took."""
+    def requests(self) -> list[tuple[int, int, str]]:
+        """Return (id, process, node) of every request that an engine took."""
         lines = self.log.read_text().splitlines()
         return [(int(i), int(pid), node) for i, pid, node in (line.split() for line in lines)]
 
@@ -86,17 +87,17 @@ class Job(Killable):
         return len(list((self.folder / "run" / "completions").glob("*/part-*.parquet")))
 
     def assert_exactly_once(self, kills: int) -> None:
-        out = prepare(self.recipe).ledger
+        out = prepare_generation(self.recipe).ledger
         tables = [read_shard(out, names) for names in list_parts(out).values()]
         ids = [i for table in tables for i in table["episode_id"].to_pylist()]
         assert {error for table in tables for error in table["error"].to_pylist()} == {""}
         assert len(ids) == len(set(ids)) == REQUESTS
-        asked = [i for i, _, _ in self.asked()]
-        assert set(asked) == set(ids)
-        # Shards that the engine held, and those on their way to a file.
-        bound = kills * SHARD * (tasks_in_flight(prepare(self.recipe).policy, SHARD) + UNWRITTEN_BLOCKS)
-        print(f"{self.engine}: {kills} kills, {len(asked) - len(ids)} of {REQUESTS} requests taken twice; at most {bound}")
-        assert len(asked) - len(ids) <= bound
+        taken_ids = [i for i, _, _ in self.requests()]
+        assert set(taken_ids) == set(ids)
+        # The shards in the engine, and those that wait for their file.
+        bound = kills * SHARD * (tasks_in_flight(prepare_generation(self.recipe).policy, SHARD) + UNWRITTEN_BLOCKS)
+        print(f"{self.engine}: {kills} kills, {len(taken_ids) - len(ids)} of {REQUESTS} requests taken twice; at most {bound}")
+        assert len(taken_ids) - len(ids) <= bound
 
 
 @pytest.fixture
@@ -108,27 +109,27 @@ def job(tmp_path: Path, tiny_teacher: str) -> Iterator[Callable[[str], Job]]:
         return jobs[-1]
 
     yield make
-    for made in jobs:
-        made.end()
+    for each in jobs:
+        each.end()
 
 
-def test_a_driver_that_was_killed_goes_on_where_it_was(job: Callable[[str], Job]) -> None:
+def test_a_killed_driver_resumes_from_its_completed_shards(job: Callable[[str], Job]) -> None:
     killed = job("vllm")
     killed.part = "all"
     killed.fault("before-hold-4")
     killed.start()
     killed.until(lambda: killed.struck("before-hold-4"))
     killed.kill()
-    assert 3 <= killed.files() < REQUESTS / SHARD  # one writer is held, others may still end what they have
+    assert 3 <= killed.files() < REQUESTS / SHARD  # one writer waits, others may still finish
     killed.finish()
     killed.assert_exactly_once(kills=1)
-    where = killed.recipe.storage
-    sides = [storage.join(where, side) for side in ("episodes", "rejects")]
+    scoring = Run(killed.recipe.storage).scoring
+    sides = [scoring.episodes, scoring.rejects]
     ids = [i for side in sides for table in storage.iter_tables(side, ["episode_id"]) for i in table["episode_id"].to_pylist()]
     assert len(ids) == len(set(ids)) == REQUESTS
 
 
-def test_a_driver_may_be_killed_twice_before_and_after_a_file_appears(job: Callable[[str], Job]) -> None:
+def test_a_driver_can_be_killed_before_and_after_a_file_appears(job: Callable[[str], Job]) -> None:
     killed = job("dummy")
     for fault in ("before-hold-3", "after-hold-6"):
         killed.fault(fault)
@@ -141,25 +142,25 @@ def test_a_driver_may_be_killed_twice_before_and_after_a_file_appears(job: Calla
 
 
 def test_engines_that_die_are_replaced_within_the_run(job: Callable[[str], Job]) -> None:
-    """First the engine's core process, whose actor lives on, then the actor that took its place."""
+    """Kill the core process of an engine, whose actor survives, then the actor that replaces it."""
     killed = job("vllm")
     for fault in ("after-hold-2", "after-hold-5"):
         killed.fault(fault)
     killed.start()
     for fault, victim in (("after-hold-2", "core"), ("after-hold-5", "actor")):
         killed.until(lambda fault=fault: killed.struck(fault))  # type: ignore[misc]
-        actor = psutil.Process(killed.asked()[-1][1])
+        actor = psutil.Process(killed.requests()[-1][1])
         cores = [child for child in actor.children(recursive=True) if "EngineCore" in " ".join(child.cmdline())]
         (cores[0] if victim == "core" else actor).kill()
-        # The core too: it holds the model, and on a GPU its successor would find no memory.
-        assert wait(lambda mine=[actor, *cores]: all(map(gone, mine)))  # type: ignore[misc]
+        # Wait for the core too: it has the model, and on a GPU its successor would lack the memory.
+        assert wait(lambda processes=[actor, *cores]: all(map(gone, processes)))  # type: ignore[misc]
         (killed.faults / f"{fault}.struck").unlink()
     killed.finish()
-    assert len({pid for _, pid, _ in killed.asked()}) == 3, killed.told()
+    assert len({pid for _, pid, _ in killed.requests()}) == 3, killed.log_tail()
     killed.assert_exactly_once(kills=2)
 
 
-def test_writers_that_die_around_their_write_lose_and_double_nothing(job: Callable[[str], Job]) -> None:
+def test_writers_killed_around_their_write_lose_and_duplicate_no_row(job: Callable[[str], Job]) -> None:
     killed = job("dummy")
     faults = ("before-kill-3", "after-kill-5")
     for fault in faults:
@@ -169,13 +170,13 @@ def test_writers_that_die_around_their_write_lose_and_double_nothing(job: Callab
     killed.assert_exactly_once(kills=0)
 
 
-def test_an_engine_that_hangs_ends_the_job_with_what_was_going_on(job: Callable[[str], Job]) -> None:
-    """A process of its own, because nothing but its end frees a read of Ray's that never returns."""
+def test_an_engine_that_hangs_ends_the_job_with_the_cluster_s_state(job: Callable[[str], Job]) -> None:
+    """Runs in a process of its own, because only its end frees a read of Ray that never returns."""
     stuck = job("stuck")
     stuck.start()
     assert stuck.driver
-    assert stuck.driver.wait(WAIT) == 3, stuck.told()
-    told = stuck.told()
+    assert stuck.driver.wait(WAIT) == 3, stuck.log_tail()
+    log = stuck.log_tail()
     for part in (
         "state of the cluster",
         "alive",
@@ -183,11 +184,11 @@ def test_an_engine_that_hangs_ends_the_job_with_what_was_going_on(job: Callable[
         "generate: no progress for",
         "run the same command again",
     ):
-        assert part in told
+        assert part in log
 
 
-def test_a_lost_node_takes_its_engine_and_nothing_else(job: Callable[[str], Job], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three nodes of one machine: the driver's, which may not hold an engine, and two that may."""
+def test_a_lost_node_loses_only_its_engine(job: Callable[[str], Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run three nodes on one machine: the driver's, which has no CPU for an engine, and two others."""
     import ray
     from ray.cluster_utils import Cluster
 
@@ -203,14 +204,14 @@ def test_a_lost_node_takes_its_engine_and_nothing_else(job: Callable[[str], Job]
         killed.start()
         killed.until(lambda: killed.struck("after-hold-2"))
         (killed.faults / "after-hold-2.struck").unlink()
-        _, pid, lost = killed.asked()[0]
+        _, pid, lost = killed.requests()[0]
         cores = psutil.Process(pid).children(recursive=True)
         cluster.remove_node(nodes[lost], allow_graceful=False)
-        for core in cores:  # a lost machine takes its engine's core with it; here it would live on
+        for core in cores:  # they end with a lost machine; here they would survive
             with contextlib.suppress(psutil.Error):
                 core.kill()
         killed.finish()
-        assert {node for _, _, node in killed.asked()} == set(nodes)
+        assert {node for _, _, node in killed.requests()} == set(nodes)
         killed.assert_exactly_once(kills=1)
     finally:
         ray.shutdown()

@@ -1,4 +1,4 @@
-"""The dataset card: what it tells is what lies in the files, and ``datasets`` loads what it describes."""
+"""The dataset card agrees with the run's files, and ``datasets`` loads the configurations that it describes."""
 
 import io
 from pathlib import Path
@@ -11,8 +11,9 @@ import yaml
 
 from udrl import licenses, recipe, storage
 from udrl.episodes import COMPONENTS, EPISODES, REJECTS, Reason
-from udrl.generate import dataset_card as card
-from udrl.generate import histograms
+from udrl.generate.dataset_card import COLUMNS, REASONS, size_category, write_card
+from udrl.generate.histograms import BINS, CAPTIONS, collect_statistics, median_of_bins
+from udrl.run import GenerateSummary, ScoringPaths
 
 TASKS = ["text_to_image", "image_search"]
 
@@ -34,7 +35,7 @@ def rows(schema: pa.Schema, n: int, **values: Any) -> pa.Table:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> str:
-    """Three files of 40 episodes, two of 9 rejects, the rest of a run's storage around them."""
+    """Return a run's storage with three files of 40 episodes, two of 9 rejects, and other files."""
     rng = np.random.default_rng(0)
     for part in range(3):
         random = {c: lambda _: float(rng.random()) for c in (*COMPONENTS, "reward")}
@@ -51,15 +52,15 @@ def folder(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-def written(folder: str, **values: Any) -> str:
-    card.write_card(a_recipe(folder, **values), {"intents": "abc"}, folder)
+def card_of(folder: str, **values: Any) -> str:
+    write_card(a_recipe(folder, **values), GenerateSummary(accepted=120, intents="abc", ledger="x", scoring="x"))
     return (Path(folder) / "README.md").read_text()
 
 
 def test_datasets_loads_episodes_by_default_and_rejects_by_name(folder: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     import datasets
 
-    written(folder)
+    card_of(folder)
     cache = str(tmp_path_factory.mktemp("cache"))
     episodes = datasets.load_dataset(folder, split="train", cache_dir=cache)
     rejects = datasets.load_dataset(folder, "rejects", split="train", cache_dir=cache)
@@ -72,12 +73,12 @@ def test_datasets_loads_a_run_without_rejects(folder: str, tmp_path_factory: pyt
     import datasets
 
     storage.remove(f"{folder}/rejects")
-    assert "rejects/*.parquet" not in written(folder)
+    assert "rejects/*.parquet" not in card_of(folder)
     assert datasets.load_dataset(folder, split="train", cache_dir=str(tmp_path_factory.mktemp("cache"))).num_rows == 120
 
 
-def test_the_counts_are_those_of_the_files(folder: str) -> None:
-    text = written(folder)
+def test_the_counts_agree_with_the_files(folder: str) -> None:
+    text = card_of(folder)
     assert "138 prompts were requested: 120 accepted (87.0%), 18 rejected." in text
     assert "| `echo` | 12 | 8.7% |" in text
     assert "| `empty` | 6 | 4.3% |" in text
@@ -87,8 +88,8 @@ def test_the_counts_are_those_of_the_files(folder: str) -> None:
     assert "2 blank, 1 too long" in text
 
 
-def test_the_front_matter_is_what_the_hub_expects(folder: str) -> None:
-    front = yaml.safe_load(written(folder).split("---\n")[1])
+def test_the_front_matter_follows_the_hub_s_conventions(folder: str) -> None:
+    front = yaml.safe_load(card_of(folder).split("---\n")[1])
     assert front["license"] == "apache-2.0"
     assert front["language"] == ["en"]
     assert front["size_categories"] == ["n<1K"]
@@ -100,50 +101,50 @@ def test_the_front_matter_is_what_the_hub_expects(folder: str) -> None:
     ("n", "name"), [(999, "n<1K"), (1000, "1K<n<10K"), (52_000_000, "10M<n<100M"), (10**9, "1B<n<10B"), (10**12, "n>1T")]
 )
 def test_size_categories(n: int, name: str) -> None:
-    assert card._size_category(n) == name
+    assert size_category(n) == name
 
 
-def test_every_column_and_every_reason_has_its_meaning() -> None:
-    assert list(card.COLUMNS) == EPISODES.names
-    assert set(card.REASONS) == set(Reason)
+def test_every_column_and_every_reason_is_explained() -> None:
+    assert list(COLUMNS) == EPISODES.names
+    assert set(REASONS) == set(Reason)
 
 
-def test_histograms_are_those_of_all_rows_at_once(folder: str) -> None:
-    counts = histograms.count(folder)
+def test_histograms_of_single_files_add_up_to_those_of_all_rows(folder: str) -> None:
+    statistics = collect_statistics(ScoringPaths(folder))
     table = pa.concat_tables([storage.read_table(f"{folder}/episodes/part-{p:08d}.parquet") for p in range(3)]).to_pylist()
     for task in TASKS:
-        mine = [row for row in table if row["task"] == task]
+        of_task = [row for row in table if row["task"] == task]
         for name in ("reward", *COMPONENTS):
-            expected, _ = np.histogram(np.array([row[name] for row in mine], np.float32), histograms.BINS, (0, 1))
-            assert counts.values[task, name].tolist() == expected.tolist()
-        assert counts.words[task][:13].tolist() == np.bincount([row["n_words"] for row in mine], minlength=13).tolist()
-        assert histograms.median(counts.words[task]) == pytest.approx(np.median([row["n_words"] for row in mine]), abs=1)
+            expected, _ = np.histogram(np.array([row[name] for row in of_task], np.float32), BINS, (0, 1))
+            assert statistics.values[task, name].tolist() == expected.tolist()
+        assert statistics.words[task][:13].tolist() == np.bincount([row["n_words"] for row in of_task], minlength=13).tolist()
+        assert median_of_bins(statistics.words[task]) == pytest.approx(np.median([row["n_words"] for row in of_task]), abs=1)
 
 
-def test_the_pictures_are_png_files_that_the_text_shows_and_explains(folder: str) -> None:
+def test_the_plots_are_png_files_that_the_text_shows_and_explains(folder: str) -> None:
     from PIL import Image
 
-    text = written(folder)
-    for name, caption in histograms.CAPTIONS.items():
+    text = card_of(folder)
+    for name, caption in CAPTIONS.items():
         assert f"(card/{name})" in text
         assert caption in text
         image = Image.open(io.BytesIO((Path(folder) / "card" / name).read_bytes()))
         image.load()
         assert image.format == "PNG"
         assert image.size[0] >= 480
-        assert len(image.convert("L").resize((64, 64)).getcolors()) > 10  # something is drawn
+        assert len(image.convert("L").resize((64, 64)).getcolors()) > 10  # the plot is not blank
 
 
-def test_a_run_in_which_nothing_was_accepted_has_a_card_too(folder: str) -> None:
+def test_a_run_without_accepted_prompts_has_a_card(folder: str) -> None:
     storage.remove(f"{folder}/episodes")
     storage.write_table(f"{folder}/episodes/part-00000000.parquet", rows(EPISODES, 0))
-    text = written(folder)
+    text = card_of(folder)
     assert "18 prompts were requested: 0 accepted (0.0%), 18 rejected." in text
     assert "card/" not in text
 
 
 def test_a_llama_teacher_brings_its_notice_name_and_license(folder: str) -> None:
-    text = written(folder, teacher={"model": "meta-llama/Meta-Llama-3.1-8B-Instruct"})
+    text = card_of(folder, teacher={"model": "meta-llama/Meta-Llama-3.1-8B-Instruct"})
     front = yaml.safe_load(text.split("---\n")[1])
     assert front["license"] == "llama3.1"
     assert "**Built with Llama**" in text
@@ -152,14 +153,14 @@ def test_a_llama_teacher_brings_its_notice_name_and_license(folder: str) -> None
 
 
 def test_an_unknown_license_says_so_and_points_to_the_model(folder: str) -> None:
-    text = written(folder, teacher={"model": "somebody/model-7b"})
+    text = card_of(folder, teacher={"model": "somebody/model-7b"})
     front = yaml.safe_load(text.split("---\n")[1])
     assert (front["license"], front["license_link"]) == ("other", "https://huggingface.co/somebody/model-7b")
     assert "is not known to this project" in text
 
 
 def test_keys_in_a_source_uri_do_not_reach_the_card(folder: str) -> None:
-    text = written(folder, intents={"source": "s3://KEY:SECRET@bucket/intents.parquet?region=x", "limit": 10})
+    text = card_of(folder, intents={"source": "s3://KEY:SECRET@bucket/intents.parquet?region=x", "limit": 10})
     assert "SECRET" not in text
     assert "`s3://bucket/intents.parquet`" in text
 

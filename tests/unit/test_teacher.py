@@ -16,7 +16,16 @@ from udrl.policies.policy import Policy
 from udrl.policies.requests import intent_requests, key_columns
 from udrl.policies.teacher import structured_outputs, teacher_policy
 from udrl.recipe import Teacher
-from udrl.tasks import Example, Format, Task, load_task, render_chat_json, render_completion, render_completion_json, shipped_tasks
+from udrl.tasks import (
+    Example,
+    Format,
+    Task,
+    load_task,
+    render_chat_json,
+    render_completion,
+    render_completion_json,
+    shipped_tasks,
+)
 
 
 def task(name: str = "paint", **rules: Any) -> Task:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from udrl.generate.prepare import shard_size
+from udrl.generate.stage import default_shard_size
 from udrl.hashing import differences
 from udrl.policies.actor import BusyClock, Gate
 from udrl.policies.ledger import Attempt, AttemptJournal, load_attempts
@@ -85,7 +85,7 @@ def test_an_engine_holds_enough_shards_to_stay_full_and_few_more(tmp_path: Path)
 
 @given(st.integers(1, 10**9))
 def test_shards_keep_the_number_of_files_bounded(requests: int) -> None:
-    size = shard_size(requests)
+    size = default_shard_size(requests)
     assert 128 <= size <= 16384
     assert requests / size <= max(4096, requests / 16384)
 

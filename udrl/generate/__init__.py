@@ -1,1 +1,1 @@
-"""The generate stage: intents (grown, if asked) through the teacher into a described data set, with its plan and its cost."""
+"""The generate stage: intents, expanded if the recipe asks for it, through the teacher into a described data set."""

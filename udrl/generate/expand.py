@@ -1,49 +1,110 @@
-"""Intent expansion: the teacher is shown known intents and continues the list (Self-Instruct, arXiv 2212.10560).
+"""Expand the training intents: the teacher continues lists of known intents (Self-Instruct, arXiv 2212.10560).
 
-Passes of requests go through the shared vLLM stage, each into a ledger of its own, so a rerun pays nothing twice. Each line
-of an answer is a new intent or dropped with a reason. A pass shows what earlier ones have grown.
+Passes of requests go through the shared vLLM stage, each into a ledger of its own, so that a rerun pays for nothing twice. Each
+line of an answer is a new intent or is dropped with a reason. A pass also shows intents that earlier passes added.
 """
 
-import contextlib
-import hashlib
-import json
+import logging
 import random
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
+from pydantic import AliasChoices, Field
 
 from udrl import cluster, models, storage
 from udrl.context import StageContext
-from udrl.generate.intent_lines import HeldOut, Reason, lines_of, problem_of
-from udrl.hashing import stable_id
-from udrl.intents.intent import INTENT_SCHEMA as SCHEMA
-from udrl.intents.intent import ROW_GROUP
+from udrl.generate.intent_lines import HeldOutSubjects, LineProblem, find_problem, parse_lines
+from udrl.hashing import fingerprint, stable_id
+from udrl.intents.intent import ROW_GROUP, Intent, intents_table, iter_intents, open_intents_writer
 from udrl.policies.ledger import list_parts, read_shard
 from udrl.policies.policy import Policy, Row
 from udrl.policies.requests import Requests, count_intents, key_columns
 from udrl.policies.stage import complete
 from udrl.policies.teacher import encode_chat
 from udrl.recipe import Deduplicate, Expand, Recipe, Teacher
+from udrl.run import Document, IntentPaths, Run
 from udrl.scoring import deduplication as dedup
 
-EXPANDED, TRAIN, ABOUT = "expanded.parquet", "train_expanded.parquet", "expanded.json"
-TASK = "expand_intents"  # what its rows have in the column `task`
-POOL = 20_000  # intents of each kind (given, grown) that requests draw from: megabytes, whatever the number known
+log = logging.getLogger(__name__)
+
+TASK = "expand_intents"  # the column `task` of the requests
+POOL = 20_000  # intents from the source, and as many new ones, from which requests draw: megabytes for any number of intents
 SHARD = 256  # requests
-LEAST, MOST = 16, 65_536  # requests of a pass: too few say nothing about the yield
-EXPECTED = 0.5  # share of the asked lines that is new, as the first pass assumes
-TOO_FEW = 0.1  # a pass with less than this share is the last one
+MIN_REQUESTS, MAX_REQUESTS = 16, 65_536  # of a pass; fewer say little about the yield
+FIRST_YIELD = 0.5  # share of the requested lines that is new, as the first pass assumes
+MIN_YIELD = 0.1  # a pass below it is the last one
 _HEAD = "Requests that different people made, in their own words, each about something else:"
 
 
+class ExpansionSummary(Document):
+    """``expanded.json``, written when the files of the expanded intents are complete."""
+
+    fingerprint: str = Field(validation_alias=AliasChoices("fingerprint", "mark"))
+    intents: int = Field(description="new intents")
+    reasons: dict[str, int] = Field(default_factory=dict, description="dropped lines by reason")
+
+
+def expand_intents(recipe: Recipe, intents: IntentPaths) -> ExpansionSummary:
+    """Add up to ``intents.expand.target`` intents that the teacher writes to the training intents.
+
+    Writes ``expanded.parquet`` (the new intents, with their own text as the subject) and ``train_expanded.parquet`` (all
+    training intents), with the columns and row groups of ``train.parquet``. A line that names a held-out subject, or is near
+    a held-out intent, is dropped. Memory does not grow with the number of lines: known intents are Bloom filters of a few
+    dozen bytes each.
+
+    Raises:
+        UserError: the teacher can't be placed or refuses every request.
+    """
+    config = recipe.intents.expand
+    assert config is not None, "the recipe has no intents.expand"
+    policy = expansion_policy(recipe.teacher, config)
+    # The same fingerprint as in existing runs: it names the folder of the paid completions.
+    inputs = [policy.fingerprint, config.model_dump(), recipe.seed]
+    origin = fingerprint(inputs, content=_file_contents(intents.train, intents.heldout))
+    previous = ExpansionSummary.load_if_exists(intents.expansion)
+    if previous and previous.fingerprint == origin:
+        return previous
+    storage.remove(intents.expansion)  # it states that the two files are complete, which are about to be replaced
+    cluster.connect()
+    expander = IntentExpander(policy, config, recipe.seed, intents)
+    texts = expander.run_passes(Run(recipe.storage).expansion(origin), StageContext.of(recipe))
+    with open_intents_writer(intents.expanded) as writer:
+        while group := list(islice(texts, ROW_GROUP)):
+            table = intents_table([Intent(text, text.casefold()) for text in group])
+            writer.write_table(table, row_group_size=ROW_GROUP)
+    with open_intents_writer(intents.train_expanded) as writer:
+        for uri in (intents.train, intents.expanded):
+            for table in iter_intents(uri):
+                writer.write_table(table, row_group_size=ROW_GROUP)
+    summary = ExpansionSummary(fingerprint=origin, intents=expander.n_new, reasons=dict(expander.reasons))
+    summary.save(intents.expansion)
+    log.info("%s", expander.describe())
+    return summary
+
+
+def expansion_policy(teacher: Teacher, config: Expand) -> Policy:
+    """Return the teacher with the requests for more intents."""
+    chat, path = teacher.style == "chat", models.resolve(teacher.model)
+    return Policy(
+        name="teacher",
+        model=teacher.model,
+        path=path,
+        revision=models.revision(teacher.model, teacher.revision),
+        render=_ExpansionRequest(chat, config.per_request, path, teacher.revision),
+        sampling=config.sampling,
+        engine=teacher.engine,
+        placement=teacher.placement,
+        describe={"style": teacher.style, "expand": [_HEAD, config.shown, config.per_request]},
+    )
+
+
 @dataclass(frozen=True)
-class _Render:
-    """Request row -> a numbered list to continue, or a chat that asks for more of it."""
+class _ExpansionRequest:
+    """Render a request row as a numbered list to continue, or as a chat that asks for its continuation."""
 
     chat: bool
     per_request: int
@@ -52,217 +113,137 @@ class _Render:
 
     def __call__(self, row: Row) -> dict[str, Any]:
         shown = row["intent"].split("\n")
-        listed = "\n".join(f"{i}. {text}" for i, text in enumerate(shown, 1))
+        numbered = "\n".join(f"{i}. {text}" for i, text in enumerate(shown, 1))
         first, last = len(shown) + 1, len(shown) + self.per_request
         if not self.chat:
-            return {"prompt": f"{_HEAD}\n\n{listed}\n{first}.", "sampling": {"stop": [f"\n{last + 1}.", "\n\n"]}}
-        asked = (
-            f"{_HEAD}\n\n{listed}\n\nContinue the list with {self.per_request} new requests, numbered {first} to {last}, one a"
-            " line, of the same kind and length, each about something that is not on it. Write nothing else."
+            return {"prompt": f"{_HEAD}\n\n{numbered}\n{first}.", "sampling": {"stop": [f"\n{last + 1}.", "\n\n"]}}
+        message = (
+            f"{_HEAD}\n\n{numbered}\n\nContinue the list with {self.per_request} new requests, numbered {first} to {last}, one"
+            " a line, of the same kind and length, each about something that is not on it. Write nothing else."
         )
-        return {"tokenized_prompt": encode_chat(self.path, self.revision, [{"role": "user", "content": asked}])}
+        return {"tokenized_prompt": encode_chat(self.path, self.revision, [{"role": "user", "content": message}])}
 
 
-def expansion_policy(teacher: Teacher, config: Expand) -> Policy:
-    """The teacher as it is asked for more intents."""
-    chat, path = teacher.style == "chat", models.resolve(teacher.model)
-    return Policy(
-        name="teacher",
-        model=teacher.model,
-        path=path,
-        revision=models.revision(teacher.model, teacher.revision),
-        render=_Render(chat, config.per_request, path, teacher.revision),
-        sampling=config.sampling,
-        engine=teacher.engine,
-        placement=teacher.placement,
-        describe={"style": teacher.style, "expand": [_HEAD, config.shown, config.per_request]},
-    )
+class IntentExpander:
+    """Filters of the known intents, pools to show, and counts of what happened to each line."""
 
-
-def expand_intents(recipe: Recipe, folder: str) -> int:
-    """Grow the training intents in ``folder`` by the teacher, up to ``intents.expand.target`` new ones; return how many.
-
-    Writes ``expanded.parquet`` (the new ones, their own text as subject) and ``train_expanded.parquet`` (all training
-    intents), with the columns and row groups of ``train.parquet``. What names a held-out subject, or is near a held-out
-    intent, stays out. Returns 0 and writes nothing where the recipe asks for no expansion.
-
-    Memory does not grow with the number of lines: the known intents are Bloom filters of a few dozen bytes each.
-
-    Raises:
-        UserError: the teacher can't be placed or refuses every request.
-    """
-    config = recipe.intents.expand
-    if config is None:
-        return 0
-    policy = expansion_policy(recipe.teacher, config)
-    train, heldout = (storage.join(folder, f"{name}.parquet") for name in ("train", "heldout"))
-    mark = _mark(policy, config, recipe.seed, train, heldout)
-    about = storage.join(folder, ABOUT)
-    if storage.exists(about) and storage.read_json(about)["mark"] == mark:
-        return int(storage.read_json(about)["intents"])
-    storage.remove(about)  # it vouches for the two files, which are about to be written
-    cluster.connect()
-    grow = _Growth(policy, config, recipe.seed, train, heldout)
-    with _writer(storage.join(folder, EXPANDED)) as writer:
-        for group in _row_groups(grow.passes(storage.join(recipe.storage, "expansion", mark), StageContext.of(recipe))):
-            writer.write_table(_table(group), row_group_size=ROW_GROUP)
-    with _writer(storage.join(folder, TRAIN)) as writer:
-        for uri in (train, storage.join(folder, EXPANDED)):
-            for table in _tables(uri):
-                writer.write_table(table, row_group_size=ROW_GROUP)
-    storage.write_json(about, {"mark": mark, "intents": grow.found, "reasons": dict(grow.reasons)})
-    print(grow.report(), file=sys.stderr)
-    return grow.found
-
-
-class _Growth:
-    """What is known while intents grow, and what became of each line."""
-
-    def __init__(self, policy: Policy, config: Expand, seed: int, train: str, heldout: str) -> None:
+    def __init__(self, policy: Policy, config: Expand, seed: int, intents: IntentPaths) -> None:
         self.policy, self.config, self.seed = policy, config, seed
-        self.found, self.asked, self.requests = 0, 0, 0
+        self.n_new, self.n_requests = 0, 0
         self.reasons: Counter[str] = Counter()
-        self.ended = ""
-        near = Deduplicate(near=config.near)
-        n_train = count_intents(train)
-        self.known = dedup.BloomDeduplicator(n_train + config.target, near)
-        self.near_heldout = dedup.BloomDeduplicator(count_intents(heldout) + config.target, near)
-        self.seeds: list[str] = []
-        self.grown: list[str] = []
-        places = range(n_train) if n_train <= POOL else random.Random(seed).sample(range(n_train), POOL)
-        chosen, at = set(places), 0
-        for table in _tables(train):
+        self.end_reason = ""
+        self.source_pool: list[str] = []
+        self.new_pool: list[str] = []
+        self.heldout_subjects = HeldOutSubjects()
+        n_train, n_heldout = count_intents(intents.train), count_intents(intents.heldout)
+        deduplicate = Deduplicate(near=config.near)
+        self._known = dedup.BloomDeduplicator(n_train + config.target, deduplicate)
+        self._heldout = dedup.BloomDeduplicator(n_heldout + config.target, deduplicate)
+        positions = range(n_train) if n_train <= POOL else random.Random(seed).sample(range(n_train), POOL)
+        pooled, start = set(positions), 0
+        for table in iter_intents(intents.train):
             texts = table.column("intent").to_pylist()
-            self.known.add_known(self.known.next, self._keys(texts))
-            self.seeds += [text for i, text in enumerate(texts, at) if i in chosen]
-            at += len(texts)
-        subjects = HeldOut()
-        for table in _tables(heldout):
-            self.near_heldout.add_known(self.near_heldout.next, self._keys(table.column("intent").to_pylist()))
-            subjects.add(table.column("subject").to_pylist())
-        self.subjects = subjects
+            self._known.add_known(self._known.next, self._keys(texts))
+            self.source_pool += [text for i, text in enumerate(texts, start) if i in pooled]
+            start += len(texts)
+        for table in iter_intents(intents.heldout):
+            self._heldout.add_known(self._heldout.next, self._keys(table.column("intent").to_pylist()))
+            self.heldout_subjects.add(table.column("subject").to_pylist())
 
-    def _keys(self, texts: list[str]) -> Any:
-        return dedup.compute_keys([("", TASK, text) for text in texts], self.config.near)
-
-    def passes(self, root: str, context: StageContext) -> Iterator[str]:
-        """New intents, until the target is reached or a pass brings too few."""
-        share, number = EXPECTED, 0
+    def run_passes(self, folder: str, context: StageContext) -> Iterator[str]:
+        """Yield new intents until the target is reached or a pass adds too few; each pass has a ledger under ``folder``."""
+        expected_yield, number = FIRST_YIELD, 0
         while True:
-            wanted = (self.config.target - self.found) / (self.config.per_request * share)
-            n = min(max(round(wanted + 0.5), LEAST), MOST)
-            ledger = storage.join(root, f"pass-{number:03d}")
-            requests = self._pass(number, n)
-            complete(self.policy, requests, ledger, f"expand, pass {number + 1}", context=context)
-            before = self.found
+            missing = (self.config.target - self.n_new) / (self.config.per_request * expected_yield)
+            n = min(max(round(missing + 0.5), MIN_REQUESTS), MAX_REQUESTS)
+            ledger = storage.join(folder, f"pass-{number:03d}")
+            complete(self.policy, self.pass_requests(number, n), ledger, f"expand, pass {number + 1}", context=context)
+            n_before = self.n_new
             for names in list_parts(ledger).values():
-                rows = read_shard(ledger, names).sort_by("variation").to_pylist()
-                yield from self._new(rows)
-            self.requests += n
-            self.asked += n * self.config.per_request
-            share = (self.found - before) / (n * self.config.per_request)
+                yield from self.accept_new(read_shard(ledger, names).sort_by("variation").to_pylist())
+            self.n_requests += n
+            expected_yield = (self.n_new - n_before) / (n * self.config.per_request)
             number += 1
-            if self.found >= self.config.target:
-                self.ended = "the target is reached"
+            if self.n_new >= self.config.target:
+                self.end_reason = "the target is reached"
                 return
-            if share < TOO_FEW:
-                self.ended = f"pass {number} brought too few, {share:.0%} of what it asked for"
+            if expected_yield < MIN_YIELD:
+                self.end_reason = f"pass {number} added too few, {expected_yield:.0%} of the requested lines"
                 return
 
-    def _pass(self, number: int, n: int) -> Requests:
-        """``n`` requests, each showing a draw of its own; up to a quarter of it are intents grown by earlier passes."""
-        policy, shown, seed, seeds, grown = self.policy, self.config.shown, self.seed, self.seeds, list(self.grown)
+    def pass_requests(self, number: int, n: int) -> Requests:
+        """Return the ``n`` requests of a pass; up to a quarter of the intents that each shows are new ones."""
+        policy, shown, seed, source, new = self.policy, self.config.shown, self.seed, self.source_pool, list(self.new_pool)
 
         def rows(shard: int) -> Iterator[Row]:
             for i in range(shard * SHARD, min((shard + 1) * SHARD, n)):
-                draw = random.Random(f"{seed}/{number}/{i}")
-                picked = draw.sample(grown, min(len(grown), shown // 4))
-                picked += draw.sample(seeds, min(len(seeds), shown - len(picked)))
-                draw.shuffle(picked)
-                listed = "\n".join(picked)
-                yield key_columns(policy, stable_id(listed), listed, TASK, i, round=number)
+                rng = random.Random(f"{seed}/{number}/{i}")
+                picks = rng.sample(new, min(len(new), shown // 4))
+                picks += rng.sample(source, min(len(source), shown - len(picks)))
+                rng.shuffle(picks)
+                text = "\n".join(picks)
+                yield key_columns(policy, stable_id(text), text, TASK, i, round=number)
 
         return Requests(n, -(-n // SHARD), rows, lambda shard: min((shard + 1) * SHARD, n) - shard * SHARD)
 
-    def _new(self, rows: list[Row]) -> Iterator[str]:
-        """The new intents of one shard, in order; the rest is counted."""
-        candidates: list[str] = []
-        for row in rows:
-            if row["error"]:
-                self.reasons[Reason.ENGINE_ERROR] += 1
-                continue
-            whole = row["finish_reason"] != "length"
-            first = row["intent"].count("\n") + 2
-            headless = self.policy.describe["style"] == "completion"
-            for text, reason in lines_of(row["completion"], first, self.config.per_request, headless, whole):
-                reason = reason or problem_of(text) or (Reason.HELD_OUT_SUBJECT if text in self.subjects else None)
-                if reason:
-                    self.reasons[reason] += 1
-                else:
-                    candidates.append(text)
+    def accept_new(self, rows: list[Row]) -> Iterator[str]:
+        """Yield the new intents among the lines of ``rows`` (completions), in order, and count the dropped lines."""
+        candidates = [text for row in rows for text in self._valid_lines(row)]
         keys = self._keys(candidates)
-        verdicts = self.known.check_and_add(self.known.next, keys)
-        self.reasons[Reason.DUPLICATE] += int((verdicts == dedup.EXACT).sum())
-        self.reasons[Reason.NEAR_DUPLICATE] += int((verdicts == dedup.NEAR).sum())
-        fresh = [i for i, verdict in enumerate(verdicts) if verdict == dedup.NEW]
-        # It adds them too. That changes nothing: what is near to one of these is found among the known first.
-        apart = self.near_heldout.check_and_add(self.near_heldout.next, keys[fresh])
-        self.reasons[Reason.NEAR_HELD_OUT] += int((apart != dedup.NEW).sum())
-        for i, verdict in zip(fresh, apart, strict=True):
-            if verdict != dedup.NEW:
+        verdicts = self._known.check_and_add(self._known.next, keys)
+        self.reasons[LineProblem.DUPLICATE] += int((verdicts == dedup.EXACT).sum())
+        self.reasons[LineProblem.NEAR_DUPLICATE] += int((verdicts == dedup.NEAR).sum())
+        fresh = np.flatnonzero(verdicts == dedup.NEW)
+        # This also adds the fresh ones to the held-out filter. That has no effect: a later line near to them is a duplicate.
+        heldout_verdicts = self._heldout.check_and_add(self._heldout.next, keys[fresh])
+        self.reasons[LineProblem.NEAR_HELD_OUT] += int((heldout_verdicts != dedup.NEW).sum())
+        for i in fresh[heldout_verdicts == dedup.NEW].tolist():
+            if self.n_new >= self.config.target:
+                self.reasons[LineProblem.SURPLUS] += 1
                 continue
-            if self.found >= self.config.target:
-                self.reasons[Reason.SURPLUS] += 1
-                continue
-            self.found += 1
-            if len(self.grown) < POOL:
-                self.grown.append(candidates[i])
+            self.n_new += 1
+            if len(self.new_pool) < POOL:
+                self.new_pool.append(candidates[i])
             yield candidates[i]
 
-    def report(self) -> str:
-        """The table that ends the expansion."""
+    def describe(self) -> str:
+        """Return the lines that end the expansion: the number of new intents, and the dropped lines by reason."""
+        n_lines = self.n_requests * self.config.per_request
         lines = [
-            f"expand: {self.found:,} new intents of {self.config.target:,}, from {self.requests:,} requests for"
-            f" {self.asked:,} lines ({self.found / max(self.asked, 1):.0%}); {self.ended}"
+            f"expand: {self.n_new:,} new intents of {self.config.target:,}, from {self.n_requests:,} requests for"
+            f" {n_lines:,} lines ({self.n_new / max(n_lines, 1):.0%}); {self.end_reason}"
         ]
         lines += [f"  dropped, {reason}: {n:,}" for reason, n in self.reasons.most_common() if n]
         return "\n".join(lines)
 
+    def _valid_lines(self, row: Row) -> Iterator[str]:
+        """Yield the lines of one completion that have no problem of their own, and count the others."""
+        if row["error"]:
+            self.reasons[LineProblem.ENGINE_ERROR] += 1
+            return
+        lines = parse_lines(
+            row["completion"],
+            first=row["intent"].count("\n") + 2,
+            n=self.config.per_request,
+            headless=self.policy.describe["style"] == "completion",
+            whole=row["finish_reason"] != "length",
+        )
+        for text, problem in lines:
+            problem = problem or find_problem(text)
+            if problem is None and text in self.heldout_subjects:
+                problem = LineProblem.HELD_OUT_SUBJECT
+            if problem:
+                self.reasons[problem] += 1
+            else:
+                yield text
 
-def _mark(policy: Policy, config: Expand, seed: int, *files: str) -> str:
-    digest = hashlib.sha256(json.dumps([policy.fingerprint, config.model_dump(), seed], sort_keys=True).encode())
-    for uri in files:
-        digest.update(uri.rsplit("/", 1)[-1].encode())
-        for table in _tables(uri):
-            digest.update("\n".join(table.column("intent").to_pylist()).encode())
-    return digest.hexdigest()[:16]
-
-
-def _tables(uri: str) -> Iterator[pa.Table]:
-    """Row groups of an intents file."""
-    fs, path = storage.open_filesystem(uri)
-    with fs.open_input_file(path) as source:
-        file = pq.ParquetFile(source)
-        for group in range(file.num_row_groups):
-            yield file.read_row_group(group)
-
-
-def _row_groups(texts: Iterator[str]) -> Iterator[list[str]]:
-    waiting: list[str] = []
-    for text in texts:
-        waiting.append(text)
-        if len(waiting) == ROW_GROUP:
-            yield waiting
-            waiting = []
-    if waiting:
-        yield waiting
+    def _keys(self, texts: list[str]) -> np.ndarray:
+        return dedup.compute_keys([("", TASK, text) for text in texts], self.config.near)
 
 
-def _table(texts: list[str]) -> pa.Table:
-    return pa.table([[stable_id(t) for t in texts], texts, [t.casefold() for t in texts]], schema=SCHEMA)
-
-
-@contextlib.contextmanager
-def _writer(uri: str) -> Iterator[pq.ParquetWriter]:
-    with storage.atomic_file(uri) as sink, pq.ParquetWriter(sink, SCHEMA, compression="zstd") as writer:
-        yield writer
+def _file_contents(*uris: str) -> Iterator[str]:
+    """Yield the name of each intents file and the texts of its row groups."""
+    for uri in uris:
+        yield uri.rsplit("/", 1)[-1]
+        for table in iter_intents(uri):
+            yield "\n".join(table.column("intent").to_pylist())

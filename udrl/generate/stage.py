@@ -1,40 +1,44 @@
 """The generate stage: intents x tasks x samples -> completions -> episodes and rejects, and the card that describes them."""
 
-import sys
+import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from udrl import cluster, storage
+from udrl import cluster, models, storage
 from udrl.context import StageContext
 from udrl.episodes import Reason
 from udrl.errors import UserError
-from udrl.generate import dry_run
-from udrl.generate.cost import describe_cost
+from udrl.generate.cost import compare_with_plan, describe_cost
 from udrl.generate.dataset_card import write_card
-from udrl.generate.prepare import Work, prepare
-from udrl.hashing import differences
+from udrl.generate.expand import expand_intents
+from udrl.hashing import fingerprint
+from udrl.intents import IntentSplit, split_intents
 from udrl.licenses import describe_license
 from udrl.policies.ledger import load_attempts
-from udrl.policies.policy import Row, resource_bundles
+from udrl.policies.policy import Policy, Row, resource_bundles
+from udrl.policies.requests import Requests, count_intents, intent_requests
 from udrl.policies.stage import complete
 from udrl.policies.statistics import CompletionStatistics
+from udrl.policies.teacher import teacher_policy
 from udrl.progress import duration
 from udrl.recipe import Recipe, dump
-from udrl.run import Run
+from udrl.run import Attempts, GenerateSummary, GenerationPlan, Manifest, Run
 from udrl.scoring.parsing import reject_reasons
 from udrl.scoring.score import ScoringResult, score
-from udrl.tasks import Task
+from udrl.tasks import Task, load_tasks
 
-SUMMARY = "generate.json"
-MEASURED = ("input_tokens", "output_tokens", "startup_seconds", "generation_seconds", "tokens_per_second", "cost")
+log = logging.getLogger(__name__)
+
+MAX_DIFFERENCES = 5  # that an error or a log line names
 
 
-def run(recipe: Recipe, engine_actor: type | None = None) -> dict[str, Any]:
-    """Make the run's episodes; return the summary that is also written as ``generate.json``.
+def run(recipe: Recipe, engine_actor: type | None = None) -> GenerateSummary:
+    """Make the run's episodes and return the summary that is also written as ``generate.json``.
 
-    The ledger of completions lies in a folder named after everything its rows depend on, so a changed recipe never mixes
-    with old rows: ``resume: always`` stops and names the change, ``if_possible`` starts a ledger anew beside the old one,
-    ``never`` deletes this recipe's rows first. ``engine_actor`` replaces the engine (see
+    The ledger of completions is in a folder named after the fingerprint of everything its rows depend on, so a changed recipe
+    never mixes with old rows: ``resume: always`` stops and names the change, ``if_possible`` starts another ledger next to the
+    old one, ``never`` deletes this recipe's rows first. ``engine_actor`` replaces the engine (see
     :class:`~udrl.context.StageContext`).
 
     Raises:
@@ -43,128 +47,227 @@ def run(recipe: Recipe, engine_actor: type | None = None) -> dict[str, Any]:
         StalledError: nothing was written for ``recipe.watchdog_minutes``.
     """
     context = StageContext.of(recipe, engine_actor)
+    paths = Run(recipe.storage)
     if recipe.resume == "never":
-        for name in ("intents", "expansion"):
-            storage.remove(storage.join(recipe.storage, name))
-    work = prepare(recipe)
-    _resume(recipe, work)
-    storage.write_bytes(storage.join(recipe.storage, "recipe.yaml"), dump(recipe).encode())
-    storage.write_json(storage.join(work.ledger, "about.json"), work.facts)
-    print(f"generate: {work.says}", file=sys.stderr)
-    done_file = storage.join(recipe.storage, SUMMARY)
-    before = storage.read_json(done_file) if storage.exists(done_file) else {}
+        storage.remove(paths.all_intents)
+        storage.remove(paths.expansions)
+    prepared = prepare_generation(recipe)
+    _apply_resume(recipe, prepared)
+    storage.write_bytes(paths.recipe, dump(recipe).encode())
+    prepared.manifest.save_to(prepared.ledger)
+    log.info("generate: %s", prepared.describe())
+    previous = GenerateSummary.load_if_exists(paths.generate_summary)
     cluster.connect()
-    done = complete(
-        work.policy,
-        work.requests,
-        work.ledger,
+    statistics = complete(
+        prepared.policy,
+        prepared.requests,
+        prepared.ledger,
         "generate",
-        inspect=Inspect(work.tasks),
+        inspect=RejectInspector(prepared.tasks),
         max_rejects=recipe.teacher.max_rejects,
         context=context,
     )
-    # The summary vouches for the episodes: it goes before scoring may clear them, and comes back when they are whole.
-    storage.remove(done_file)
-    scored = score(work.ledger, Run(recipe.storage).scoring, work.tasks, recipe.rewards, context=context)
-    summary = _summary(recipe, work, scored, done)
-    if summary["accepted"] + summary["rejected"] != summary["requested"]:
+    # The summary states that the episodes are complete: it is removed before scoring may delete them, and written after.
+    storage.remove(paths.generate_summary)
+    scored = score(prepared.ledger, paths.scoring, prepared.tasks, recipe.rewards, context=context)
+    if scored.total != prepared.n_prompts:
         raise RuntimeError(
-            f"accounting: {summary['accepted']} accepted + {summary['rejected']} rejected"
-            f" is not {summary['requested']} requested"
+            f"accounting: {scored.accepted} accepted + {scored.rejected} rejected is not {prepared.n_prompts} requested"
         )
-    if not done.rows and before.get("ledger") == work.mark:
-        summary |= {name: before[name] for name in MEASURED if name in before}  # nothing ran now: what was measured still holds
-    storage.write_json(done_file, summary)
-    write_card(recipe, summary, recipe.storage)
+    summary = _summarize(recipe, prepared, scored, statistics)
+    if previous and not statistics.rows and previous.ledger == summary.ledger:
+        summary = _copy_measurements(previous, summary)
+    summary.save(paths.generate_summary)
+    write_card(recipe, summary)
     return summary
 
 
-class Inspect:
-    """What the engine's last task asks of each completion: the reject reasons that it alone shows."""
+# ---- requests
+
+
+@dataclass(frozen=True)
+class PreparedGeneration:
+    """The requests of a recipe and their origin; ``manifest`` has everything that the ledger's rows depend on."""
+
+    run: Run
+    tasks: list[Task]
+    policy: Policy
+    requests: Requests
+    samples: int  # prompts for each intent and task
+    n_intents: int  # training intents, including those that the teacher added
+    split: IntentSplit
+    intents_fingerprint: str
+    manifest: Manifest
+
+    @property
+    def ledger(self) -> str:
+        return self.run.scoring.ledger(self.manifest.fingerprint)
+
+    @property
+    def n_prompts(self) -> int:
+        return self.n_intents * len(self.tasks) * self.samples
+
+    def describe(self) -> str:
+        """Return one line with the sizes of the run."""
+        return (
+            f"{self.n_intents:,} intents x {len(self.tasks)} tasks x {self.samples} samples = {self.n_prompts:,} prompts by"
+            f" {self.policy.model}, in {self.requests.shards:,} files; {self.split.n_heldout:,} intents held out"
+        )
+
+
+def prepare_generation(recipe: Recipe, expand: bool = True) -> PreparedGeneration:
+    """Read or compose the intents and define the requests.
+
+    No engine starts, unless the recipe has ``intents.expand`` and ``expand`` is true.
+
+    Raises:
+        UserError: intents, tasks, model or storage can't be used.
+    """
+    teacher, tasks = recipe.teacher, load_tasks(recipe.tasks)
+    storage.require_writable(recipe.storage)
+    policy = teacher_policy(teacher, tasks)
+    models.resolve(recipe.rewards.embedder)  # fail now, not after the generation is paid for
+    # Each source has its own folder, so that a run that is refused later has not touched the intents of another.
+    paths = Run(recipe.storage)
+    intents_fingerprint = fingerprint([recipe.intents.model_dump(), recipe.seed])
+    intents = paths.intents(intents_fingerprint)
+    split = split_intents(recipe.intents, recipe.seed, intents)
+    train, expansion = intents.train, None
+    if recipe.intents.expand and expand:
+        expansion = expand_intents(recipe, intents)
+        train = intents.train_expanded
+    n_intents = count_intents(train)
+    shard_size = teacher.shard_size or default_shard_size(n_intents * len(tasks) * teacher.samples)
+    names = [task.name for task in tasks]
+    # The keys are part of existing runs' fingerprints.
+    inputs: dict[str, Any] = {
+        "teacher": policy.fingerprint_inputs(),
+        "intents": recipe.intents.model_dump(),
+        "tasks": names,
+        "samples": teacher.samples,
+        "shard_size": shard_size,
+        "seed": recipe.seed,
+        "intents_digest": split.digest,
+        **({"expanded": expansion.fingerprint} if expansion else {}),
+    }
+    return PreparedGeneration(
+        run=paths,
+        tasks=tasks,
+        policy=policy,
+        requests=intent_requests(policy, train, names, teacher.samples, shard_size, teacher.structured),
+        samples=teacher.samples,
+        n_intents=n_intents,
+        split=split,
+        intents_fingerprint=intents_fingerprint,
+        manifest=Manifest.of(inputs),
+    )
+
+
+def default_shard_size(requests: int) -> int:
+    """Return the requests per file: at most about 4,096 files, each of which takes one engine minutes at most."""
+    return min(max(-(-requests // 4096), 128), 16384)
+
+
+class RejectInspector:
+    """Find the reject reasons of a completion that show without its neighbors; the last task of the engine stage calls it."""
 
     def __init__(self, tasks: Sequence[Task]) -> None:
-        self.tasks = {t.name: t for t in tasks}
+        self.tasks = {task.name: task for task in tasks}
 
     def __call__(self, row: Row) -> list[tuple[str, str]]:
         return reject_reasons(self.tasks[row["task"]], row)
 
 
-def _resume(recipe: Recipe, work: Work) -> None:
-    root = storage.join(recipe.storage, "completions")
+def _apply_resume(recipe: Recipe, prepared: PreparedGeneration) -> None:
+    """Delete this recipe's rows, or compare the recipe with the latest ledger, as ``recipe.resume`` says."""
+    scoring = prepared.run.scoring
     if recipe.resume == "never":
-        for stale in (work.ledger, *Run(recipe.storage).scoring.scored):
-            storage.remove(stale)
+        for folder in (prepared.ledger, *scoring.scored):
+            storage.remove(folder)
         return
-    if storage.exists(work.ledger):
+    ledgers = storage.list_folders(scoring.ledgers)
+    if not ledgers or prepared.manifest.fingerprint in ledgers:
         return
-    summary = storage.join(recipe.storage, SUMMARY)
-    others = storage.list_folders(root)
-    if not others:
-        return
-    latest = storage.read_json(summary)["ledger"] if storage.exists(summary) else others[-1]
-    old = storage.join(root, latest)
-    changed = "; ".join(differences(storage.read_json(storage.join(old, "about.json")), work.facts)[:5])
+    summary = GenerateSummary.load_if_exists(prepared.run.generate_summary)
+    latest = scoring.ledger(summary.ledger if summary else ledgers[-1])
+    manifest = Manifest.load_from(latest)
+    changes = manifest.differences(prepared.manifest) if manifest else [f"{latest} has no manifest"]
+    text = "; ".join(changes[:MAX_DIFFERENCES])
     if recipe.resume == "always":
         raise UserError(
-            f"{recipe.storage}: its completions were made with other settings: {changed}; undo the change, or set"
-            " resume=if_possible to start anew beside them"
+            f"{recipe.storage}: its completions were made with other settings: {text}; undo the change, or set"
+            " resume=if_possible to start another ledger next to them"
         )
-    print(f"generate: {changed}; starting anew, the old completions stay in {old}", file=sys.stderr)
+    log.warning("generate: %s; starting another ledger, the old completions stay in %s", text, latest)
 
 
-def _summary(recipe: Recipe, work: Work, scored: ScoringResult, done: CompletionStatistics) -> dict[str, Any]:
-    runs = load_attempts(work.ledger)
-    return {
-        "requested": work.prompts,
-        "accepted": scored.accepted,
-        "rejected": scored.rejected,
-        "reasons": scored.reasons,
-        "intents": work.folder.rsplit("/", 1)[-1],
-        "intents_train": work.n_train,
-        "intents_heldout": work.split.n_heldout,
-        "intents_left_out": work.split.reject_reasons,
-        "ledger": work.mark,
-        "scoring": scored.fingerprint,
-        "policy": work.policy.fingerprint,
-        "model": recipe.teacher.model,
-        "revision": work.policy.revision,
-        "license": describe_license(recipe.teacher.model),
-        "generated_now": done.rows,
-        "reused": done.reused,
-        "input_tokens": done.input_tokens,
-        "output_tokens": done.output_tokens,
-        "startup_seconds": round(done.startup_seconds, 1),
-        "generation_seconds": round(done.seconds, 1),
-        "tokens_per_second": round(done.tokens_per_second, 1),
-        "cost": _cost(recipe, work, done, scored.accepted),
-        "attempts": {
-            "runs": len(runs),
-            "unfinished": sum(not run.ended for run in runs),
-            "engine_hours": round(sum(run.seconds for run in runs) * recipe.teacher.placement.replicas / 3600, 4),
-        },
-    }
+# ---- summary
 
 
-def _cost(recipe: Recipe, work: Work, done: CompletionStatistics, accepted: int) -> list[str]:
-    if not done.rows:
-        return []
-    place = recipe.teacher.placement
-    lines = describe_cost(done, place, accepted, len(resource_bundles(recipe.teacher.engine, place)))
-    # A run that went on where another was killed took a part of the planned time.
-    return lines + ([] if done.reused else dry_run.compare(recipe, work.mark, done.seconds))
-
-
-def describe(summary: dict[str, Any]) -> str:
-    """The lines that end the job: what was asked, accepted and rejected by reason, and what it cost."""
-    total = max(summary["requested"], 1)
+def describe(summary: GenerateSummary) -> str:
+    """Return the lines that end the job: accepted and rejected prompts, rejects by reason, and the cost."""
+    total = max(summary.requested or 0, 1)
     lines = [
-        f"episodes: {summary['accepted']:,} accepted of {summary['requested']:,} ({100 * summary['accepted'] / total:.0f}%);"
-        f" {summary['reused']:,} requests reused, {summary['generated_now']:,} made now"
-        f" in {duration(summary['generation_seconds'])} at {summary['tokens_per_second']:,.0f} tokens/s"
+        f"episodes: {summary.accepted:,} accepted of {summary.requested:,} ({100 * summary.accepted / total:.0f}%);"
+        f" {summary.reused:,} requests reused, {summary.generated_now:,} made now"
+        f" in {duration(summary.generation_seconds)} at {summary.tokens_per_second:,.0f} tokens/s"
     ]
     order = {str(reason): i for i, reason in enumerate(Reason)}
-    for reason, n in sorted(summary["reasons"].items(), key=lambda pair: (-pair[1], order.get(pair[0], 99))):
+    for reason, n in sorted(summary.reasons.items(), key=lambda pair: (-pair[1], order.get(pair[0], 99))):
         lines.append(f"  rejected, {reason:<16} {n:>12,} {100 * n / total:6.1f}%")
-    for reason, n in sorted(summary["intents_left_out"].items()):
+    for reason, n in sorted(summary.intents_left_out.items()):
         lines.append(f"  intents left out, {reason}: {n:,}")
-    return "\n".join([*lines, *summary["cost"]])
+    return "\n".join([*lines, *summary.cost])
+
+
+def _summarize(
+    recipe: Recipe, prepared: PreparedGeneration, scored: ScoringResult, statistics: CompletionStatistics
+) -> GenerateSummary:
+    placement = recipe.teacher.placement
+    attempts = load_attempts(prepared.ledger)
+    return GenerateSummary(
+        requested=prepared.n_prompts,
+        accepted=scored.accepted,
+        rejected=scored.rejected,
+        reasons=scored.reasons,
+        intents=prepared.intents_fingerprint,
+        intents_train=prepared.n_intents,
+        intents_heldout=prepared.split.n_heldout,
+        intents_left_out=prepared.split.reject_reasons,
+        ledger=prepared.manifest.fingerprint,
+        scoring=scored.fingerprint,
+        policy=prepared.policy.fingerprint,
+        model=recipe.teacher.model,
+        revision=prepared.policy.revision,
+        license=describe_license(recipe.teacher.model),
+        generated_now=statistics.rows,
+        reused=statistics.reused,
+        input_tokens=statistics.input_tokens,
+        output_tokens=statistics.output_tokens,
+        startup_seconds=round(statistics.startup_seconds, 1),
+        generation_seconds=round(statistics.seconds, 1),
+        tokens_per_second=round(statistics.tokens_per_second, 1),
+        cost=_cost_lines(recipe, prepared, scored.accepted, statistics),
+        attempts=Attempts(
+            runs=len(attempts),
+            unfinished=sum(not attempt.ended for attempt in attempts),
+            engine_hours=round(sum(attempt.seconds for attempt in attempts) * placement.replicas / 3600, 4),
+        ),
+    )
+
+
+def _cost_lines(recipe: Recipe, prepared: PreparedGeneration, accepted: int, statistics: CompletionStatistics) -> list[str]:
+    if not statistics.rows:
+        return []
+    placement = recipe.teacher.placement
+    lines = describe_cost(statistics, placement, accepted, len(resource_bundles(recipe.teacher.engine, placement)))
+    if statistics.reused:  # a resumed run took only a part of the planned time
+        return lines
+    plan = GenerationPlan.load_if_exists(prepared.run.plan)
+    return lines + compare_with_plan(plan, prepared.manifest.fingerprint, statistics.seconds)
+
+
+def _copy_measurements(previous: GenerateSummary, summary: GenerateSummary) -> GenerateSummary:
+    """Return ``summary`` with the tokens, times and cost that were measured when the completions were made."""
+    names = {"input_tokens", "output_tokens", "startup_seconds", "generation_seconds", "tokens_per_second", "cost"}
+    return summary.model_copy(update=previous.model_dump(include=names))

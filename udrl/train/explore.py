@@ -19,8 +19,7 @@ from udrl import cluster, storage
 from udrl.commands import ANY, Command, CommandVocabulary
 from udrl.context import StageContext
 from udrl.errors import UserError
-from udrl.generate.prepare import shard_size
-from udrl.generate.stage import Inspect
+from udrl.generate.stage import RejectInspector, default_shard_size
 from udrl.hashing import stable_id
 from udrl.policies.policy import Policy, Row
 from udrl.policies.requests import Requests, count_intents, key_columns, read_intents
@@ -118,7 +117,7 @@ def exploration_requests(
     n_in_file = count_intents(intents)
     n_drawn = min(n_intents, n_in_file)
     per_intent = len(distributions) * samples
-    per_shard = max(1, shard_size(n_drawn * per_intent) // per_intent)
+    per_shard = max(1, default_shard_size(n_drawn * per_intent) // per_intent)
 
     def bounds(shard: int) -> tuple[int, int]:
         return shard * per_shard, min((shard + 1) * per_shard, n_drawn)
@@ -241,7 +240,7 @@ def explore(
     )
     cluster.connect()
     label = f"round {round_}: explore"
-    complete(exploration.policy, requests, exploration.ledger, label, inspect=Inspect(tasks), context=context)
+    complete(exploration.policy, requests, exploration.ledger, label, inspect=RejectInspector(tasks), context=context)
 
 
 def _load_or_fit_distributions(

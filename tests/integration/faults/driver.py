@@ -1,6 +1,6 @@
-"""A driver for the kill tests: ``python driver.py RECIPE ENGINE [all]``, the whole generate stage or its engine part alone.
+"""A driver for the kill tests: ``python driver.py RECIPE ENGINE [all]``, the whole generate stage or only its engine part.
 
-The engines log every request that they take, so a test can count what was paid for twice.
+The engines log every request that they take, so that a test can count the requests that were generated twice.
 """
 
 import asyncio
@@ -35,10 +35,10 @@ class LoggedDummy(DummyEngine):
 
 
 class Stuck(DummyEngine):
-    """Takes requests and never answers."""
+    """Take requests and never answer."""
 
     async def answer(self, row: dict[str, Any]) -> dict[str, Any]:
-        self.never = asyncio.get_running_loop().create_future()  # kept, or it would be collected and the wait with it
+        self.never = asyncio.get_running_loop().create_future()  # an attribute, or it would be garbage-collected
         return await self.never
 
 
@@ -49,16 +49,15 @@ def main(argv: list[str]) -> None:
     from udrl import cluster
     from udrl.command_line import load
     from udrl.generate import stage as generate
-    from udrl.generate.prepare import prepare
     from udrl.policies.stage import complete
 
     recipe, engine = load(argv[0]), ENGINES[argv[1]]
     if "all" in argv:
         generate.run(recipe, engine_actor=engine)
     else:
-        work = prepare(recipe)
+        prepared = generate.prepare_generation(recipe)
         cluster.connect()
-        complete(work.policy, work.requests, work.ledger, "generate", context=StageContext.of(recipe, engine))
+        complete(prepared.policy, prepared.requests, prepared.ledger, "generate", context=StageContext.of(recipe, engine))
 
 
 if __name__ == "__main__":

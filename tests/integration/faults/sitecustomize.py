@@ -1,8 +1,8 @@
 """Faults for the kill tests, in every process that finds this folder on PYTHONPATH.
 
-A fault is a file in $UDRL_FAULTS, named ``<when>-<what>-<n>``: before or after the n-th file of a ledger appears, or the
-note that makes the checkpoint of step n whole, ``kill`` the process that writes it, or ``hold`` it until the fault is gone.
-The process that meets a fault claims it by renaming it, so that it strikes once.
+A fault is a file in $UDRL_FAULTS, named ``<when>-<action>-<n>``: before or after the n-th file of a ledger appears, or the
+note that completes the checkpoint of step n, ``kill`` the process that writes it, or ``hold`` it until the fault is removed.
+The first process that reaches a fault claims it by renaming it, so that it strikes once.
 """
 
 import os
@@ -24,15 +24,15 @@ def _strike(when: str, target: str) -> None:
     for fault in sorted(os.listdir(_folder)):
         if fault.endswith(".struck") or not fault.startswith(when):
             continue
-        _, what, at = fault.split("-")
+        _, action, at = fault.split("-")
         if written < int(at):
             continue
         struck = os.path.join(_folder, f"{fault}.struck")
         try:
             os.rename(os.path.join(_folder, fault), struck)
-        except FileNotFoundError:  # another process met it first
+        except FileNotFoundError:  # another process reached it first
             continue
-        if what == "kill":
+        if action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         while os.path.exists(struck):
             time.sleep(0.05)
