@@ -198,6 +198,55 @@ class EvaluationPaths:
         """Completions and judgments, kept for the next evaluation."""
         return storage.join(self.folder, "work")
 
+    def policy(self, name: str, fingerprint: str) -> "EvaluatedPolicyPaths":
+        return EvaluatedPolicyPaths(storage.join(self.work, f"{name}-{fingerprint}"))
+
+    def speed(self, name: str, fingerprint: str) -> str:
+        """Latency and throughput of a policy, measured before it writes."""
+        return storage.join(self.work, f"speed-{name}-{fingerprint}.json")
+
+    def judge(self, name: str, fingerprint: str) -> "JudgePaths":
+        return JudgePaths(storage.join(self.work, f"judge-{name}-{fingerprint}"))
+
+
+@dataclass(frozen=True)
+class EvaluatedPolicyPaths:
+    """What one policy wrote in an evaluation, and how fast."""
+
+    folder: str
+
+    @property
+    def completions(self) -> str:
+        """The only ledger of the folder."""
+        return self.scoring.ledgers
+
+    @property
+    def scoring(self) -> ScoringPaths:
+        return ScoringPaths(self.folder)
+
+    @property
+    def rates(self) -> str:
+        return storage.join(self.folder, "speed.json")
+
+
+@dataclass(frozen=True)
+class JudgePaths:
+    """Questions to a judge and its answers, in files of the same names."""
+
+    folder: str
+
+    @property
+    def questions(self) -> str:
+        return storage.join(self.folder, "asked")
+
+    @property
+    def scores(self) -> str:
+        return storage.join(self.folder, "scores")
+
+    @property
+    def rate(self) -> str:
+        return storage.join(self.folder, "rate.json")
+
 
 @dataclass(frozen=True)
 class Run:

@@ -1,4 +1,4 @@
-"""All judges for real on twenty hand-written pairs: bundled models, Ray Data, vLLM."""
+"""Real judges on twenty hand-written pairs: bundled models, Ray Data, vLLM."""
 
 from typing import Any
 
@@ -7,10 +7,12 @@ import pyarrow as pa
 import pytest
 
 from udrl import storage
-from udrl.evaluate.judges import ask, embedding, judge_pairwise, judge_pointwise
-from udrl.evaluate.judges.validation import controls, shuffled, validate
+from udrl.evaluate.judges.answers import load_embedder
+from udrl.evaluate.judges.judging import JudgedOutputs, ask_judges, compare_pairs, score_pairs
+from udrl.evaluate.judges.validation import make_controls, shuffle_intents, validate
 from udrl.evaluate.outputs import OUTPUTS, columns, select
 from udrl.recipe import Judge, Recipe
+from udrl.run import EvaluationPaths, JudgePaths, Run
 from udrl.tasks import load_tasks
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -48,126 +50,134 @@ JUDGES = [
 
 def row(policy: str, number: int, prompt: str) -> dict[str, Any]:
     blank: dict[str, Any] = {"string": "", "int64": 0, "int32": 0, "float": 0.5}
-    given = {"policy": policy, "intent_id": number, "intent": PAIRS[number][0], "task": TASKS[0].name}
-    return {f.name: blank[str(f.type)] for f in OUTPUTS} | given | {"probe": "default", "prompt": prompt}
+    keys = {"policy": policy, "intent_id": number, "intent": PAIRS[number][0], "task": TASKS[0].name}
+    return {f.name: blank[str(f.type)] for f in OUTPUTS} | keys | {"probe": "default", "prompt": prompt}
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     values: dict[str, Any] = {"name": "judges", "storage": str(tmp_path_factory.mktemp("judges")), "tasks": ["text_to_image"]}
     values |= {"intents": {"limit": 9}, "evaluate": {"judges": [judge.model_dump() for judge in JUDGES]}}
-    # Nothing is trained here; a recipe lets no judge use the embedder that made the reward.
+    # A judge may not be the embedder that made the reward; nothing is trained here.
     return Recipe.model_validate({**values, "rewards": {"embedder": "bundled:smollm2-135m-instruct"}})
 
 
 @pytest.fixture(scope="module")
 def outputs() -> pa.Table:
-    """A teacher that wrote what was asked for, and a student that wrote half of it for other intents."""
-    others = dict(zip(shuffled([i for i, _ in PAIRS], ["t"] * len(PAIRS)), [p for _, p in PAIRS], strict=True))
+    """A teacher that kept to the intents, and a student that wrote every second prompt for another intent."""
+    others = shuffle_intents([intent for intent, _ in PAIRS], ["t"] * len(PAIRS))
+    shuffled = dict(zip(others, [prompt for _, prompt in PAIRS], strict=True))
     rows = [row("teacher", n, prompt) for n, (_, prompt) in enumerate(PAIRS)]
-    rows += [row("student", n, others[intent] if n % 2 else prompt + " Bright.") for n, (intent, prompt) in enumerate(PAIRS)]
+    rows += [row("student", n, shuffled[intent] if n % 2 else prompt + " Bright.") for n, (intent, prompt) in enumerate(PAIRS)]
     return pa.Table.from_pylist(rows, schema=OUTPUTS)
 
 
-Asked = tuple[pa.Table, pa.Table, dict[str, Any]]
+@pytest.fixture(scope="module")
+def evaluation(recipe: Recipe) -> EvaluationPaths:
+    return Run(recipe.storage).evaluation("evaluation")
 
 
 @pytest.fixture(scope="module")
-def asked(recipe: Recipe, outputs: pa.Table) -> Asked:
-    return ask(recipe, TASKS, outputs, storage.join(recipe.storage, "work"))
+def judged(recipe: Recipe, outputs: pa.Table, evaluation: EvaluationPaths) -> JudgedOutputs:
+    return ask_judges(recipe, TASKS, outputs, evaluation)
+
+
+def scores_of(judged: JudgedOutputs, policy: str, judge: str) -> np.ndarray:
+    rows = columns(judged.outputs)
+    return select(rows, rows["policy"] == policy)["judge_" + judge]
 
 
 @pytest.mark.parametrize("name", ["likelihood", "embedding"])
-def test_the_mean_of_a_judge_rises_as_better_prompts_are_mixed_in(asked: Asked, name: str) -> None:
-    rows = columns(asked[0])
-    true = select(rows, rows["policy"] == "teacher")["judge_" + name]
-    student = select(rows, rows["policy"] == "student")["judge_" + name]
+def test_the_mean_score_rises_as_better_prompts_are_mixed_in(judged: JudgedOutputs, name: str) -> None:
+    true, student = scores_of(judged, "teacher", name), scores_of(judged, "student", name)
     assert not np.isnan([*true, *student]).any()
-    wrong = student[1::2]
-    means = [np.mean([*wrong, *true[:n]]) for n in (0, 5, 10, 20)]
+    unrelated = student[1::2]
+    means = [np.mean([*unrelated, *true[:n]]) for n in (0, 5, 10, 20)]
     assert means == sorted(means)
     assert means[-1] > means[0]
 
 
-def test_every_judge_says_how_well_it_tells_true_pairs_from_controls(asked: Asked) -> None:
-    facts = asked[2]
-    assert set(facts) == {"likelihood", "embedding", "rubric", "pairwise"}
-    for found in facts.values():
-        assert found["pairs"] == len(PAIRS)
-        assert set(found["tasks"]) == {"text_to_image"}
-        assert all(0 <= area <= 1 for area in found["auc"].values())
-    assert [found["of_teacher"] for found in facts.values()] == [True, False, True, True]
+def test_every_judge_is_validated_on_true_pairs_and_controls(judged: JudgedOutputs) -> None:
+    profiles = judged.judges
+    assert {name: profile.is_teacher for name, profile in profiles.items()} == {
+        "likelihood": True,
+        "embedding": False,
+        "rubric": True,
+        "pairwise": True,
+    }
+    for profile in profiles.values():
+        assert profile.pairs == len(PAIRS)
+        assert set(profile.tasks) == {"text_to_image"}
+        assert all(area is not None and 0 <= area <= 1 for area in profile.auc.values())
     for name in ("likelihood", "embedding"):
-        assert facts[name]["auc"]["shuffled"] > 0.95
-        assert facts[name]["believable"]
-        assert facts[name]["auc"]["echo"] < 0.5, "neither sees that an echo adds nothing"
-        assert facts[name]["ratio"]
-        scores = select(rows := columns(asked[0]), rows["policy"] == "teacher")["judge_" + name]
-        assert 0 < facts[name]["unrelated"] < scores.mean() / 2, "it lies low, but nothing says that it lies at 0"
-    assert facts["rubric"]["parse_failures"] < 0.1
-    assert facts["pairwise"]["parse_failures"] < 0.1
+        profile = profiles[name]
+        assert profile.auc["shuffled"] > 0.95
+        assert profile.validated
+        assert profile.auc["echo"] < 0.5, "neither sees that an echo adds nothing"
+        assert profile.ratio_scale
+        mean = scores_of(judged, "teacher", name).mean()
+        assert 0 < profile.unrelated_score < mean / 2, "it is low, but nothing makes it 0"
+    assert profiles["rubric"].parse_failures < 0.1
+    assert profiles["pairwise"].parse_failures < 0.1
 
 
-def test_a_small_judge_that_compares_answers_in_both_orders(asked: Asked) -> None:
-    table = asked[1]
+def test_a_small_pairwise_judge_answers_in_both_orders(judged: JudgedOutputs) -> None:
+    table = judged.comparisons
     assert table.num_rows == len(PAIRS)
     assert set(table["other"].to_pylist()) == {"teacher"}
-    both = np.array([table["first"].to_pylist(), table["second"].to_pylist()])
-    assert ((both > 0) & (both < 1)).all(), "probabilities, not drawn answers"
-    assert asked[2]["pairwise"]["position_bias"] == pytest.approx(float(np.mean(both[0] - both[1])), abs=1e-6)
+    orders = np.array([table["first"].to_pylist(), table["second"].to_pylist()])
+    assert ((orders > 0) & (orders < 1)).all(), "probabilities, not sampled answers"
+    bias = float(np.mean(orders[0] - orders[1]))
+    assert judged.judges["pairwise"].position_bias == pytest.approx(bias, abs=1e-6)
 
 
-def test_a_second_evaluation_starts_no_pass_and_finds_the_same(
-    asked: Asked, recipe: Recipe, outputs: pa.Table, monkeypatch: pytest.MonkeyPatch
+def test_a_second_evaluation_starts_no_pass_and_gives_the_same_results(
+    judged: JudgedOutputs, recipe: Recipe, outputs: pa.Table, evaluation: EvaluationPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray
 
-    def no_pass(*_: object, **__: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise AssertionError("a pass was started")
 
     for name in ("range", "from_items", "from_arrow"):
-        monkeypatch.setattr(ray.data, name, no_pass)
-    work = storage.join(recipe.storage, "work")
-    filled, compared, facts = ask(recipe, TASKS, outputs, work)
-    assert filled.equals(asked[0])
-    assert compared.equals(asked[1])
-    assert facts == asked[2]
-    # Sides swapped: the other's preference, from the same answers.
-    wrote = {(r["policy"], r["intent_id"]): r["prompt"] for r in outputs.to_pylist()}
-    rows = compared.to_pylist()
-    sides = [
-        {"pair_id": n, "intent_id": n, "intent": PAIRS[n][0], "task": TASKS[0].name}
-        | {"prompt": wrote["teacher", n], "other_prompt": wrote["student", n]}
+        monkeypatch.setattr(ray.data, name, fail)
+    again = ask_judges(recipe, TASKS, outputs, evaluation)
+    assert again.outputs.equals(judged.outputs)
+    assert again.comparisons.equals(judged.comparisons)
+    assert again.judges == judged.judges
+    # With the prompts swapped, the same answers give the other's preference.
+    prompt_of = {(r["policy"], r["intent_id"]): r["prompt"] for r in outputs.to_pylist()}
+    rows = again.comparisons.to_pylist()
+    swapped_pairs = [
+        {"intent_id": n, "intent": PAIRS[n][0], "task": TASKS[0].name}
+        | {"prompt": prompt_of["teacher", n], "other_prompt": prompt_of["student", n]}
         for n in (r["intent_id"] for r in rows)
     ]
-    table = pa.Table.from_pylist(sides)
-    swapped, _ = judge_pairwise(JUDGES[3], table, work, TASKS, recipe)
-    assert swapped["first"].to_pylist() == pytest.approx([1 - r["second"] for r in rows], abs=1e-6)
-    assert swapped["second"].to_pylist() == pytest.approx([1 - r["first"] for r in rows], abs=1e-6)
+    swapped, _ = compare_pairs(JUDGES[3], swapped_pairs, recipe, TASKS, evaluation)
+    assert [c.first for c in swapped] == pytest.approx([1 - r["second"] for r in rows], abs=1e-6)
+    assert [c.second for c in swapped] == pytest.approx([1 - r["first"] for r in rows], abs=1e-6)
 
 
-def test_a_killed_pass_asks_what_is_missing_alone(asked: Asked, recipe: Recipe) -> None:
-    work = storage.join(recipe.storage, "work")
-    [folder] = [storage.join(work, name) for name in storage.list_folders(work) if "embedding" in name]
-    [part] = storage.list_files(storage.join(folder, "scores"))
-    before = storage.read_table(storage.join(folder, "scores", part))
-    storage.remove(storage.join(folder, "scores", part))
-    pairs = pa.Table.from_pylist(
-        [{"pair_id": 0, "intent_id": 0, "intent": PAIRS[0][0], "task": TASKS[0].name, "prompt": PAIRS[0][1]}]
-    )
-    scores, _ = judge_pointwise(JUDGES[1], pairs, work, TASKS, recipe)
-    after = storage.read_table(storage.join(folder, "scores", part))
+def test_a_killed_pass_asks_only_what_is_missing(judged: JudgedOutputs, recipe: Recipe, evaluation: EvaluationPaths) -> None:
+    [folder] = [name for name in storage.list_folders(evaluation.work) if "embedding" in name]
+    paths = JudgePaths(storage.join(evaluation.work, folder))
+    [part] = [storage.join(paths.scores, name) for name in storage.list_files(paths.scores)]
+    before = storage.read_table(part)
+    storage.remove(part)
+    pairs = [{"intent_id": 0, "intent": PAIRS[0][0], "task": TASKS[0].name, "prompt": PAIRS[0][1]}]
+    scores, _ = score_pairs(JUDGES[1], pairs, recipe, TASKS, evaluation)
+    after = storage.read_table(part)
     assert after["episode_id"].equals(before["episode_id"])
     assert after["score"].to_numpy() == pytest.approx(before["score"].to_numpy(), abs=1e-5)
-    assert scores[0] == pytest.approx(asked[0]["judge_embedding"][0].as_py(), abs=1e-5)
+    assert scores[0] == pytest.approx(judged.outputs["judge_embedding"][0].as_py(), abs=1e-5)
 
 
-def test_the_mean_states_of_a_language_model_make_cosines_that_validation_does_not_believe() -> None:
+def test_cosines_of_a_language_model_s_mean_states_do_not_validate() -> None:
     intents, prompts, tasks = [i for i, _ in PAIRS], [p for _, p in PAIRS], ["t"] * len(PAIRS)
-    made = controls(intents, prompts, tasks, 0)
-    embedder = embedding.load("bundled:smollm2-135m-instruct", 32)
+    controls = make_controls(intents, prompts, tasks, 0)
+    embedder = load_embedder("bundled:smollm2-135m-instruct", 32)
     true = embedder.relevance(intents, prompts).astype(float)
-    scores = embedder.relevance(made["intent"].to_pylist(), made["prompt"].to_pylist()).astype(float)
-    assert min(np.median(true), np.median(scores)) > 0.85, "all alike, whatever they are of"
-    found = validate(true, scores, made, tasks)
-    assert (found["believable"], found["ratio"]) == (False, False)
+    scores = embedder.relevance(controls["intent"].to_pylist(), controls["prompt"].to_pylist()).astype(float)
+    assert min(np.median(true), np.median(scores)) > 0.85, "all cosines are high"
+    validation = validate(true, scores, controls, tasks)
+    assert (validation.validated, validation.ratio_scale) == (False, False)

@@ -14,14 +14,16 @@ from fakes.fake_vocabulary import fake_vocabulary
 from udrl import command_line, storage
 from udrl.commands import ANY, CommandVocabulary
 from udrl.errors import UserError
-from udrl.evaluate import evaluated_policies as contenders
 from udrl.evaluate import stage as evaluate
+from udrl.evaluate.evaluated_intents import EvaluatedIntent, sample_stream, select_intents
+from udrl.evaluate.evaluated_policies import student_requests
 from udrl.evaluate.metrics import compute as metrics
 from udrl.evaluate.outputs import OUTPUTS
 from udrl.evaluate.report import write_report as report
 from udrl.policies.requests import key_columns
 from udrl.policies.teacher import teacher_policy
 from udrl.recipe import Recipe, Teacher
+from udrl.run import GenerateSummary, Run
 from udrl.tasks import load_tasks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,30 +38,30 @@ def vocabulary(objective: str) -> CommandVocabulary:
     return fake_vocabulary(["image_search"], max_words=20, reward_bins=3, objective=objective)
 
 
-def test_heldout_intents_are_those_of_the_run_whose_episodes_are_used(tmp_path: Path) -> None:
+def test_held_out_intents_come_from_the_run_whose_episodes_are_used(tmp_path: Path) -> None:
     other = str(tmp_path / "other")
     table = pa.table({"intent_id": [1, 2], "intent": ["an owl", "a fox"], "subject": ["owl", "fox"]})
-    storage.write_table(storage.join(other, "intents", "here", "heldout.parquet"), table)
-    storage.write_json(storage.join(other, "generate.json"), {"intents": "here"})
-    assert evaluate._intents(values(tmp_path, episodes_from=other))[0] == [(1, "an owl"), (2, "a fox")]
+    storage.write_table(Run(other).intents("here").heldout, table)
+    GenerateSummary(accepted=0, intents="here", ledger="", scoring="").save(Run(other).generate_summary)
+    assert select_intents(values(tmp_path, episodes_from=other))[0] == [(1, "an owl"), (2, "a fox")]
     with pytest.raises(UserError, match="mine: no finished generate stage"):
-        evaluate._intents(values(tmp_path))
+        select_intents(values(tmp_path))
 
 
-def test_a_student_of_plain_fine_tuning_is_not_asked_for_lengths_and_rewards(tmp_path: Path) -> None:
+def test_a_plainly_fine_tuned_student_gets_no_commands(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     tasks = load_tasks(["image_search"])
     policy = teacher_policy(Teacher(model=str(tmp_path)), tasks)
-    asked = {
-        objective: contenders._student_requests(policy, vocabulary(objective), tasks, [(1, "an owl")], values(tmp_path))
+    requests = {
+        objective: student_requests(policy, vocabulary(objective), tasks, [EvaluatedIntent(1, "an owl")], values(tmp_path))
         for objective in ("udrl", "sft")
     }
-    assert {row["probe"] for row in asked["udrl"]} == {"default", "length", "reach", "reward"}
-    assert {(row["probe"], row["command_words"], row["command_reward"]) for row in asked["sft"]} == {("default", ANY, ANY)}
-    assert len(asked["sft"]) == 2
+    assert {row["probe"] for row in requests["udrl"]} == {"default", "length", "reach", "reward"}
+    assert {(row["probe"], row["command_words"], row["command_reward"]) for row in requests["sft"]} == {("default", ANY, ANY)}
+    assert len(requests["sft"]) == 2
 
 
-def test_its_report_is_whole_without_control_curves(tmp_path: Path) -> None:
+def test_its_report_is_complete_without_control_curves(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     tasks = load_tasks(["image_search"])
     policy = teacher_policy(Teacher(model=str(tmp_path)), tasks)
@@ -72,7 +74,7 @@ def test_its_report_is_whole_without_control_curves(tmp_path: Path) -> None:
             rows.append({name: row[name] for name in OUTPUTS.names})
     outputs = pa.Table.from_pylist(rows, schema=OUTPUTS)
     measured = metrics.compute(outputs, tasks=tasks, judges={}, pairwise=None, training=None, embed=None, bootstrap=100, seed=0)
-    evaluate.without_commands(measured, vocabulary("sft"))
+    measured = evaluate.explain_missing_commands(measured, vocabulary("sft"))
     policies = {name: name for name in ("student", "teacher")}
     document = made_up.document(("image_search",), policies, judges={}, **dict(measured))
     files = report.write(str(tmp_path / "evaluation"), outputs, document)
@@ -82,29 +84,29 @@ def test_its_report_is_whole_without_control_curves(tmp_path: Path) -> None:
     assert not [name for name in files if "control" in name]
 
 
-def test_intents_that_the_run_was_not_made_with_are_evaluated_on(tmp_path: Path) -> None:
+def test_intents_of_another_source_can_be_evaluated(tmp_path: Path) -> None:
     (tmp_path / "requests.tsv").write_text("category\tprompt\nred\ta red bench\nred\ta green car\n")
     source = str(tmp_path / "requests.tsv")
     by_intents = values(tmp_path, intents={"source": source, "column": "prompt"})
     by_evaluate = values(tmp_path, evaluate={"source": source, "column": "prompt", "intents": 1})
     storage.write_bytes(storage.join(by_intents.storage, "recipe.yaml"), b"intents: {source: 'builtin:composer'}")
-    chosen, said = evaluate._intents(by_intents)
-    assert [text for _, text in chosen] == ["a red bench", "a green car"]
-    assert said == source
-    assert [text for _, text in evaluate._intents(by_evaluate)[0]] == ["a red bench"]
+    intents, origin = select_intents(by_intents)
+    assert [text for _, text in intents] == ["a red bench", "a green car"]
+    assert origin == source
+    assert [text for _, text in select_intents(by_evaluate)[0]] == ["a red bench"]
 
 
-def test_intents_of_a_longer_source_are_drawn_from_all_of_it() -> None:
+def test_a_long_source_is_sampled_uniformly_and_in_its_order() -> None:
     lines = [str(i) for i in range(100)]
-    drawn = [evaluate._drawn(iter(lines), 10, seed) for seed in range(300)]
-    assert all(len(set(some)) == 10 and [int(x) for x in some] == sorted(map(int, some)) for some in drawn)
-    often = np.bincount(np.array(drawn, dtype=int).ravel(), minlength=100)
-    assert 10 < often.min() <= often.max() < 55  # 30 expected; 5 is the standard deviation
-    assert evaluate._drawn(iter(lines[:3]), 10, 0) == ["0", "1", "2"]
+    samples = [sample_stream(iter(lines), 10, seed) for seed in range(300)]
+    assert all(len(set(sample)) == 10 and [int(x) for x in sample] == sorted(map(int, sample)) for sample in samples)
+    counts = np.bincount(np.array(samples, dtype=int).ravel(), minlength=100)
+    assert 10 < counts.min() <= counts.max() < 55  # 30 expected; 5 is the standard deviation
+    assert sample_stream(iter(lines[:3]), 10, 0) == ["0", "1", "2"]
 
 
 @pytest.mark.parametrize("name", ["ablation-sft", "ablation-sft-top", "rounds"])
-def test_the_ablations_differ_from_quickstart_where_they_say(name: str) -> None:
+def test_the_ablations_differ_from_quickstart_only_in_their_subject(name: str) -> None:
     ours, base = (command_line.load(str(ROOT / "recipes" / f"{n}.yaml")).model_dump() for n in (name, "quickstart"))
     changed = {key for key in ours if ours[key] != base[key]}
     assert changed == {"name", "storage", *({"rounds", "explore"} if name == "rounds" else {"episodes_from", "train"})}
@@ -112,7 +114,7 @@ def test_the_ablations_differ_from_quickstart_where_they_say(name: str) -> None:
     assert tuned == (set() if name == "rounds" else {"objective"})  # the same steps and settings
 
 
-def test_a_pipeline_on_another_run_s_episodes_generates_nothing(tmp_path: Path) -> None:
+def test_a_pipeline_on_the_episodes_of_another_run_generates_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "jobs.pipeline", "recipes/ablation-sft.yaml", f"storage={tmp_path}/a"]
     done = subprocess.run(
         [*command, f"episodes_from={tmp_path}/b"], capture_output=True, text=True, cwd=ROOT, timeout=120, check=False

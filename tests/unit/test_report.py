@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from udrl.evaluate.document import EvaluationDocument
-from udrl.evaluate.judges.validation import BELIEVED_FROM, ENOUGH
+from udrl.evaluate.judges.validation import MIN_AUC, MIN_PAIRS
 from udrl.evaluate.metrics.intervals import GROUPS
 from udrl.evaluate.outputs import OUTPUTS, PAIRWISE
 from udrl.evaluate.report import content, examples, html, markdown
@@ -181,7 +181,7 @@ def test_what_is_said_of_judges_and_intervals_is_how_they_are_made() -> None:
     text = markdown.render(content.blocks(as_json(made_up.document()), made_up.outputs(), [])).replace("\\", "")
     for said in (
         "for a judge as a prompt for another intent",
-        f"at least {BELIEVED_FROM} on shuffled, from at least {ENOUGH} scored pairs",
+        f"at least {MIN_AUC} on shuffled, from at least {MIN_PAIRS} scored pairs",
         f"1,000 bootstrap resamples of intents; those of ratios of diversity are from a jackknife of up to {GROUPS} groups",
         "of each policy one an intent, for the intents that all models",
         "or only the scorer that made the training reward could say met",

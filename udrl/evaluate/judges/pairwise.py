@@ -1,14 +1,14 @@
-"""A language model compares two prompts for one request and answers A or B; the probabilities of both tokens say how sure.
+"""Pairwise judges: a language model compares two prompts for one request and answers A or B.
 
-Judges prefer what stands first or second whatever it says, so every pair is shown in both orders and the difference is told
-(Zheng et al. 2023, arXiv 2306.05685, section 3.4).
+The probabilities of both tokens give the preference. Judges prefer a position regardless of the text, so every pair is shown
+in both orders and the difference is reported (Zheng et al. 2023, arXiv 2306.05685, section 3.4).
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,7 @@ from udrl.recipe import Judge, Sampling
 from udrl.scoring import rubric
 from udrl.tasks import Task
 
-SHOWN = {"judged": "prompt", "against": "other_prompt"}  # request column -> column of the table that is asked about
+SHOWN_COLUMNS = {"judged": "prompt", "against": "other_prompt"}  # request column -> column of the questions
 _FIELDS = "Request: {intent}\nA: {first}\nB: {second}\nBetter:"
 _INSTRUCTION = """\
 You compare two texts, A and B, that were written for {title} from one person's request.
@@ -31,8 +31,19 @@ repeats the request, is worse. Their order and length mean nothing.
 Answer with A or B only."""
 
 
+class Comparison(NamedTuple):
+    """Preferences for the first of two prompts, 0 to 1; NaN if the judge failed."""
+
+    first: float  # when it is shown first
+    second: float  # when it is shown second
+    parsed: bool  # whether the judge answered A or B in both orders
+
+
+# ---- the judge as a policy
+
+
 @dataclass(frozen=True)
-class _Render:
+class RenderComparison:
     """Request row -> the instruction, compared examples of the row's task, and the two prompts to compare."""
 
     tasks: dict[str, Task]
@@ -43,14 +54,14 @@ class _Render:
     def __call__(self, row: Row) -> dict[str, Any]:
         task = self.tasks[row["task"]]
         instruction = _INSTRUCTION.format(title=task.title.lower())
-        asked = _fields(row["intent"], row["judged"], row["against"])
+        pair = _fields(row["intent"], row["judged"], row["against"])
         if not self.chat:
-            shots = "".join(f"{pair} {better}\n\n" for pair, better in _compared(task))
-            return {"prompt": f"{instruction}\n\n{shots}{asked}"}
+            shots = "".join(f"{example} {better}\n\n" for example, better in compared_examples(task))
+            return {"prompt": f"{instruction}\n\n{shots}{pair}"}
         messages = [{"role": "system", "content": instruction}]
-        for pair, better in _compared(task):
-            messages += [{"role": "user", "content": pair}, {"role": "assistant", "content": better}]
-        return {"tokenized_prompt": encode_chat(self.path, self.revision, [*messages, {"role": "user", "content": asked}])}
+        for example, better in compared_examples(task):
+            messages += [{"role": "user", "content": example}, {"role": "assistant", "content": better}]
+        return {"tokenized_prompt": encode_chat(self.path, self.revision, [*messages, {"role": "user", "content": pair}])}
 
 
 def _fields(intent: str, first: str, second: str) -> str:
@@ -58,8 +69,8 @@ def _fields(intent: str, first: str, second: str) -> str:
     return _FIELDS.format(**{name: " ".join(text.split()) for name, text in texts.items()})
 
 
-def _compared(task: Task) -> list[tuple[str, str]]:
-    """Examples of the task against one of another intent and against an echo, A and B equally often the better."""
+def compared_examples(task: Task) -> list[tuple[str, str]]:
+    """Return (pair, better) of examples against another intent's and against an echo; A and B win equally often."""
     one, two, three = task.examples[:3]
     return [
         (_fields(one.intent, one.prompt, two.prompt), "A"),
@@ -69,30 +80,31 @@ def _compared(task: Task) -> list[tuple[str, str]]:
     ]
 
 
-def facts(tasks: Sequence[Task]) -> dict[str, Any]:
-    """What an answer depends on beside the model."""
+def fingerprint_inputs(tasks: Sequence[Task]) -> dict[str, Any]:
+    """Return everything except the model that an answer depends on."""
+    # The keys are part of existing runs' fingerprints.
     return {"pairwise": [_INSTRUCTION, _FIELDS], "tasks": rubric.task_inputs(tasks)}
 
 
-def policy(judge: Judge, tasks: Sequence[Task]) -> Policy:
-    """The judge as a policy of the shared stage; a request row carries the prompts as ``judged`` and ``against``."""
+def pairwise_policy(judge: Judge, tasks: Sequence[Task]) -> Policy:
+    """Return the judge as a policy of the shared vLLM stage; request rows hold the prompts as ``judged`` and ``against``."""
     path = models.resolve(judge.model)
     return Policy(
         name=f"judge {judge.display_name}",
         model=judge.model,
         path=path,
         revision=models.revision(judge.model, judge.revision),
-        render=_Render({t.name: t for t in tasks}, judge.style == "chat", path, judge.revision),
-        sampling=Sampling(temperature=0, min_p=0, max_tokens=1),  # the log-probabilities are those of temperature 1
+        render=RenderComparison({t.name: t for t in tasks}, judge.style == "chat", path, judge.revision),
+        sampling=Sampling(temperature=0, min_p=0, max_tokens=1),  # vLLM's log-probabilities are those of temperature 1
         engine=judge.engine,
         placement=judge.placement,
-        describe={"style": judge.style, **facts(tasks)},
+        describe={"style": judge.style, **fingerprint_inputs(tasks)},
         top_tokens=rubric.TOP_TOKENS,
     )
 
 
 def preference(tokens: Sequence[str], logprobs: Sequence[float]) -> tuple[float, float]:
-    """(probability of A among A and B, probability on both together), from the likeliest tokens. Without any: (NaN, 0)."""
+    """Return (probability of A among A and B, probability of both) from the likeliest tokens; (NaN, 0) without any."""
     shares = {"A": 0.0, "B": 0.0}
     for token, logprob in zip(tokens, logprobs, strict=True):
         if token.strip() in shares:
@@ -101,36 +113,40 @@ def preference(tokens: Sequence[str], logprobs: Sequence[float]) -> tuple[float,
     return (shares["A"] / mass, min(mass, 1.0)) if mass > 0 else (math.nan, 0.0)
 
 
-def both_orders(first: tuple[float, float], swapped: tuple[float, float]) -> tuple[float, float, bool]:
-    """(preference for a prompt where it is shown first, the same where it is shown second, whether both orders parsed), from
-    :func:`preference` of the pair as it stands and of the pair swapped."""
-    return first[0], 1 - swapped[0], min(first[1], swapped[1]) >= rubric.MIN_MASS
+def combine_orders(shown_first: tuple[float, float], shown_second: tuple[float, float]) -> Comparison:
+    """Combine the :func:`preference` of a pair and that of the same pair swapped."""
+    parsed = min(shown_first[1], shown_second[1]) >= rubric.MIN_MASS
+    return Comparison(shown_first[0], 1 - shown_second[0], parsed)
 
 
-def comparisons(outputs: pa.Table, limit: int, seed: int) -> list[tuple[Row, Row]]:
-    """(row of the student, row of another policy) to compare: default probe, same intent, task and variation.
+# ---- pairs to compare
 
-    A policy without that variation is compared by its variation 0. At most ``limit`` a task and policy, drawn by ``seed``;
-    rejected ones among them, or a policy could hide its failures.
+
+def pairs_to_compare(outputs: pa.Table, limit: int, seed: int) -> list[tuple[Row, Row]]:
+    """Return (student's row, other policy's row) of the default probe with equal intent, task and variation.
+
+    A policy without that variation is compared by its variation 0. At most ``limit`` pairs a task and policy are sampled;
+    rejected outputs are among them, since otherwise a policy could hide its failures.
     """
     rows = [row for row in outputs.to_pylist() if row["probe"] == "default"]
-    by_place = {(row["policy"], row["task"], row["intent_id"], row["variation"]): row for row in rows}
+    by_key = {(row["policy"], row["task"], row["intent_id"], row["variation"]): row for row in rows}
     others = dict.fromkeys(row["policy"] for row in rows if row["policy"] != STUDENT)
-    found: dict[tuple[str, str], list[tuple[Row, Row]]] = defaultdict(list)
+    pairs: dict[tuple[str, str], list[tuple[Row, Row]]] = defaultdict(list)
     for row in (row for row in rows if row["policy"] == STUDENT):
         for other in others:
-            place = (other, row["task"], row["intent_id"])
-            against = by_place.get((*place, row["variation"])) or by_place.get((*place, 0))
-            if against:
-                found[row["task"], other].append((row, against))
-    chosen: list[tuple[Row, Row]] = []
-    for key, pairs in found.items():
-        order = np.random.default_rng(stable_id(seed, *key)).permutation(len(pairs))[:limit]
-        chosen += [pairs[i] for i in sorted(order)]
-    return chosen
+            key = (other, row["task"], row["intent_id"])
+            other_row = by_key.get((*key, row["variation"])) or by_key.get((*key, 0))
+            if other_row:
+                pairs[row["task"], other].append((row, other_row))
+    sampled: list[tuple[Row, Row]] = []
+    for task_and_policy, candidates in pairs.items():
+        order = np.random.default_rng(stable_id(seed, *task_and_policy)).permutation(len(candidates))[:limit]
+        sampled += [candidates[i] for i in sorted(order)]
+    return sampled
 
 
-def settled(mine: bool, theirs: bool) -> float | None:
-    """The preference for mine where it needs no judge, told whether each was accepted: a rejected output loses, and two are
-    even."""
-    return None if mine and theirs else 0.5 if mine == theirs else float(mine)
+def settle_without_judge(student_accepted: bool, other_accepted: bool) -> float | None:
+    """Return the preference for the student if an output was rejected: it loses, two rejected ones tie. None: ask."""
+    if student_accepted and other_accepted:
+        return None
+    return 0.5 if student_accepted == other_accepted else float(student_accepted)

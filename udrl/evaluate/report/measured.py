@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from udrl.evaluate.judges.validation import BELIEVED_FROM, ENOUGH
-from udrl.evaluate.judges.validation import KINDS as CONTROLS
+from udrl.evaluate.judges.validation import CONTROL_KINDS as CONTROLS
+from udrl.evaluate.judges.validation import MIN_AUC, MIN_PAIRS
 from udrl.evaluate.report import plots
 from udrl.evaluate.report.blocks import Block, Details, Heading, Paragraph, Span, Table, Text
 from udrl.evaluate.report.markdown import number, percent, span, yes
@@ -45,7 +45,7 @@ def judges(document: dict[str, Any]) -> list[Block]:
     text = (
         "Before a judge is believed, it must tell true pairs from controls: the prompt of another intent (shuffled), the "
         "intent itself (echo), its words stuffed with keywords (stuffed), the prompt's first third (truncated). Believed: an "
-        f"AUC of at least {BELIEVED_FROM} on shuffled, from at least {ENOUGH} scored pairs. A low AUC on echo or stuffed says "
+        f"AUC of at least {MIN_AUC} on shuffled, from at least {MIN_PAIRS} scored pairs. A low AUC on echo or stuffed says "
         "what the judge can be fooled by. Position bias: how much more a pairwise judge prefers what it sees first, in the "
         "comparisons of policies that it saw and answered."
     )

@@ -1,0 +1,107 @@
+"""Runs an evaluated policy: its requests through the vLLM stage and the scoring pass, as rows of outputs."""
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from udrl import storage
+from udrl.context import StageContext
+from udrl.evaluate.document import PolicyProfile
+from udrl.evaluate.evaluated_policies import EvaluatedPolicy
+from udrl.evaluate.outputs import OUTPUTS
+from udrl.evaluate.speed import PolicySpeed, costs_per_1000
+from udrl.policies.policy import Row
+from udrl.policies.requests import Requests
+from udrl.policies.stage import complete
+from udrl.policies.statistics import CompletionStatistics
+from udrl.recipe import Recipe
+from udrl.run import Document, EvaluatedPolicyPaths
+from udrl.scoring.parsing import clean
+from udrl.scoring.score import score
+from udrl.tasks import Task
+from udrl.text import count_words
+
+SHARD_ROWS = 128
+
+
+class EvaluationRates(Document):
+    """Rates of one replica over the evaluation's own requests, for policies whose speed was not measured."""
+
+    tokens_per_second: float
+    prompts_per_second: float
+    seconds: float
+
+
+def write_outputs(evaluated: EvaluatedPolicy, paths: EvaluatedPolicyPaths, recipe: Recipe, tasks: Sequence[Task]) -> pa.Table:
+    """Complete and score the policy's requests; return them as a table of :data:`~udrl.evaluate.outputs.OUTPUTS`.
+
+    Completions that exist in ``paths`` are reused.
+    """
+    probes = {row["episode_id"]: row["probe"] for row in evaluated.requests}
+    requests = [{name: value for name, value in row.items() if name != "probe"} for row in evaluated.requests]
+    context, name = StageContext.of(recipe), evaluated.name
+    statistics = complete(
+        evaluated.policy, Requests.of_rows(requests, SHARD_ROWS), paths.completions, f"evaluate {name}", context=context
+    )
+    _save_rates(statistics, evaluated, paths)
+    score(paths.completions, paths.scoring, tasks, recipe.rewards, f"score {name}", deduplicate=False, context=context)
+    rows = [{**row, "probe": probes[row["episode_id"]]} for row in (*_accepted_rows(paths), *_rejected_rows(paths))]
+    return pa.Table.from_pylist([{name: row.get(name) for name in OUTPUTS.names} for row in rows], schema=OUTPUTS)
+
+
+def _accepted_rows(paths: EvaluatedPolicyPaths) -> list[Row]:
+    return [{**row, "reason": ""} for table in storage.iter_tables(paths.scoring.episodes) for row in table.to_pylist()]
+
+
+def _rejected_rows(paths: EvaluatedPolicyPaths) -> list[Row]:
+    return [
+        {**row, "prompt": "", "n_words": count_words(clean(row["completion"]))}
+        for table in storage.iter_tables(paths.scoring.rejects)
+        for row in table.to_pylist()
+    ]
+
+
+def _save_rates(statistics: CompletionStatistics, evaluated: EvaluatedPolicy, paths: EvaluatedPolicyPaths) -> None:
+    """Keep the rates if all requests were completed in one go."""
+    if not statistics.rows or statistics.reused or not statistics.seconds:
+        return
+    replicas = evaluated.policy.placement.replicas
+    EvaluationRates(
+        tokens_per_second=statistics.tokens_per_second / replicas,
+        prompts_per_second=statistics.prompts / statistics.seconds / replicas,
+        seconds=statistics.seconds,
+    ).save(paths.rates)
+
+
+def policy_profile(evaluated: EvaluatedPolicy, paths: EvaluatedPolicyPaths, speed: PolicySpeed | None) -> PolicyProfile:
+    """Return the policy's model, sampling and costs. Rates are those of ``speed``, or else of the evaluation's requests."""
+    policy = evaluated.policy
+    profile = PolicyProfile(
+        kind=evaluated.kind,
+        model=policy.model,
+        revision=policy.revision,
+        sampling=policy.sampling.model_dump(),
+        seed=policy.engine.kwargs.get("seed", 0),  # 0 is vLLM's default
+        parameters=count_parameters(policy.path),
+    )
+    if speed is not None:
+        rates = speed.model_dump(exclude={"startup_seconds"})
+        return profile.model_copy(update={**rates, **costs_per_1000(evaluated, speed.prompts_per_second)})
+    own_rates = EvaluationRates.load_if_exists(paths.rates)
+    return profile.model_copy(update=own_rates.model_dump(exclude={"seconds"}) if own_rates else {})
+
+
+def count_parameters(folder: str) -> int | None:
+    """Return the parameters of a local model, from the headers of its safetensors files; None for a model on a hub."""
+    if not os.path.isdir(folder):
+        return None
+    from safetensors import safe_open
+
+    total = 0
+    for name in os.listdir(folder):
+        if name.endswith(".safetensors"):
+            with safe_open(os.path.join(folder, name), framework="numpy") as tensors:
+                total += sum(int(np.prod(tensors.get_slice(key).get_shape())) for key in tensors.keys())  # noqa: SIM118
+    return total or None
