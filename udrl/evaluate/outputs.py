@@ -15,7 +15,7 @@ from udrl.episodes import COMPONENTS, KEYS
 PROBES = ("default", "length", "reach", "reward")
 STUDENT, TEACHER = "student", "teacher"
 # Begins the column of each pointwise judge, float32: NaN or null where it was not asked or failed; of a rejected row what a
-# prompt for another intent has on average (see udrl.evaluate.judges.ask_judges).
+# prompt for another intent has on average (see udrl.evaluate.judges.judging).
 JUDGE = "judge_"
 
 OUTPUTS = pa.schema(
