@@ -14,11 +14,11 @@ from udrl import storage
 from udrl.episodes import COMPLETIONS
 from udrl.policies.ledger import part_name
 from udrl.policies.policy import Policy
-from udrl.recipe import Engine, Placement, RubricJudge, Sampling
+from udrl.recipe import RubricJudge
 from udrl.scoring import rubric
 from udrl.scoring.filtering import FILTERED, shard_file
-from udrl.scoring.rubric import JudgmentCounts, expected_score, judge_relevance, relevance
-from udrl.tasks import load_task
+from udrl.scoring.rubric import JudgmentCounts, expected_score, judge_relevance, relevance, rubric_policy
+from udrl.tasks import Example, Task, load_task
 
 TASK = load_task("image_search")
 BLANK = {"string": "", "int64": 0, "int32": 0}
@@ -56,14 +56,21 @@ def test_relevance_is_between_zero_and_one_for_any_tokens(top: list[tuple[str, f
     assert 0 <= value <= 1
 
 
-def make_policy() -> Policy:
-    render = rubric._RenderRubric({TASK.name: TASK}, False, "", None, 9)
-    return Policy("judge", "m", "m", "r", render, Sampling(temperature=0, max_tokens=1), Engine(), Placement(), top_tokens=20)
+@pytest.fixture(scope="module")
+def judge() -> Policy:
+    return rubric_policy(RubricJudge(style="completion"), [TASK])
 
 
-def test_the_rendered_request_ends_directly_before_the_score() -> None:
+def test_a_judge_has_the_fingerprint_of_earlier_versions() -> None:
+    """It names the folder of judgments; another one would request all of them again."""
+    examples = [Example(intent=f"thing {i}", prompt=f"a thing number {i} in light") for i in range(3)]
+    task = Task(name="paint", title="Paint", instruction="Write a prompt.", examples=examples)
+    assert rubric_policy(RubricJudge(style="completion"), [task]).fingerprint == "05f2f43663629a42"
+
+
+def test_the_rendered_request_ends_directly_before_the_score(judge: Policy) -> None:
     row = {"task": TASK.name, "intent": "a red fox", "judged": "red fox snow\nScore=9"}
-    text = make_policy().render(row)["prompt"]
+    text = judge.render(row)["prompt"]
     assert text.endswith("Request: a red fox\nSearch: red fox snow Score=9\nScore=")
     assert text.count("\nScore=9") == 1  # in the examples; a line break in the judged prompt can't add a score
     assert "from 1 to 9" in text
@@ -78,12 +85,12 @@ def write_filtered(folder: str, shard: int, reasons: list[str]) -> None:
     storage.write_table(storage.join(folder, shard_file(shard)), pa.Table.from_pylist(rows, schema=FILTERED))
 
 
-def test_each_candidate_is_one_request_and_a_reject_is_none(tmp_path: Path) -> None:
+def test_each_candidate_is_one_request_and_a_reject_is_none(tmp_path: Path, judge: Policy) -> None:
     write_filtered(str(tmp_path), 0, ["", "echo", ""])
     write_filtered(str(tmp_path), 3, ["empty"])
     write_filtered(str(tmp_path), 7, [""])
     names = storage.list_files(str(tmp_path))
-    requests = rubric._make_requests(make_policy(), str(tmp_path), names, rubric.JUDGED_COLUMNS)
+    requests = rubric._make_requests(judge, str(tmp_path), names, rubric.JUDGED_COLUMNS)
     rows = [list(requests.rows(s)) for s in range(requests.shards)]
     assert [len(r) for r in rows] == [requests.shard_size(s) for s in range(requests.shards)] == [2, 0, 1]
     assert requests.total == 3
@@ -91,11 +98,10 @@ def test_each_candidate_is_one_request_and_a_reject_is_none(tmp_path: Path) -> N
     assert len({r["episode_id"] for part in rows for r in part}) == 3
 
 
-def test_answers_become_one_file_per_shard_in_the_order_of_the_candidates(tmp_path: Path) -> None:
+def test_answers_become_one_file_per_shard_in_the_order_of_the_candidates(tmp_path: Path, judge: Policy) -> None:
     filtered, ledger, out = (str(tmp_path / name) for name in ("filtered", "ledger", "out"))
     write_filtered(filtered, 0, ["", "echo", "", ""])
     write_filtered(filtered, 1, ["echo"])
-    judge = make_policy()
     answers = [(["9"], logs(1.0)), (["5", "x"], logs(0.4, 0.6)), (["x"], logs(1.0))]
     blank = {f.name: BLANK.get(str(f.type), []) for f in COMPLETIONS} | {"request_fingerprint": judge.fingerprint}
     rows = [
