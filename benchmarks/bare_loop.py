@@ -1,11 +1,10 @@
 """``python -m benchmarks.bare_loop RECIPE DATA [--precision autocast|master|fp32]``: the same training as a plain PyTorch loop.
 
-The yardstick of ``benchmarks.training``: the train stage's own model, loss, rows in its order, batch, steps, schedule,
-optimizer, clipping and threads, and nothing around them: no Ray, no DeepSpeed, no checkpoints. Two ways to train in bf16
-stand beside each other:
+The baseline of ``benchmarks.training``: the train stage's model, loss, rows in the same order, batch, steps, schedule,
+optimizer, clipping and threads, without Ray, DeepSpeed and checkpoints. There are two ways to train in bf16:
 
 - ``autocast``: fp32 weights, matrix products in bf16.
-- ``master``: bf16 weights and gradients, fp32 master weights in the optimizer, which is what DeepSpeed's bf16 does.
+- ``master``: bf16 weights and gradients, fp32 master weights in the optimizer, as DeepSpeed's bf16 does.
 
 Prints one JSON line.
 """
@@ -16,7 +15,7 @@ import resource
 import time
 from typing import Any
 
-from udrl import command_line
+from udrl.command_line import load
 from udrl.recipe import Recipe
 
 
@@ -26,7 +25,7 @@ def main() -> None:
     parser.add_argument("data", help="a run's folder of packed rows")
     parser.add_argument("--precision", choices=("autocast", "master", "fp32"), default="autocast")
     arguments = parser.parse_args()
-    print(json.dumps(train(command_line.load(arguments.recipe), arguments.data, arguments.precision)))
+    print(json.dumps(train(load(arguments.recipe), arguments.data, arguments.precision)))
 
 
 def train(recipe: Recipe, data: str, precision: str) -> dict[str, Any]:
@@ -35,44 +34,45 @@ def train(recipe: Recipe, data: str, precision: str) -> dict[str, Any]:
 
     from udrl import tokenizer
     from udrl.run import PackedDataPaths, PackedDataSummary
-    from udrl.train import gpt2 as model
+    from udrl.train import gpt2
     from udrl.train.packed_data import load_packed_rows
-    from udrl.train.schedule import Plan, batch_rows
-    from udrl.train.worker import TOLD_EVERY  # as seldom as the stage, since reading a loss waits for the device
+    from udrl.train.schedule import TrainingPlan, rows_of_step
+    from udrl.train.worker import LOSS_READ_STEPS  # as rarely as the stage: reading a loss waits for the device
 
     device = "cuda" if recipe.train.gpus_per_worker else "cpu"
     if device == "cpu" and recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     paths = PackedDataPaths(data)
-    rows, summary = load_packed_rows(paths, "train"), PackedDataSummary.load(paths.summary)
-    plan = Plan.of(recipe.student, recipe.train, len(rows), summary.budget_rows, 1)
-    network = model.build(recipe.student, recipe.train, tokenizer.load(f"{data}/tokenizer"), recipe.seed).to(device)
+    rows = load_packed_rows(paths, "train")
+    budget_rows = PackedDataSummary.load(paths.summary).budget_rows
+    plan = TrainingPlan.of(recipe.student, recipe.train, len(rows), budget_rows, world_size=1)
+    network = gpt2.build_network(recipe.student, recipe.train, tokenizer.load(paths.tokenizer), recipe.seed).to(device)
     if precision == "master":
         network.to(torch.bfloat16)
     weights = list(network.parameters())
     masters = [torch.nn.Parameter(p.detach().float()) for p in weights] if precision == "master" else weights
-    optimizer = optimizer_of(masters, recipe)
+    optimizer = make_optimizer(masters, recipe)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, plan.lr_factor)
-    cast = torch.autocast(device, torch.bfloat16, enabled=precision == "autocast")
+    autocast = torch.autocast(device, torch.bfloat16, enabled=precision == "autocast")
     step_seconds: list[float] = []
     input_seconds: list[float] = []
     losses: list[float] = []
-    waiting: list[Any] = []
-    begun = time.perf_counter()
+    unread_losses: list[Any] = []
+    last_read = time.perf_counter()
     for step in range(plan.steps):
-        waited = 0.0
-        chosen = batch_rows(len(rows), plan.rows, step, recipe.seed)
-        total = int(rows.target_counts[chosen].sum())
-        summed = torch.zeros((), device=device)
-        for part in plan.share_of(chosen, 0, 1):
-            asked = time.perf_counter()
-            batch = rows.take(part)
+        step_input_seconds = 0.0
+        step_rows = rows_of_step(len(rows), plan.rows_per_step, step, recipe.seed)
+        target_count = int(rows.target_counts[step_rows].sum())
+        loss_sum = torch.zeros((), device=device)
+        for numbers in plan.micro_batches(step_rows, rank=0, world_size=1):
+            input_start = time.perf_counter()
+            batch = rows.take(numbers)
             inputs = [torch.from_numpy(array).to(device) for array in (batch.tokens, batch.positions, batch.targets)]
-            waited += time.perf_counter() - asked
-            with cast:
-                loss = model.packed_loss(network, *inputs)
-            (loss / total).backward()
-            summed += loss.detach()
+            step_input_seconds += time.perf_counter() - input_start
+            with autocast:
+                loss = gpt2.packed_loss(network, *inputs)
+            (loss / target_count).backward()
+            loss_sum += loss.detach()
         if masters is not weights:
             for master, weight in zip(masters, weights, strict=True):
                 master.grad, weight.grad = weight.grad.float(), None
@@ -83,15 +83,15 @@ def train(recipe: Recipe, data: str, precision: str) -> dict[str, Any]:
         if masters is not weights:
             with torch.no_grad():
                 torch._foreach_copy_(weights, masters)
-        waiting.append(summed / total)
-        input_seconds.append(waited)
-        if len(waiting) == TOLD_EVERY or step + 1 == plan.steps:
-            losses += torch.stack(waiting).tolist()
+        unread_losses.append(loss_sum / target_count)
+        input_seconds.append(step_input_seconds)
+        if len(unread_losses) == LOSS_READ_STEPS or step + 1 == plan.steps:
+            losses += torch.stack(unread_losses).tolist()
             now = time.perf_counter()
-            step_seconds += [(now - begun) / len(waiting)] * len(waiting)
-            waiting, begun = [], now
+            step_seconds += [(now - last_read) / len(unread_losses)] * len(unread_losses)
+            unread_losses, last_read = [], now
     return {
-        "rows_per_step": plan.rows,
+        "rows_per_step": plan.rows_per_step,
         "step_seconds": step_seconds,
         "input_seconds": input_seconds,
         "losses": losses,
@@ -100,8 +100,8 @@ def train(recipe: Recipe, data: str, precision: str) -> dict[str, Any]:
     }
 
 
-def optimizer_of(weights: list[Any], recipe: Recipe) -> Any:
-    """The train stage's optimizer: fused AdamW, weight decay on matrices alone."""
+def make_optimizer(weights: list[Any], recipe: Recipe) -> Any:
+    """Return the train stage's optimizer: fused AdamW, with weight decay on matrices only."""
     import torch
 
     from udrl.train.gpt2 import Shape
@@ -115,7 +115,7 @@ def optimizer_of(weights: list[Any], recipe: Recipe) -> Any:
 
 
 def peak_rss_mib() -> float:
-    """Of this process."""
+    """Return the peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

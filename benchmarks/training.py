@@ -2,17 +2,17 @@
 
 ``python -m benchmarks.training [speed] [scaling] [memory] [gpu] [--run URI] [--steps N] [--quick] [key=value ...]``
 
-- ``speed``: tokens/s of the stage, of a bare loop of the same model, rows and batch (bf16 in two ways; the faster one is the
-  rival), and of Trainer on the same examples unpacked (padded to the longest of a batch; and with examples of like length
-  together). What an input batch costs stands beside it.
-- ``scaling``: two workers on half the cores each, against one worker on half and on all of them.
+- ``speed``: tokens/s of the stage; of a bare loop with the same model, rows and batch (bf16 in two ways; the faster one
+  counts); and of Trainer on the same examples unpacked (padded to the longest of a batch, with and without grouping by
+  length). Also the share of the time that each waits for its input.
+- ``scaling``: two workers with half of the cores each, against one worker with half and with all of them.
 - ``memory``: peak memory of each of two workers by ZeRO stage, with the speed.
-- ``gpu``: 104M parameters in bf16 at context 1,024: stage and bare loop, MFU beside the rate a matrix product reaches.
-  Skipped where there is no GPU.
+- ``gpu``: 104M parameters in bf16 at context 1,024: stage and bare loop, and MFU against the rate of a matrix product.
+  Skipped without a GPU.
 
-All arms of a part run in turns, each in a process of its own with the same threads. A rate counts the tokens of examples,
-padding aside, over the steps after the warm-up. Overrides apply to ``recipes/quickstart.yaml``, whose student is trained. The
-episodes are those of ``--run``; without it the bundled teacher writes some once, into ``runs/benchmark-training``.
+All arms of a part run in turns, each in a process of its own with the same number of threads. Speeds count the tokens of
+examples, without padding, over the steps after the warm-up. Overrides apply to ``recipes/quickstart.yaml``, whose student is
+trained. The episodes are those of ``--run``. Without it the bundled teacher writes some once, into ``runs/benchmark-training``.
 
 Prints tables and, as its last line, JSON.
 """
@@ -28,12 +28,14 @@ from benchmarks.generation import HERE, child, machine
 from benchmarks.training_arms import Bench, Data
 from udrl import cluster, storage
 from udrl.recipe import Recipe
+from udrl.run import Run
 from udrl.train.gpt2 import Shape
 
 PARTS = ("speed", "scaling", "memory", "gpu")
 EPISODES = f"{HERE}/runs/benchmark-training"
-INTENTS = 150  # with four tasks and two samples about a thousand episodes: a minute or two of two cores
-# Quick: all parts in a few steps of a student that learns nothing, on made-up episodes.
+# About a thousand episodes, with four tasks and two samples: one or two minutes on two cores.
+INTENTS = 150
+# All parts in a few steps of a student too small to learn anything, on synthetic episodes.
 QUICK = (
     *("student.depth=1", "student.width=64", "student.vocab_size=600", "student.context=192"),
     *("train.batch_tokens=768", "train.swapped_copies=0"),
@@ -51,13 +53,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("words", nargs="*", help="parts to run (default, or 'all': all), key=value overrides")
     parser.add_argument("--run", help="storage of a run whose generate stage is finished")
     parser.add_argument("--steps", type=int, help="measured steps of an arm; default: 150")
-    parser.add_argument("--warmup", type=int, help="steps before those, in tens as losses are read; default: 20")
+    parser.add_argument(
+        "--warmup", type=int, help="steps before those, a multiple of 10, which is how often losses are read; default: 20"
+    )
     parser.add_argument("--repeats", type=int, help="turns; default: 2")
-    parser.add_argument("--quick", action="store_true", help="a tiny student, made-up episodes, few steps: does it run?")
+    parser.add_argument("--quick", action="store_true", help="smoke test: a tiny student, synthetic episodes, few steps")
     arguments = parser.parse_intermixed_args(argv)
     unknown = [w for w in arguments.words if w not in (*PARTS, "all") and "=" not in w]
     if unknown:
-        parser.error(f"{unknown[0]}: no such part; there are {', '.join(PARTS)}, all")
+        parser.error(f"{unknown[0]}: not a part; use {', '.join(PARTS)} or all")
     parts = [p for p in PARTS if p in arguments.words] or list(PARTS)
     warmup = arguments.warmup or (2 if arguments.quick else 20)
     folder = tempfile.mkdtemp(prefix="udrl-benchmark-")
@@ -68,66 +72,66 @@ def main(argv: list[str]) -> None:
         repeats=arguments.repeats or (1 if arguments.quick else 2),
         overrides=(*(QUICK if arguments.quick else ()), *(w for w in arguments.words if "=" in w)),
     )
-    found: dict[str, Any] = {"machine": machine(), "steps": bench.steps - warmup, "repeats": bench.repeats}
+    results: dict[str, Any] = {"machine": machine(), "steps": bench.steps - warmup, "repeats": bench.repeats}
     try:
         if set(parts) - {"gpu"}:
-            run = arguments.run or (made_up(bench, 400, 600) if arguments.quick else real_episodes())
-            recipe, data = bench.prepare(bench.recipe(finished(run)))
-            found["padding"] = round(data.padding, 4)
+            run = arguments.run or (write_synthetic_run(bench, 400, 600) if arguments.quick else generate_episodes())
+            recipe, data = bench.prepare(bench.recipe(require_episodes(run)))
+            results["padding"] = round(data.padding, 4)
             if "speed" in parts:
-                found["speed"] = speed_part(bench, recipe, data)
-                found |= {name: found["speed"].pop(name) for name in ("ratio_to_bare_loop", "ratio_to_hf_trainer")}
+                results["speed"] = speed_part(bench, recipe, data)
+                results |= {name: results["speed"].pop(name) for name in ("ratio_to_bare_loop", "ratio_to_hf_trainer")}
             if "scaling" in parts:
-                found["scaling"] = scaling_part(bench, recipe, data)
+                results["scaling"] = scaling_part(bench, recipe, data)
             if "memory" in parts:
-                found["memory"] = memory_part(bench, recipe, data)
+                results["memory"] = memory_part(bench, recipe, data)
         if "gpu" in parts:
-            found["gpu"] = gpu_part(bench)
+            results["gpu"] = gpu_part(bench)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print(json.dumps(found))
+    print(json.dumps(results))
 
 
 def speed_part(bench: Bench, recipe: Recipe, data: Data) -> dict[str, Any]:
-    bare = ("autocast", "master") if recipe.train.precision == "bf16" else ("fp32",)
+    precisions = ("autocast", "master") if recipe.train.precision == "bf16" else ("fp32",)
     arms = {"stage": partial(bench.stage, recipe, data)}
-    arms |= {f"bare loop, {how}": partial(bench.bare, recipe, data, how) for how in bare}
+    arms |= {f"bare loop, {precision}": partial(bench.bare, recipe, data, precision) for precision in precisions}
     arms |= {
         "hf trainer": partial(bench.trainer, recipe, data, grouped=False),
         "hf trainer, by length": partial(bench.trainer, recipe, data, grouped=True),
     }
     rates = bench.in_turns(arms)
-    rival = max((f"bare loop, {how}" for how in bare), key=lambda name: rates[name]["tokens_per_second"])
+    bare_loop = max((f"bare loop, {precision}" for precision in precisions), key=lambda name: rates[name]["tokens_per_second"])
     stage = rates["stage"]["tokens_per_second"]
     ratios = {
-        "ratio_to_bare_loop": round(stage / rates[rival]["tokens_per_second"], 3),
+        "ratio_to_bare_loop": round(stage / rates[bare_loop]["tokens_per_second"], 3),
         "ratio_to_hf_trainer": round(stage / rates["hf trainer"]["tokens_per_second"], 3),
         "ratio_to_hf_trainer_by_length": round(stage / rates["hf trainer, by length"]["tokens_per_second"], 3),
     }
     print(
-        f"stage to {rival} (the faster one): {ratios['ratio_to_bare_loop']:.3f}; to Trainer with its default sampling:"
-        f" {ratios['ratio_to_hf_trainer']:.3f}; by length: {ratios['ratio_to_hf_trainer_by_length']:.3f}\n"
+        f"speed of the stage relative to {bare_loop} (the faster one): {ratios['ratio_to_bare_loop']:.3f}; to Trainer:"
+        f" {ratios['ratio_to_hf_trainer']:.3f}; to Trainer grouped by length: {ratios['ratio_to_hf_trainer_by_length']:.3f}\n"
     )
-    return {"arms": rates, "bare_loop": rival, **ratios}
+    return {"arms": rates, "bare_loop": bare_loop, **ratios}
 
 
 def scaling_part(bench: Bench, recipe: Recipe, data: Data) -> dict[str, Any]:
     cores = cluster.cpu_count()
     half, batch = max(1, cores // 2), Shape.of(recipe.student, recipe.train).batch_tokens
-    one, all_, two = f"1 worker x {half}", f"1 worker x {cores}", f"2 workers x {half}"
+    one_half, one_all, two = f"1 worker x {half}", f"1 worker x {cores}", f"2 workers x {half}"
     rates = bench.in_turns(
         {
-            one: partial(bench.stage, recipe, data, threads=half),
-            all_: partial(bench.stage, recipe, data, threads=cores),
+            one_half: partial(bench.stage, recipe, data, threads=half),
+            one_all: partial(bench.stage, recipe, data, threads=cores),
             two: partial(bench.stage, recipe, data, workers=2, threads=half),
             f"{two}, twice the batch": partial(bench.stage, recipe, data, workers=2, threads=half, batch_tokens=2 * batch),
         },
     )
     speed = {name: arm["tokens_per_second"] for name, arm in rates.items()}
     ratios = {
-        "two_workers_to_one_on_half_the_cores": round(speed[two] / speed[one], 3),
-        "two_workers_to_one_on_all_cores": round(speed[two] / speed[all_], 3),
-        "twice_the_batch_to_one_on_half_the_cores": round(speed[f"{two}, twice the batch"] / speed[one], 3),
+        "two_workers_to_one_on_half_the_cores": round(speed[two] / speed[one_half], 3),
+        "two_workers_to_one_on_all_cores": round(speed[two] / speed[one_all], 3),
+        "twice_the_batch_to_one_on_half_the_cores": round(speed[f"{two}, twice the batch"] / speed[one_half], 3),
     }
     print("; ".join(f"{name.replace('_', ' ')}: {ratio:.2f}" for name, ratio in ratios.items()) + "\n")
     return {"arms": rates, **ratios}
@@ -140,32 +144,34 @@ def memory_part(bench: Bench, recipe: Recipe, data: Data) -> dict[str, Any]:
         for z in range(4)
     }
     rates = bench.in_turns(arms)
-    print("peak memory of each of two workers; 'host' counts the libraries that a worker imports, too\n")
+    print("peak memory of each of two workers; 'host' includes the libraries that a worker imports\n")
     return rates
 
 
 def gpu_part(bench: Bench) -> dict[str, Any] | None:
     if not gpu_count():
-        print("gpu: skipped, torch sees no GPU on this machine\n")
+        print("gpu: skipped, because torch finds no GPU on this machine\n")
         return None
-    recipe, data = bench.prepare(bench.recipe(made_up(bench, 20_000, 60_000), *ON_GPU))
-    bare = ("autocast", "master")
-    arms = {"stage": partial(bench.stage, recipe, data)}
-    arms |= {f"bare loop, {how}": partial(bench.bare, recipe, data, how) for how in bare}
+    recipe, data = bench.prepare(bench.recipe(write_synthetic_run(bench, 20_000, 60_000), *ON_GPU))
+    bare_loops = {
+        f"bare loop, {precision}": partial(bench.bare, recipe, data, precision) for precision in ("autocast", "master")
+    }
+    arms = {"stage": partial(bench.stage, recipe, data)} | bare_loops
     rates = bench.in_turns(arms)
     command = ["-m", "benchmarks.training_flops", f"{recipe.storage}/student", "--target-share", str(data.target_share)]
     command += ["--lengths", str(recipe.student.context), str(data.example_length)]
-    work = json.loads(child(*command).splitlines()[-1])
+    roofline = json.loads(child(*command).splitlines()[-1])
     speed = rates["stage"]["tokens_per_second"]
-    whole, inside = (speed * flops for flops in work["flops_per_token"])
-    ratio = speed / max(rates[f"bare loop, {how}"]["tokens_per_second"] for how in bare)
+    full_attention, within_examples = (speed * flops for flops in roofline["flops_per_token"])
+    ratio = speed / max(rates[name]["tokens_per_second"] for name in bare_loops)
+    peak = roofline["matmul_flops_per_second"]
     print(
-        f"{work['device']}: {whole / 1e12:.0f} TFLOP/s, MFU {whole / work['ceiling']:.1%} of the {work['ceiling'] / 1e12:.0f}"
-        f" that a matrix product reaches; attention counted inside examples alone: {inside / work['ceiling']:.1%};"
-        f" stage to bare loop {ratio:.3f}\n"
+        f"{roofline['device']}: {full_attention / 1e12:.0f} TFLOP/s, MFU {full_attention / peak:.1%} of the {peak / 1e12:.0f}"
+        f" TFLOP/s of a matrix product; with attention counted only within examples {within_examples / peak:.1%};"
+        f" speed relative to the bare loop {ratio:.3f}\n"
     )
-    shares = {"mfu": round(whole / work["ceiling"], 4), "mfu_inside_examples": round(inside / work["ceiling"], 4)}
-    return {"arms": rates, **work, **shares, "ratio_to_bare_loop": round(ratio, 3)}
+    mfu = {"mfu": round(full_attention / peak, 4), "mfu_within_examples": round(within_examples / peak, 4)}
+    return {"arms": rates, **roofline, **mfu, "ratio_to_bare_loop": round(ratio, 3)}
 
 
 def gpu_count() -> int:
@@ -174,25 +180,29 @@ def gpu_count() -> int:
     return torch.cuda.device_count()
 
 
-def made_up(bench: Bench, n: int, distinct: int) -> str:
+def write_synthetic_run(bench: Bench, n: int, distinct: int) -> str:
+    """Write a run of ``n`` synthetic episodes of ``distinct`` words; return its storage."""
     from benchmarks.made_up import write_episodes
 
-    run = f"{bench.folder}/made-up-{n}"
+    run = f"{bench.folder}/synthetic-{n}"
     write_episodes(run, bench.recipe(run).tasks, n, distinct)
     return run
 
 
-def real_episodes() -> str:
-    """A small run of the bundled teacher, made once: lengths are as mixed as a teacher's, which decides what padding costs."""
-    if not storage.exists(f"{EPISODES}/generate.json"):
-        print(f"making episodes of {INTENTS} intents into {EPISODES}", flush=True)
+def generate_episodes() -> str:
+    """Generate a small run with the bundled teacher, if it is absent; return its storage.
+
+    A teacher's mix of lengths decides the cost of padding.
+    """
+    if not storage.exists(Run(EPISODES).generate_summary):
+        print(f"generating episodes of {INTENTS} intents into {EPISODES}", flush=True)
         child("-m", "jobs.generate", "recipes/quickstart.yaml", f"storage={EPISODES}", f"intents.limit={INTENTS}")
     return EPISODES
 
 
-def finished(run: str) -> str:
-    if not storage.exists(storage.join(run, "generate.json")):
-        raise SystemExit(f"{run}: no finished generate stage; --run names the storage of a run that has one")
+def require_episodes(run: str) -> str:
+    if not storage.exists(Run(run).generate_summary):
+        raise SystemExit(f"--run: {run} has no finished generate stage; give the storage of a run that has one")
     return run
 
 

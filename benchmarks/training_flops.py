@@ -1,7 +1,7 @@
-"""``python -m benchmarks.training_flops STUDENT --lengths T [T ...] --target-share S``: the work of a token, and the roofline.
+"""``python -m benchmarks.training_flops STUDENT --lengths T [T ...] --target-share S``: operations per token, and the roofline.
 
-Prints one JSON line: operations to train on a token of the exported student, attention counted over each of the given
-lengths, and the rate of a bf16 matrix product on this device in a process that does nothing else.
+Prints one JSON line: the operations to train on a token of the exported student, with attention over each of the lengths, and
+the rate of a bf16 matrix product on this device in an otherwise idle process.
 """
 
 import argparse
@@ -21,12 +21,12 @@ def main() -> None:
 
     config = GPT2Config.from_pretrained(arguments.student, local_files_only=True)
     on_gpu = torch.cuda.is_available()
-    found = {
+    result = {
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "flops_per_token": [flops.train_flops_per_token(config, t, arguments.target_share) for t in arguments.lengths],
-        "ceiling": flops.ceiling("cuda" if on_gpu else "cpu", torch.bfloat16, 2.0),
+        "matmul_flops_per_second": flops.matmul_flops_per_second("cuda" if on_gpu else "cpu", torch.bfloat16, 2.0),
     }
-    print(json.dumps(found))
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

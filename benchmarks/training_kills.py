@@ -1,9 +1,9 @@
-"""One training twice: left alone, and with its worker and then its driver killed. Do the losses agree?
+"""Compare the losses of a training whose worker and driver are killed with those of an uninterrupted one.
 
 ``python -m benchmarks.training_kills --run URI [--picture FILE] [key=value ...]`` trains the student of
-``recipes/quickstart.yaml`` on the run's episodes. The second training's worker is killed (SIGKILL) once its first checkpoint is
-whole, its driver after the third, and the same command is given again. Prints how far the losses differ, as its last line in
-JSON, and draws both.
+``recipes/quickstart.yaml`` on the run's episodes twice. The second training's worker is killed (SIGKILL) when its first
+checkpoint is complete, and its driver after the third; then the same command is started again. Prints the largest difference
+between the losses, as JSON in its last line, and plots both curves.
 """
 
 import argparse
@@ -22,13 +22,15 @@ from typing import Any
 import psutil
 
 from benchmarks.generation import HERE, machine
+from udrl.run import Run, TrainingSummary
 from udrl.train import checkpoint
 
+Curve = list[tuple[int, float]]  # (step, training loss)
 STEP = re.compile(r"train: ([\d,]+)/[\d,]+ steps")
 
 
-class Run:
-    """``jobs.train`` into a folder of its own."""
+class TrainingJob:
+    """``jobs.train`` with a storage of its own."""
 
     def __init__(self, folder: str, overrides: list[str]) -> None:
         self.folder, self.log = Path(folder), Path(folder) / "driver.log"
@@ -40,25 +42,25 @@ class Run:
     def start(self) -> None:
         self.driver = subprocess.Popen(self.command, cwd=HERE, stderr=self.log.open("ab"), start_new_session=True)
 
-    def checkpoints(self) -> int:
-        """Steps of the newest whole checkpoint."""
-        for runs in self.folder.glob("run/checkpoints/*"):
-            if found := checkpoint.latest(str(runs)):
-                return int(found.rsplit("-", 1)[1])
+    def checkpoint_step(self) -> int:
+        """Return the step of the newest complete checkpoint; 0 if there is none."""
+        for checkpoints in self.folder.glob("run/checkpoints/*"):
+            if newest := checkpoint.latest(str(checkpoints)):
+                return int(newest.rsplit("-", 1)[1])
         return 0
 
-    def until(self, step: int) -> None:
+    def wait_for_checkpoint(self, step: int) -> None:
         assert self.driver
         pause = threading.Event()
-        while self.checkpoints() < step:
+        while self.checkpoint_step() < step:
             if self.driver.poll() is not None:
                 raise SystemExit(f"ended before step {step}:\n{self.log.read_text()[-2000:]}")
             pause.wait(0.2)
 
     def step(self) -> int:
-        """The last step that is known: from the log, which tells one in ten seconds, or from the newest checkpoint."""
-        told = STEP.findall(self.log.read_text())
-        return max(self.checkpoints(), int(told[-1].replace(",", "")) if told else 0)
+        """Return the last known step: from the log, which has a line every ten seconds, or of the newest checkpoint."""
+        steps = STEP.findall(self.log.read_text())
+        return max(self.checkpoint_step(), int(steps[-1].replace(",", "")) if steps else 0)
 
     def kill_worker(self) -> None:
         assert self.driver
@@ -71,16 +73,16 @@ class Run:
         family = psutil.Process(self.driver.pid).children(recursive=True)
         os.kill(self.driver.pid, signal.SIGKILL)
         self.driver.wait()
-        for process in family:  # its Ray notices by itself within a minute
+        for process in family:  # Ray would notice the loss only within a minute
             if process.is_running():
                 process.kill()
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> Curve:
+        """Wait for the end; return the loss curve."""
         assert self.driver
         if self.driver.wait():
             raise SystemExit(self.log.read_text()[-2000:])
-        facts: dict[str, Any] = json.loads((self.folder / "run" / "student" / "training.json").read_text())
-        return facts
+        return TrainingSummary.load(Run(f"{self.folder}/run").student.training).history
 
 
 def main(argv: list[str]) -> None:
@@ -92,44 +94,45 @@ def main(argv: list[str]) -> None:
     folder = tempfile.mkdtemp(prefix="udrl-kills-")
     overrides = [f"episodes_from={os.path.abspath(arguments.run)}", *arguments.overrides]
     try:
-        whole, broken = Run(f"{folder}/whole", overrides), Run(f"{folder}/broken", overrides)
-        whole.start()
-        unbroken = whole.finish()["history"]
+        uninterrupted, killed = TrainingJob(f"{folder}/uninterrupted", overrides), TrainingJob(f"{folder}/killed", overrides)
+        uninterrupted.start()
+        expected = uninterrupted.finish()
         kills = []
-        broken.start()
-        broken.until(40)
-        broken.kill_worker()
-        kills.append({"killed": "worker", "after": broken.step(), "from": broken.checkpoints()})
-        broken.until(120)
-        broken.kill_driver()
-        kills.append({"killed": "driver", "after": broken.step(), "from": broken.checkpoints()})
-        broken.start()
-        killed = broken.finish()["history"]
+        killed.start()
+        killed.wait_for_checkpoint(40)
+        killed.kill_worker()
+        kills.append({"killed": "worker", "after": killed.step(), "from": killed.checkpoint_step()})
+        killed.wait_for_checkpoint(120)
+        killed.kill_driver()
+        kills.append({"killed": "driver", "after": killed.step(), "from": killed.checkpoint_step()})
+        killed.start()
+        losses = killed.finish()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    apart = [abs(a - b) / b for (_, a), (_, b) in zip(killed, unbroken, strict=True)]
-    draw(unbroken, killed, kills, arguments.picture)
+    differences = [abs(a - b) / b for (_, a), (_, b) in zip(losses, expected, strict=True)]
+    plot(expected, losses, kills, arguments.picture)
     for kill in kills:
-        print(f"{kill['killed']:<8} killed after step {kill['after']:,} or later; on from step {kill['from']:,}")
-    print(f"losses of {len(apart):,} steps differ by {max(apart):.2e} at most")
-    print(json.dumps({"machine": machine(), "steps": len(apart), "kills": kills, "largest_relative_difference": max(apart)}))
+        print(f"{kill['killed']:<8} killed after step {kill['after']:,} or later; resumed from step {kill['from']:,}")
+    print(f"losses of {len(differences):,} steps differ by at most {max(differences):.2e}")
+    report = {"machine": machine(), "steps": len(losses), "kills": kills, "largest_relative_difference": max(differences)}
+    print(json.dumps(report))
 
 
-def draw(whole: list[Any], broken: list[Any], kills: list[dict[str, Any]], path: str) -> None:
-    """Both curves on top of each other."""
+def plot(expected: Curve, losses: Curve, kills: list[dict[str, Any]], path: str) -> None:
+    """Write a picture with both curves on top of each other, and the kills."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     _, axes = pyplot.subplots(figsize=(8, 3.6), layout="constrained")
-    axes.plot(*zip(*whole, strict=True), color="#9ecae1", linewidth=4, label="unbroken")
-    axes.plot(*zip(*broken, strict=True), color="#d62728", linewidth=1, label="killed twice")
+    axes.plot(*zip(*expected, strict=True), color="#9ecae1", linewidth=4, label="uninterrupted")
+    axes.plot(*zip(*losses, strict=True), color="#d62728", linewidth=1, label="killed twice")
     for kill in kills:
         axes.axvspan(kill["from"], kill["after"], color="0.9")
         axes.axvline(kill["after"], color="0.5", linewidth=1)
         axes.annotate(
-            f"{kill['killed']} killed,\non from {kill['from']}",
+            f"{kill['killed']} killed,\nresumed from {kill['from']}",
             (kill["after"], 0.97),
             xycoords=("data", "axes fraction"),
             xytext=(4, 0),

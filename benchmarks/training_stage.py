@@ -1,11 +1,10 @@
 """``python -m benchmarks.training_stage RECIPE [--describe]``: the train stage in a process of its own.
 
-What an earlier turn left of student and checkpoints is removed first; packed rows of the same data stay. Prints what the
-student's ``training.json`` says, as one JSON line; ``benchmarks.training`` reads it. ``--describe`` adds facts of the rows.
+An earlier turn's student and checkpoints are removed first; its packed rows are reused. Prints values of the student's
+``training.json`` as one JSON line for ``benchmarks.training``. ``--describe`` adds statistics of the rows.
 """
 
 import argparse
-import glob
 import json
 import os
 from typing import Any
@@ -13,21 +12,10 @@ from typing import Any
 import numpy as np
 
 from udrl import cluster, command_line, storage
-from udrl.train import fit as train
+from udrl.run import PackedDataSummary, Run
+from udrl.train import stage
 
-WANTED = (
-    "steps",
-    "rows_per_step",
-    "seconds",
-    "tokens_per_second",
-    "step_seconds",
-    "input_share",
-    "memory",
-    "history",
-    "parameters",
-    "deepspeed",
-    "workers",
-)
+PRINTED = {"rows_per_step", "step_seconds", "input_share", "memory", "history", "parameters"}
 
 
 def main() -> None:
@@ -36,27 +24,25 @@ def main() -> None:
     parser.add_argument("--describe", action="store_true")
     arguments = parser.parse_args()
     config = command_line.load(arguments.recipe)
-    for name in ("student", "checkpoints"):
-        storage.remove(storage.join(config.storage, name))
-    # One core more than the workers take, for Ray Data's tasks; cores are numbers to Ray and bind no process.
+    run = Run(config.storage)
+    for folder in (run.student.folder, run.all_checkpoints):
+        storage.remove(folder)
+    # One CPU more than the workers use, for Ray Data's tasks. To Ray, CPUs are a number and bind no process.
     cluster.connect(num_cpus=max(cluster.cpu_count(), int(config.train.workers * config.train.cpus_per_worker) + 1))
-    found = {name: value for name, value in train.run(config).model_dump().items() if name in WANTED}
+    result = stage.run(config).training.model_dump(mode="json", include=PRINTED)
     if arguments.describe:
-        found |= describe(config.storage)
-    print(json.dumps(found))
+        result |= describe_rows(config.storage)
+    print(json.dumps(result))
 
 
-def describe(run: str) -> dict[str, Any]:
-    """Where the newest packed rows of a local run lie, how many, their real tokens, and how many of them carry loss."""
+def describe_rows(run: str) -> dict[str, Any]:
+    """Return the folder of a local run's newest packed rows, and statistics of their tokens and examples."""
     from udrl import tokenizer
-    from udrl.run import PackedDataPaths, PackedDataSummary
     from udrl.train.packed_data import load_packed_rows
 
-    made = [os.path.dirname(path) for path in glob.glob(f"{run}/student_data/*/tokenizer")]
-    data = max(made, key=os.path.getmtime)
-    paths = PackedDataPaths(data)
+    paths = max(map(Run(run).packed_data, os.listdir(f"{run}/student_data")), key=lambda p: os.path.getmtime(p.folder))
     rows = load_packed_rows(paths, "train")
-    pad = tokenizer.load(f"{data}/tokenizer").pad_token_id
+    pad = tokenizer.load(paths.tokenizer).pad_token_id
     slots = tokens = targets = examples = squares = 0
     for first in range(0, len(rows), 1024):
         batch = rows.take(np.arange(first, min(first + 1024, len(rows))))
@@ -64,17 +50,17 @@ def describe(run: str) -> dict[str, Any]:
         slots += real.size
         tokens += int(real.sum())
         targets += int(np.asarray(batch.targets).sum())
-        # An example of n tokens has positions 0..n-1, which add up to (n^2 - n) / 2.
+        # The positions 0..n-1 of an example of n tokens add up to (n^2 - n) / 2.
         squares += int((2 * np.asarray(batch.positions, dtype=np.int64) + 1)[real].sum())
         examples += int((real & (np.asarray(batch.positions) == 0)).sum())
     return {
-        "data": data,
+        "data": paths.folder,
         "rows": len(rows),
         "budget_rows": PackedDataSummary.load(paths.summary).budget_rows,
         "examples": examples,
         "padding": 1 - tokens / slots,
         "mean_tokens": tokens / examples,
-        "example_length": squares / tokens,  # of the example that a token stands in, on average
+        "example_length": squares / tokens,  # mean length of the example that a token belongs to
         "target_share": targets / tokens,
     }
 

@@ -261,6 +261,10 @@ def replace_engine_actor(processor: Any, actor: type) -> None:
 # refuses to start with it, and has no option to ignore it.
 CHECKPOINT_INDEX = "checkpoint_manager_snapshot.json"
 
+# The class of the training workers, which is in the titles of their processes
+# (ray/train/v2/_internal/execution/worker_group/worker.py).
+TRAIN_WORKER = "RayTrainWorker"
+
 # ---- DeepSpeed
 
 

@@ -521,20 +521,26 @@ class ValidationIntents(Document):
         return {"intents": value} if isinstance(value, list) else value
 
 
+VALIDATION_METRICS = ("length_error", "within_two", "words")
+
+
 class WorkerMemory(Document):
+    """Peak memory of one training worker."""
+
     address: str
     peak_rss_mib: float
     peak_gpu_mib: float
 
 
 class TrainingSummary(Document):
-    """``training.json`` of an exported student, written last.
+    """``training.json`` of an exported student, written last. Every key may be absent in an older student's.
 
-    Length control (``length_error`` in words, ``within_two`` as a share) is measured on a few validation intents, over all
-    tasks and as ``<metric>/<task>`` in ``validation``.
+    ``validation`` has the metrics of the last validation on a few validation intents: ``length_error`` (mean distance from the
+    commanded length in words), ``within_two`` (share at most two words off) and ``words`` (mean length), over all tasks and
+    as ``<metric>/<task>``.
     """
 
-    fingerprint: str
+    fingerprint: str = Field("", description="of the episodes and settings that the student depends on")
     weights: str = Field("", description="hash of the weights; empty in students exported before 2026-11-23")
     parameters: int = 0
     round: int = 0
@@ -543,20 +549,29 @@ class TrainingSummary(Document):
     rows_per_step: int = 0
     seconds: float = 0
     tokens_per_second: float = 0
-    mfu: float = 0
-    step_seconds: list[float] = Field(default_factory=list)
+    mfu: float = Field(0, description="model FLOPs utilization, see udrl.train.flops")
+    step_seconds: list[float] = Field(default_factory=list, description="of the last 1,000 steps")
     input_share: float = Field(0, description="share of the time that the loop waited for its input")
     memory: list[WorkerMemory] = Field(default_factory=list)
     workers: int = 0
-    resumed_at: int = 0
+    resumed_at: int = Field(0, description="step of the checkpoint that the last attempt started from")
     history: list[tuple[int, float]] = Field(default_factory=list, description="(step, training loss)")
     best_validation_loss: float | None = None
     validation_loss: float | None = None
     validation: dict[str, float] = Field(default_factory=dict)
-    exported_step: int | None = None
-    shape: dict[str, JsonValue] = Field(default_factory=dict)
+    exported_step: int | None = Field(None, description="step of the exported weights, if train.export is 'best'")
+    shape: dict[str, int | float] = Field(default_factory=dict, description="udrl.train.gpt2.Shape")
     data: PackedDataSummary | None = None
-    deepspeed: dict[str, JsonValue] = Field(default_factory=dict)
+    deepspeed: dict[str, JsonValue] = Field(default_factory=dict, description="DeepSpeed's configuration")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_validation(cls, values: Any) -> Any:
+        """Students exported before 2026-11-25 have the metrics of ``validation`` as top-level keys."""
+        if not isinstance(values, dict) or "validation" in values:
+            return values
+        metrics = {name: values[name] for name in values if name.partition("/")[0] in VALIDATION_METRICS}
+        return {**values, "validation": metrics}
 
 
 class RewardStatistics(Document):

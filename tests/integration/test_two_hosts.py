@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces with addresses of their own, a Ray node in each, a worker on each node."""
+"""Train on two hosts, simulated by network namespaces with addresses of their own, a Ray node and a worker in each."""
 
 import os
 import shutil
@@ -11,9 +11,9 @@ import pytest
 import yaml
 from fakes.fake_episodes import fill_with_episodes
 
-from udrl import storage
+from udrl.run import Run, TrainingSummary
 
-pytestmark = pytest.mark.study  # by hand: it needs root, and two more Ray nodes
+pytestmark = pytest.mark.study  # run by hand: it needs root and two more Ray nodes
 RAY = os.path.join(os.path.dirname(sys.executable), "ray")
 BRIDGE, HOSTS = "udrl0", {"udrl-a": "10.213.7.1", "udrl-b": "10.213.7.2"}
 
@@ -25,7 +25,7 @@ def ip(*words: str) -> bool:
 @pytest.fixture
 def hosts() -> Iterator[None]:
     if not (shutil.which("ip") and ip("link", "add", BRIDGE, "type", "bridge")):
-        pytest.skip("this machine allows no network namespaces")
+        pytest.skip("this machine does not allow network namespaces")
     try:
         assert ip("link", "set", BRIDGE, "up")
         for i, (name, address) in enumerate(HOSTS.items()):
@@ -66,15 +66,15 @@ def test_two_workers_on_two_hosts(hosts: None, tmp_path: Path) -> None:
     ]
     try:
         job = ["ip", "netns", "exec", head, sys.executable, "-m", "jobs.train", str(tmp_path / "hosts.yaml")]
-        done = subprocess.run(
+        process = subprocess.run(
             job, env=env | {"RAY_ADDRESS": f"{head_address}:6399"}, capture_output=True, text=True, timeout=400
         )
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert process.returncode == 0, process.stderr[-3000:]
     finally:
         for node in nodes:
             node.terminate()
         for node in nodes:
             node.wait(60)
-    facts = storage.read_json(str(run / "student" / "training.json"))
-    assert facts["workers"] == 2
-    assert {worker["address"] for worker in facts["memory"]} == set(HOSTS.values())
+    summary = TrainingSummary.load(Run(str(run)).student.training)
+    assert summary.workers == 2
+    assert {worker.address for worker in summary.memory} == set(HOSTS.values())

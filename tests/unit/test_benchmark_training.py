@@ -1,4 +1,4 @@
-"""What the training benchmark must get right for its ratios to mean something."""
+"""The training benchmark compares trainings on the same examples."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from udrl.train.packing import Examples, pack
 PAD = 1
 
 
-def test_unpacking_gives_every_example_back_with_its_targets_as_labels(tmp_path: Path) -> None:
+def test_unpacking_returns_every_example_with_its_targets_as_labels(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     lengths = rng.integers(4, 30, size=200)
     starts = np.array([int(rng.integers(1, n)) for n in lengths])
@@ -19,11 +19,11 @@ def test_unpacking_gives_every_example_back_with_its_targets_as_labels(tmp_path:
     path = str(tmp_path / "rows.arrow")
     write_rows(path, pack(examples, 32, PAD), 500)
 
-    found = unpack(PackedRows([path], 32), PAD, chunk=16)
+    unpacked = unpack(PackedRows([path], 32), PAD, chunk=16)
 
     ends = np.cumsum(lengths)
-    wanted = []
+    expected = []
     for end, length, start in zip(ends, lengths, starts, strict=True):
         ids = examples.tokens[end - length : end].tolist()
-        wanted.append((ids, [IGNORED] * start + ids[start:]))
-    assert sorted((e["input_ids"], e["labels"]) for e in found) == sorted(wanted)
+        expected.append((ids, [IGNORED] * start + ids[start:]))
+    assert sorted((e["input_ids"], e["labels"]) for e in unpacked) == sorted(expected)

@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedTok
 from udrl import commands, tokenizer
 from udrl.errors import UserError
 from udrl.recipe import Student, Train
-from udrl.train import gpt2 as model
+from udrl.train import gpt2
 
 OLD_END = "<|endoftext|>"
 
@@ -88,7 +88,7 @@ def test_the_student_may_write_neither_control_tokens_nor_the_old_end(words: Any
 
 def test_the_pretrained_weights_and_shape_stand(pretrained: str, words: Any) -> None:
     old = GPT2LMHeadModel.from_pretrained(pretrained)
-    network = model.build(student(pretrained, depth=7, width=999, dropout=0.1), Train(), words, seed=1)
+    network = gpt2.build_network(student(pretrained, depth=7, width=999, dropout=0.1), Train(), words, seed=1)
     assert (network.config.n_layer, network.config.n_embd, network.config.n_positions) == (3, 32, 64)
     assert network.config.resid_pdrop == network.config.embd_pdrop == network.config.attn_pdrop == 0.1
     n = old.config.vocab_size
@@ -99,16 +99,16 @@ def test_the_pretrained_weights_and_shape_stand(pretrained: str, words: Any) -> 
         words.eos_token_id,
         words.pad_token_id,
     )
-    again = model.build(student(pretrained), Train(), words, seed=1)
+    again = gpt2.build_network(student(pretrained), Train(), words, seed=1)
     assert torch.equal(again.transformer.wte.weight, network.transformer.wte.weight)
-    shape = model.Shape.of(student(pretrained, depth=7), Train()).describe()
-    assert (shape["depth"], shape["width"], shape["heads"]) == (3, 32, 2)
-    assert shape["lr"] == pytest.approx(1e-3 * 10 / 3)
+    shape = gpt2.Shape.of(student(pretrained, depth=7), Train())
+    assert (shape.depth, shape.width, shape.heads) == (3, 32, 2)
+    assert shape.lr == pytest.approx(1e-3 * 10 / 3)
 
 
 def test_new_rows_stand_among_the_old_ones(pretrained: str, words: Any) -> None:
     """So that at first no control token is likelier than any other piece."""
-    network = model.build(student(pretrained), Train(), words, seed=1).eval()
+    network = gpt2.build_network(student(pretrained), Train(), words, seed=1).eval()
     with torch.no_grad():
         odds = network(torch.tensor([tokenizer.encode_text(words, ["a red fox"])[0]])).logits[0].softmax(-1)
     control = tokenizer.control_ids(words, VOCABULARY.control_tokens())
@@ -116,27 +116,27 @@ def test_new_rows_stand_among_the_old_ones(pretrained: str, words: Any) -> None:
 
 
 def test_a_student_goes_on_from_an_exported_one(pretrained: str, words: Any, tmp_path: Path) -> None:
-    first = model.build(student(pretrained), Train(), words, seed=1)
+    first = gpt2.build_network(student(pretrained), Train(), words, seed=1)
     first.to(torch.bfloat16).save_pretrained(tmp_path)
-    went_on = model.build(student(pretrained, dropout=0.2), Train(), words, seed=2, start=str(tmp_path))
+    went_on = gpt2.build_network(student(pretrained, dropout=0.2), Train(), words, seed=2, initial_student=str(tmp_path))
     assert went_on.dtype == torch.float32
     assert went_on.config.attn_pdrop == 0.2
     assert torch.equal(went_on.lm_head.weight, first.lm_head.weight.float())
     shorter = PreTrainedTokenizerFast.from_pretrained(pretrained)
     with pytest.raises(UserError, match="its vocabulary has"):
-        model.build(student(pretrained), Train(), shorter, seed=2, start=str(tmp_path))
+        gpt2.build_network(student(pretrained), Train(), shorter, seed=2, initial_student=str(tmp_path))
 
 
 def test_what_cannot_be_started_from_is_a_user_s_error(pretrained: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"student\.context: 65 is more than the 64 positions of student\.init"):
-        model.Shape.of(Student(init=pretrained, context=65), Train())
+        gpt2.Shape.of(Student(init=pretrained, context=65), Train())
     with pytest.raises(UserError, match=r"student\.init: model \./nowhere"):
-        model.Shape.of(student("./nowhere"), Train())
+        gpt2.Shape.of(student("./nowhere"), Train())
     LlamaConfig().save_pretrained(tmp_path / "llama")
     with pytest.raises(UserError, match="is a llama, not a GPT-2"):
-        model.Shape.of(student(str(tmp_path / "llama")), Train())
+        gpt2.Shape.of(student(str(tmp_path / "llama")), Train())
     GPT2Config(reorder_and_upcast_attn=True).save_pretrained(tmp_path / "upcast")
     with pytest.raises(UserError, match="reorder_and_upcast_attn"):
-        model.Shape.of(student(str(tmp_path / "upcast")), Train())
+        gpt2.Shape.of(student(str(tmp_path / "upcast")), Train())
     with pytest.raises(UserError, match="is not a byte-level BPE"):
         tokenizer.extend(str(tmp_path / "upcast"), VOCABULARY)

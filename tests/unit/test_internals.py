@@ -297,6 +297,12 @@ def test_ray_trains_index_of_checkpoints_has_this_name() -> None:
     assert internals.CHECKPOINT_INDEX == CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
 
+def test_ray_trains_workers_have_this_name() -> None:
+    from ray.train.v2._internal.execution.worker_group import worker
+
+    assert hasattr(worker, internals.TRAIN_WORKER)
+
+
 def test_deepspeed_gathers_weights_by_this_method() -> None:
     from deepspeed.runtime.engine import DeepSpeedEngine
 

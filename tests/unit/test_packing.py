@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from udrl import tokenizer
 from udrl.commands import ANY, Command
 from udrl.recipe import Student, Train
-from udrl.train import gpt2 as model
+from udrl.train import gpt2
 from udrl.train.packing import Batch, Examples, assign_to_rows, encode_examples, pack
 
 TEXTS = ["a red fox in deep snow, soft light", "poster of an owl", "jazz night flyer, bold type", "Ünïcode café ☕"]
@@ -144,13 +144,13 @@ def network() -> Iterator[torch.nn.Module]:
     """A network so small that several threads would slow it down."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield model.build(Student(depth=2, width=64, heads=2, context=32), Train(), TOKENIZER, seed=3).eval()
+    yield gpt2.build_network(Student(depth=2, width=64, heads=2, context=32), Train(), TOKENIZER, seed=3).eval()
     torch.set_num_threads(threads)
 
 
 def loss_and_gradients(network: torch.nn.Module, rows: Batch) -> tuple[float, torch.Tensor]:
     network.zero_grad()
-    loss = model.packed_loss(
+    loss = gpt2.packed_loss(
         network,
         torch.from_numpy(rows.tokens.astype(np.int64)),
         torch.from_numpy(rows.positions.astype(np.int64)),
@@ -196,6 +196,6 @@ def test_the_packed_loss_of_one_example_equals_that_of_transformers(network: tor
 
 @pytest.mark.parametrize(("depth", "width", "heads"), [(12, 768, 12), (6, 384, 6), (1, 128, 2)])
 def test_one_dial_sets_the_student_s_shape(depth: int, width: int, heads: int) -> None:
-    shape = model.Shape.of(Student(depth=depth), Train())
+    shape = gpt2.Shape.of(Student(depth=depth), Train())
     assert (shape.depth, shape.width, shape.heads) == (depth, width, heads)
     assert shape.lr == pytest.approx(1e-3 * 320 / width)

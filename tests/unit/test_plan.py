@@ -1,6 +1,7 @@
-"""Steps, rows, schedules and DeepSpeed's settings, and which checkpoints count."""
+"""The plan of a training, DeepSpeed's configuration, checkpoints, and the documents that a training leaves."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,46 +11,47 @@ import pytest
 from udrl import storage
 from udrl.errors import UserError
 from udrl.recipe import Student, Train
+from udrl.run import TrainingSummary
 from udrl.train import checkpoint
 from udrl.train.gpt2 import Shape
-from udrl.train.schedule import Plan, batch_rows, deepspeed_config
+from udrl.train.schedule import TrainingPlan, deepspeed_config, rows_of_step
 
 
-def plan(world: int = 1, rows: int = 100, budget: int = 100, **train: Any) -> Plan:
-    return Plan.of(Student(context=64), Train(**({"batch_tokens": 640, "epochs": 2} | train)), rows, budget, world)
+def plan(workers: int = 1, rows: int = 100, budget: int = 100, **train: Any) -> TrainingPlan:
+    return TrainingPlan.of(Student(context=64), Train(**({"batch_tokens": 640, "epochs": 2} | train)), rows, budget, workers)
 
 
-def test_the_dial_sets_the_batch_too() -> None:
+def test_depth_sets_the_batch_size_unless_the_recipe_does() -> None:
     assert Shape.of(Student(depth=6), Train()).batch_tokens == 2048
     assert Shape.of(Student(depth=12), Train()).batch_tokens == 32768
     assert Shape.of(Student(depth=1), Train()).batch_tokens == 1024
     assert Shape.of(Student(depth=12), Train(batch_tokens=640)).batch_tokens == 640
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 7, 16])
-@pytest.mark.parametrize("micro", [None, 1, 2])
-def test_every_row_of_a_step_is_learnt_once_by_any_number_of_workers(world: int, micro: int | None) -> None:
-    p = plan(world, micro_batch_rows=micro)
-    assert (p.rows, p.steps) == (10, 20)
-    chosen = batch_rows(100, p.rows, 3, 0)
-    shares = [p.share_of(chosen, rank, world) for rank in range(world)]
-    assert {len(passes) for passes in shares} == {p.accumulation}, "every worker makes as many passes"
-    assert all(len(part) <= p.micro for passes in shares for part in passes)
-    assert sorted(np.concatenate([part for passes in shares for part in passes])) == sorted(chosen)
+@pytest.mark.parametrize("workers", [1, 2, 3, 7, 16])
+@pytest.mark.parametrize("micro_batch_rows", [None, 1, 2])
+def test_any_number_of_workers_trains_on_every_row_of_a_step_once(workers: int, micro_batch_rows: int | None) -> None:
+    p = plan(workers, micro_batch_rows=micro_batch_rows)
+    assert (p.rows_per_step, p.steps) == (10, 20)
+    step_rows = rows_of_step(100, p.rows_per_step, 3, 0)
+    shares = [p.micro_batches(step_rows, rank, workers) for rank in range(workers)]
+    assert {len(batches) for batches in shares} == {p.accumulation}, "every worker makes the same number of passes"
+    assert all(len(batch) <= p.micro_batch_rows for batches in shares for batch in batches)
+    assert sorted(np.concatenate([batch for batches in shares for batch in batches])) == sorted(step_rows)
 
 
-def test_an_epoch_takes_every_row_once() -> None:
-    taken = np.concatenate([batch_rows(25, 10, step, 0) for step in range(5)])
-    assert sorted(taken[:25]) == list(range(25))
-    assert sorted(taken[25:]) == list(range(25))
-    assert list(taken[:25]) != list(taken[25:])
+def test_an_epoch_has_every_row_once() -> None:
+    rows = np.concatenate([rows_of_step(25, 10, step, 0) for step in range(5)])
+    assert sorted(rows[:25]) == list(range(25))
+    assert sorted(rows[25:]) == list(range(25))
+    assert list(rows[:25]) != list(rows[25:])
 
 
-def test_objectives_on_fewer_rows_take_as_many_steps() -> None:
+def test_an_objective_with_fewer_rows_has_the_same_number_of_steps() -> None:
     assert plan(rows=30, budget=100).steps == plan(rows=100, budget=100).steps
 
 
-def test_cosine_and_wsd() -> None:
+def test_learning_rates_of_the_cosine_and_wsd_schedules() -> None:
     cosine, wsd = plan(epochs=10, warmup=0.1), plan(epochs=10, warmup=0.1, schedule="wsd", decay=0.2, final_lr=0)
     for p in (cosine, wsd):
         assert [p.lr_factor(s) for s in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
@@ -58,72 +60,93 @@ def test_cosine_and_wsd() -> None:
     assert [wsd.lr_factor(s) for s in (10, 50, 80, 90, 100)] == pytest.approx([1, 1, 1, 0.5, 0])
 
 
-def test_deepspeed_s_settings_follow_the_recipe() -> None:
-    p = plan(world=2, micro_batch_rows=3)
-    made = deepspeed_config(Train(zero_stage=2, clip=0.5), p, 2)
-    assert made["train_batch_size"] == made["train_micro_batch_size_per_gpu"] * made["gradient_accumulation_steps"] * 2
-    assert made["zero_optimization"]["stage"] == 2
-    assert made["gradient_clipping"] == 0.5
+def test_deepspeed_config_follows_the_recipe() -> None:
+    p = plan(workers=2, micro_batch_rows=3)
+    config = deepspeed_config(Train(zero_stage=2, clip=0.5), p, 2)
+    assert config["train_batch_size"] == config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * 2
+    assert config["zero_optimization"]["stage"] == 2
+    assert config["gradient_clipping"] == 0.5
 
 
-def test_a_user_s_deepspeed_settings_take_their_place(tmp_path: Path) -> None:
-    mine = tmp_path / "mine.json"
-    train = Train(deepspeed=str(mine))
-    with pytest.raises(UserError, match="is not there"):
+def test_a_user_s_deepspeed_config_is_used_with_our_batch_sizes(tmp_path: Path) -> None:
+    file = tmp_path / "deepspeed.json"
+    train = Train(deepspeed=str(file))
+    with pytest.raises(UserError, match="no such file"):
         deepspeed_config(train, plan(), 1)
-    mine.write_text("{")
+    file.write_text("{")
     with pytest.raises(UserError, match="not JSON"):
         deepspeed_config(train, plan(), 1)
-    mine.write_text(json.dumps({"train_batch_size": "auto", "zero_optimization": {"stage": 2}, "fp16": {"enabled": True}}))
-    made = deepspeed_config(train, plan(), 1)
-    assert made["train_batch_size"] == 10
-    assert "bf16" not in made
-    mine.write_text(json.dumps({"train_batch_size": 64}))
-    with pytest.raises(UserError, match='train_batch_size is 64, the recipe makes it 10; set it to "auto"'):
+    file.write_text(json.dumps({"train_batch_size": "auto", "zero_optimization": {"stage": 2}, "fp16": {"enabled": True}}))
+    config = deepspeed_config(train, plan(), 1)
+    assert config["train_batch_size"] == 10
+    assert "bf16" not in config
+    file.write_text(json.dumps({"train_batch_size": 64}))
+    with pytest.raises(UserError, match='train_batch_size is 64, but the recipe makes it 10; set it to "auto"'):
         deepspeed_config(train, plan(), 1)
 
 
-def written(runs: Path, step: int, world: int = 2) -> Path:
-    """A checkpoint as ``world`` workers write it."""
-    target = runs / checkpoint.name_of(step)
-    for rank in range(world):
-        part = runs.parent / f"part-{step}-{rank}"
+def write_checkpoint(checkpoints: Path, step: int, workers: int = 2) -> Path:
+    """Write a checkpoint as ``workers`` workers do."""
+    target = checkpoints / checkpoint.step_folder(step)
+    for rank in range(workers):
+        part = checkpoints.parent / f"part-{step}-{rank}"
         (part / "state").mkdir(parents=True)
         (part / "state" / f"rank{rank}.pt").write_bytes(b"x" * 10)
-        checkpoint.upload(str(part), str(target), rank, world)
+        checkpoint.upload(str(part), str(target), rank, workers)
     return target
 
 
-def test_a_checkpoint_without_all_of_its_parts_is_not_one(tmp_path: Path) -> None:
-    runs = tmp_path / "runs"
-    assert checkpoint.latest(str(runs)) is None
-    first, second, third, fourth = (written(runs, step) for step in (5, 10, 15, 20))
-    assert checkpoint.world_of(str(fourth)) == 2
+def test_a_checkpoint_with_a_missing_part_is_ignored_and_removed(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    assert checkpoint.latest(str(checkpoints)) is None
+    first, second, third, fourth = (write_checkpoint(checkpoints, step) for step in (5, 10, 15, 20))
+    assert checkpoint.world_size_of(str(fourth)) == 2
     (fourth / checkpoint.NOTE.format(1)).unlink()
-    assert checkpoint.latest(str(runs)) == str(third)
+    assert checkpoint.latest(str(checkpoints)) == str(third)
     (third / "state" / "rank1.pt").write_bytes(b"cut")
-    assert checkpoint.latest(str(runs)) == str(second)
+    assert checkpoint.latest(str(checkpoints)) == str(second)
     (second / "state" / "rank0.pt").unlink()
-    assert checkpoint.latest(str(runs)) == str(first)
-    checkpoint.sweep(str(runs))
-    assert storage.list_folders(str(runs)) == [first.name]
+    assert checkpoint.latest(str(checkpoints)) == str(first)
+    checkpoint.remove_incomplete(str(checkpoints))
+    assert storage.list_folders(str(checkpoints)) == [first.name]
 
 
-def test_old_checkpoints_go_and_unfinished_ones_stay(tmp_path: Path) -> None:
-    runs = tmp_path / "runs"
+def test_pruning_removes_old_checkpoints_but_not_one_that_is_still_uploading(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
     for step in (5, 10, 15, 20):
-        written(runs, step)
-    (runs / checkpoint.name_of(20) / checkpoint.NOTE.format(0)).unlink()  # on its way
-    checkpoint.prune(str(runs), 2)
-    assert storage.list_folders(str(runs)) == [checkpoint.name_of(step) for step in (10, 15, 20)]
+        write_checkpoint(checkpoints, step)
+    (checkpoints / checkpoint.step_folder(20) / checkpoint.NOTE.format(0)).unlink()  # still uploading
+    checkpoint.prune(str(checkpoints), 2)
+    assert storage.list_folders(str(checkpoints)) == [checkpoint.step_folder(step) for step in (10, 15, 20)]
 
 
-def test_the_best_weights_are_kept_apart(tmp_path: Path) -> None:
+def test_only_the_best_weights_are_kept(tmp_path: Path) -> None:
     import torch
 
     for step, value in ((5, 1.0), (10, 2.0)):
-        checkpoint.save_best(str(tmp_path), {"w": torch.full((2,), value)}, {"step": step, "validation_loss": 3.0})
-    weights, facts = checkpoint.load_best(str(tmp_path))
-    assert facts["step"] == 10
+        checkpoint.save_best(str(tmp_path), {"w": torch.full((2,), value)}, step, validation_loss=3.0)
+    weights, best = checkpoint.load_best(str(tmp_path))
+    assert best.step == 10
     assert weights["w"].tolist() == [2.0, 2.0]
     assert len(list((tmp_path / checkpoint.BEST).glob("*.safetensors"))) == 1
+
+
+def test_the_state_in_a_checkpoint_keeps_the_keys_of_older_versions() -> None:
+    facts = {"step": 12, "history": [(1, 7.0)], "best": math.inf, "seen": {"validation_loss": None, "words/paint": 5.0}}
+    state = checkpoint.TrainingState.model_validate(facts)
+    assert (state.step, state.best_validation_loss, state.validation["words/paint"]) == (12, math.inf, 5.0)
+    assert state.model_dump(by_alias=True) == facts
+
+
+def test_summaries_of_older_students_load(tmp_path: Path) -> None:
+    """Before 2026-11-25 the validation metrics were top-level keys; before 2026-11-23 there was no hash of the weights."""
+    file = tmp_path / "training.json"
+    flat = {"fingerprint": "abc", "history": [[1, 7.0]], "validation_loss": 5.5, "length_error": 14.1, "within_two/paint": 0.2}
+    file.write_text(json.dumps(flat))
+    summary = TrainingSummary.load(str(file))
+    assert summary.validation == {"length_error": 14.1, "within_two/paint": 0.2}
+    assert (summary.validation_loss, summary.history, summary.weights) == (5.5, [(1, 7.0)], "")
+    summary.save(str(file))
+    assert TrainingSummary.load(str(file)) == summary
+    file.write_text(json.dumps({"weights": "w1"}))
+    assert TrainingSummary.load(str(file)).weights == "w1"

@@ -1,4 +1,4 @@
-"""Trackers: curves that go on after a restart, remote storage, and no tracker that ends a training."""
+"""Trackers: a resumed training continues its curves, remote storage, and failing trackers that do not end a training."""
 
 import struct
 import sys
@@ -19,21 +19,21 @@ def a_recipe(folder: Path, *trackers: str) -> recipe.Recipe:
 
 
 def events(folder: Path) -> list[Any]:
-    """All events of TensorBoard's files, in the viewer's order."""
+    """Return all events of TensorBoard's files, in the viewer's order."""
     from tensorboardX.proto.event_pb2 import Event
 
-    made = []
+    parsed = []
     for file in sorted(folder.glob("events.*")):
-        data, at = file.read_bytes(), 0
-        while at < len(data):  # length, its checksum, the record, its checksum
-            (size,) = struct.unpack_from("<Q", data, at)
-            made.append(Event.FromString(data[at + 12 : at + 12 + size]))
-            at += 16 + size
-    return made
+        data, offset = file.read_bytes(), 0
+        while offset < len(data):  # length, its checksum, the record, its checksum
+            (size,) = struct.unpack_from("<Q", data, offset)
+            parsed.append(Event.FromString(data[offset + 12 : offset + 12 + size]))
+            offset += 16 + size
+    return parsed
 
 
 def curve(folder: Path, name: str) -> list[tuple[int, float]]:
-    """Points as TensorBoard shows them: a session that starts at a step drops what stands there from before."""
+    """Return the points that TensorBoard shows: a session that starts at a step hides older points from that step on."""
     points: list[tuple[int, float]] = []
     for event in events(folder):
         if event.session_log.status == 1:  # START
@@ -42,7 +42,7 @@ def curve(folder: Path, name: str) -> list[tuple[int, float]]:
     return points
 
 
-def test_a_resumed_training_goes_on_with_its_curve(tmp_path: Path) -> None:
+def test_a_resumed_training_continues_its_curve(tmp_path: Path) -> None:
     killed = tracking.Trackers(a_recipe(tmp_path), str(tmp_path), "abc")
     for step in range(1, 7):
         killed.scalars(step, {"loss": 1.0, "validation_loss": 2.0 if step == 4 else None})
@@ -59,42 +59,42 @@ def test_a_resumed_training_goes_on_with_its_curve(tmp_path: Path) -> None:
     assert texts == [[b"| a |"]]
 
 
-def test_remote_storage_gets_the_files_at_a_flush(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flush_uploads_the_files_to_remote_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "is_local", lambda uri: False)
-    seen = tracking.Trackers(a_recipe(tmp_path), str(tmp_path / "far"), "abc")
-    seen.scalars(1, {"loss": 1.0})
+    trackers = tracking.Trackers(a_recipe(tmp_path), str(tmp_path / "far"), "abc")
+    trackers.scalars(1, {"loss": 1.0})
     assert not (tmp_path / "far").exists()
-    seen.flush()
+    trackers.flush()
     assert curve(tmp_path / "far" / "tensorboard" / "abc", "loss") == [(1, 1.0)]
-    seen.close()
+    trackers.close()
 
 
-def test_a_missing_package_and_a_missing_address_are_told_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    tracking.check([])
+def test_a_missing_package_or_address_is_an_error_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    tracking.require_trackers([])
     for name in ("MLFLOW_TRACKING_URI", "WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"mlflow is not installed; run: pip install 'udrl\[mlflow\]'"):
-        tracking.check(["mlflow"])
+        tracking.require_trackers(["mlflow"])
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: object())
     with pytest.raises(UserError, match="MLFLOW_TRACKING_URI"):
-        tracking.check(["mlflow"])
+        tracking.require_trackers(["mlflow"])
     with pytest.raises(UserError, match="WANDB_API_KEY or WANDB_MODE"):
-        tracking.check(["wandb"])
+        tracking.require_trackers(["wandb"])
     monkeypatch.setenv("WANDB_MODE", "offline")
-    tracking.check(["wandb"])
+    tracking.require_trackers(["wandb"])
 
 
-def test_only_the_variables_of_the_trackers_in_use_travel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_variables_of_configured_trackers_are_sent_to_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "k")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://there")
-    assert tracking.environment([]) == {}
-    assert tracking.environment(["wandb"])["WANDB_API_KEY"] == "k"
-    assert "MLFLOW_TRACKING_URI" not in tracking.environment(["wandb"])
+    assert tracking.tracker_environment([]) == {}
+    assert tracking.tracker_environment(["wandb"])["WANDB_API_KEY"] == "k"
+    assert "MLFLOW_TRACKING_URI" not in tracking.tracker_environment(["wandb"])
 
 
 class Wandb:
-    """Stands in for the package, which is optional: keeps what it is given, and fails when it is told to."""
+    """A stand-in for the optional package: records what is logged, and fails while ``broken`` is set."""
 
     def __init__(self) -> None:
         self.logged: list[dict[str, Any]] = []
@@ -129,24 +129,26 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Wandb:
     return fake
 
 
-def test_a_failing_tracker_is_told_once_and_left_alone_after_three_failures(
+def test_a_failing_tracker_is_logged_once_and_dropped_after_three_consecutive_failures(
     tmp_path: Path, wandb: Wandb, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seen = tracking.Trackers(a_recipe(tmp_path, "wandb"), str(tmp_path), "abc")
-    seen.scalars(1, {"loss": 1.0})
+    trackers = tracking.Trackers(a_recipe(tmp_path, "wandb"), str(tmp_path), "abc")
+    trackers.scalars(1, {"loss": 1.0})
     wandb.broken = True
     for step in (2, 3):
-        seen.scalars(step, {"loss": 1.0})
-    wandb.broken = False  # a hiccup: it goes on
-    seen.scalars(4, {"loss": 1.0})
+        trackers.scalars(step, {"loss": 1.0})
+    wandb.broken = False  # a short failure: the tracker stays
+    trackers.scalars(4, {"loss": 1.0})
     wandb.broken = True
     for step in (5, 6, 7):
-        seen.scalars(step, {"loss": 1.0})
+        trackers.scalars(step, {"loss": 1.0})
     wandb.broken = False
-    seen.scalars(8, {"loss": 1.0})
-    seen.close()
+    trackers.scalars(8, {"loss": 1.0})
+    trackers.close()
     assert [row["step"] for row in wandb.logged] == [1, 4]
-    assert capsys.readouterr().err.splitlines() == ["train: wandb failed, training goes on without it: the server is gone"]
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: train: wandb failed, training continues without it: the server is gone"
+    ]
     assert len(curve(tmp_path / "tensorboard" / "abc", "loss")) == 8
 
 
@@ -156,19 +158,19 @@ def test_a_resumed_run_keeps_its_id_and_a_new_one_gets_its_own(tmp_path: Path, w
     assert wandb.ids[0] == wandb.ids[1] != wandb.ids[2]
 
 
-def test_mlflow_for_real_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_records_a_resumed_run_if_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlflow")
     from mlflow import MlflowClient
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     for step in (0, 2):
-        seen = tracking.Trackers(a_recipe(tmp_path, "mlflow"), str(tmp_path), "abc", step=step)
+        trackers = tracking.Trackers(a_recipe(tmp_path, "mlflow"), str(tmp_path), "abc", step=step)
         for s in (step + 1, step + 2):
-            seen.scalars(s, {"loss": float(s)})
-        seen.text(step + 2, "samples", "| a |")
-        seen.close()
-    run = storage.read_json(str(tmp_path / "tensorboard" / "abc" / tracking.IDS))["mlflow"]
+            trackers.scalars(s, {"loss": float(s)})
+        trackers.text(step + 2, "samples", "| a |")
+        trackers.close()
+    run = storage.read_json(str(tmp_path / "tensorboard" / "abc" / tracking.RUN_IDS))["mlflow"]
     client = MlflowClient()
     assert [(m.step, m.value) for m in client.get_metric_history(run, "loss")] == [(s, float(s)) for s in (1, 2, 3, 4)]
     assert client.get_run(run).info.status == "FINISHED"

@@ -1,196 +1,227 @@
-"""Checkpoints of a training: complete or absent, readable by any number of workers.
+"""Checkpoints of a training: complete or absent, and readable by any number of workers.
 
-Each worker writes its part and, after all of it lies in storage, a note that lists the part's files and their sizes. A
-checkpoint counts as one when the notes of all its workers are there and their files with them; anything else is what a kill
-left behind. Which checkpoint to go on from is found by looking at the folders alone, so no index can disagree with them.
+Each worker uploads its part and then a note that lists the part's files and their sizes. A checkpoint is complete when the
+notes of all workers and all listed files are there; anything else was left behind by a kill. The checkpoint to resume from is
+found by listing the folders, so no index can disagree with them.
 
 Layout under ``checkpoints/<fingerprint>/``::
 
     step-00000500/state/...            DeepSpeed's files, each worker's own
-    step-00000500/complete-00000.json  a worker's note
-    best/                              the weights with the lowest validation loss, bf16, and best.json, written last
+    step-00000500/complete-00000.json  CompletionNote of a worker
+    best/                              the bf16 weights with the lowest validation loss, then best.json (BestWeights)
 """
 
 import glob
-import hashlib
+import math
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from pydantic import Field
+
 from udrl import internals, storage
+from udrl.hashing import fingerprint_of_bytes
+from udrl.run import Document
 
 TAG = "state"
 NOTE = "complete-{:05d}.json"
-STEP = re.compile(r"step-(\d{8})")
+STEP_FOLDER = re.compile(r"step-(\d{8})")
 BEST = "best"
 
 
-def name_of(step: int) -> str:
+class CompletionNote(Document):
+    """A worker's note that its part of a checkpoint is uploaded."""
+
+    world: int = Field(description="number of workers that write the checkpoint")
+    files: dict[str, int] = Field(description="size in bytes by path within the checkpoint")
+
+
+class BestWeights(Document):
+    """``best.json``: written after the weights that it names."""
+
+    step: int
+    validation_loss: float
+    file: str
+
+
+class TrainingState(Document):
+    """The training loop's own state, saved inside each checkpoint. The aliases are the keys of existing checkpoints."""
+
+    step: int = Field(0, description="steps done; the next batch follows from it")
+    history: list[tuple[int, float]] = Field(default_factory=list, description="(step, training loss)")
+    best_validation_loss: float = Field(math.inf, alias="best")
+    validation: dict[str, float | None] = Field(
+        default_factory=dict, alias="seen", description="last validation: validation_loss and the length metrics"
+    )
+
+
+def step_folder(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def save(engine: Any, folder: str, facts: dict[str, Any]) -> None:
-    """Write this worker's part to a local folder: weights, optimizer and schedule by DeepSpeed; ``facts`` and the random
-    state beside them."""
-    import torch
+class CheckpointSaver:
+    """Writes checkpoints to local disk, and uploads them in a thread while training continues.
 
-    client = {"facts": facts, "rng": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        client["cuda_rng"] = torch.cuda.get_rng_state()
-    engine.save_checkpoint(folder, tag=TAG, client_state=client)
-
-
-class Saver:
-    """Writes checkpoints to local disk and lets a thread carry them to storage while training goes on.
-
-    Ray Train can do that too, but keeps an index of its checkpoints that is not written atomically, and leaves behind what
-    a kill cut off.
+    Ray Train can do that too, but it keeps an index of its checkpoints that is not written atomically, and it does not remove
+    the parts that a kill left behind.
     """
 
-    def __init__(self, runs: str, keep: int, rank: int, world: int) -> None:
-        self.runs, self.keep, self.rank, self.world = runs, keep, rank, world
+    def __init__(self, checkpoints: str, keep: int, rank: int, world_size: int) -> None:
+        self.checkpoints, self.keep, self.rank, self.world_size = checkpoints, keep, rank, world_size
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self.prefix = f"udrl-checkpoint-{hashlib.sha256(runs.encode()).hexdigest()[:16]}-{rank}-"
-        for left in glob.glob(os.path.join(tempfile.gettempdir(), f"{self.prefix}*")):  # by a worker that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        self.on_its_way: Future[None] | None = None
+        self.prefix = f"udrl-checkpoint-{fingerprint_of_bytes(checkpoints.encode())}-{rank}-"
+        for leftover in glob.glob(os.path.join(tempfile.gettempdir(), f"{self.prefix}*")):  # of a killed worker
+            shutil.rmtree(leftover, ignore_errors=True)
+        self.pending: Future[None] | None = None
 
-    def save(self, engine: Any, step: int, facts: dict[str, Any]) -> None:
-        """Every worker calls it at the same step."""
-        self.settle()  # one on its way at a time: local disk holds two at most
+    def save(self, engine: Any, state: TrainingState) -> None:
+        """Save the engine and ``state``; every worker calls it at the same step."""
+        self.wait()  # one upload at a time: local disk then holds two checkpoints at most
         folder = tempfile.mkdtemp(prefix=self.prefix)
-        save(engine, folder, facts)
-        self.on_its_way = self.pool.submit(self._carry, folder, storage.join(self.runs, name_of(step)))
+        _save_local(engine, folder, state)
+        self.pending = self.pool.submit(self._upload, folder, storage.join(self.checkpoints, step_folder(state.step)))
 
-    def settle(self) -> None:
-        """Wait for the checkpoint on its way; raise what went wrong with it."""
-        if self.on_its_way:
-            self.on_its_way.result()
-            self.on_its_way = None
+    def wait(self) -> None:
+        """Wait for the pending upload; raise its error if it failed."""
+        if self.pending:
+            self.pending.result()
+            self.pending = None
 
-    def _carry(self, folder: str, uri: str) -> None:
+    def _upload(self, folder: str, uri: str) -> None:
         try:
-            upload(folder, uri, self.rank, self.world)
+            upload(folder, uri, self.rank, self.world_size)
             if self.rank == 0:
-                prune(self.runs, self.keep)
+                prune(self.checkpoints, self.keep)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def upload(folder: str, uri: str, rank: int, world: int) -> None:
-    """Copy this worker's part to storage, then the note that makes it count."""
-    sizes = {name: os.path.getsize(os.path.join(folder, name)) for name in _local_files(folder)}
+def _save_local(engine: Any, folder: str, state: TrainingState) -> None:
+    """Write this worker's part: weights, optimizer and schedule by DeepSpeed, with ``state`` and the random state."""
+    import torch
+
+    client_state = {"facts": state.model_dump(by_alias=True), "rng": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        client_state["cuda_rng"] = torch.cuda.get_rng_state()
+    engine.save_checkpoint(folder, tag=TAG, client_state=client_state)
+
+
+def upload(folder: str, uri: str, rank: int, world_size: int) -> None:
+    """Upload this worker's part, then the note that makes it count."""
+    sizes = {name: os.path.getsize(os.path.join(folder, name)) for name in _list_local_files(folder)}
     storage.upload_folder(folder, uri)
-    storage.write_json(storage.join(uri, NOTE.format(rank)), {"world": world, "files": sizes})
+    CompletionNote(world=world_size, files=sizes).save(storage.join(uri, NOTE.format(rank)))
 
 
 def is_complete(uri: str) -> bool:
-    """Whether every worker's note is there, and every file that it lists has its size."""
-    return world_of(uri) is not None
+    """Return whether every worker's note and every file that it lists, of the listed size, is there."""
+    return world_size_of(uri) is not None
 
 
-def world_of(uri: str) -> int | None:
-    """How many workers wrote the checkpoint; None where it is not complete."""
-    first = storage.join(uri, NOTE.format(0))
-    if not storage.exists(first):
+def world_size_of(uri: str) -> int | None:
+    """Return the number of workers that wrote the checkpoint; None if it is not complete."""
+    first = CompletionNote.load_if_exists(storage.join(uri, NOTE.format(0)))
+    if first is None:
         return None
-    world: int = storage.read_json(first)["world"]
     sizes = storage.file_sizes(uri)
-    for rank in range(world):
+    for rank in range(first.world):
         if NOTE.format(rank) not in sizes:
             return None
-        note = storage.read_json(storage.join(uri, NOTE.format(rank)))
-        if note["world"] != world or any(sizes.get(name) != size for name, size in note["files"].items()):
+        note = CompletionNote.load(storage.join(uri, NOTE.format(rank)))
+        if note.world != first.world or any(sizes.get(name) != size for name, size in note.files.items()):
             return None
-    return world
+    return first.world
 
 
-def latest(runs: str) -> str | None:
-    """URI of the newest complete checkpoint under ``runs``."""
-    for name in sorted(filter(STEP.fullmatch, storage.list_folders(runs)), reverse=True):
-        if is_complete(storage.join(runs, name)):
-            return storage.join(runs, name)
+def latest(checkpoints: str) -> str | None:
+    """Return the URI of the newest complete checkpoint."""
+    for name in reversed(_list_steps(checkpoints)):
+        if is_complete(storage.join(checkpoints, name)):
+            return storage.join(checkpoints, name)
     return None
 
 
-def sweep(runs: str) -> None:
-    """Remove what kills left behind, and Ray Train's index of checkpoints: ours are found without it, and one that was cut
-    off while it was written would refuse to start. To be called while no worker runs."""
-    keep = latest(runs)
-    for name in filter(STEP.fullmatch, storage.list_folders(runs)):
-        uri = storage.join(runs, name)
-        if uri != keep and not is_complete(uri):
+def remove_incomplete(checkpoints: str) -> None:
+    """Remove the parts that kills left behind, and Ray Train's index, which a kill may have cut off.
+
+    Call it only while no worker runs.
+    """
+    newest = latest(checkpoints)
+    for name in _list_steps(checkpoints):
+        uri = storage.join(checkpoints, name)
+        if uri != newest and not is_complete(uri):
             storage.remove(uri)
-    storage.remove(storage.join(runs, internals.CHECKPOINT_INDEX))
+    storage.remove(storage.join(checkpoints, internals.CHECKPOINT_INDEX))
 
 
-def prune(runs: str, keep: int) -> None:
-    """Remove all but the ``keep`` newest complete checkpoints; younger ones may still be on their way and stay."""
-    complete = [n for n in sorted(filter(STEP.fullmatch, storage.list_folders(runs))) if is_complete(storage.join(runs, n))]
+def prune(checkpoints: str, keep: int) -> None:
+    """Remove all but the ``keep`` newest complete checkpoints; incomplete ones may still be uploading and stay."""
+    complete = [name for name in _list_steps(checkpoints) if is_complete(storage.join(checkpoints, name))]
     for name in complete[:-keep]:
-        storage.remove(storage.join(runs, name))
+        storage.remove(storage.join(checkpoints, name))
 
 
-def fetch(uri: str, folder: str) -> str:
-    """Local folder of a checkpoint; what lies on an object store is copied into ``folder``."""
+def open_local(uri: str, folder: str) -> str:
+    """Return the local folder of a checkpoint; one in an object store is copied into ``folder``."""
     if storage.is_local(uri):
         return storage.open_filesystem(uri)[1]
     return storage.download_folder(uri, folder)
 
 
-def universal(source: str, folder: str) -> str:
-    """Convert the local checkpoint ``source`` to DeepSpeed's universal form in ``folder``, which any number of workers can
-    load; return ``folder``."""
+def convert_to_universal(source: str, folder: str) -> None:
+    """Write the local checkpoint ``source`` to ``folder`` in a form that any number of workers can load."""
     shutil.rmtree(folder, ignore_errors=True)
     target = os.path.join(folder, TAG)
     os.makedirs(target)
     internals.convert_to_universal(os.path.join(source, TAG), target)
-    return folder
 
 
-def load(engine: Any, folder: str) -> dict[str, Any]:
-    """Restore weights, optimizer, schedule and random state from a local checkpoint; return the facts beside them."""
+def restore(engine: Any, folder: str) -> TrainingState:
+    """Restore weights, optimizer, schedule and random state from a local checkpoint; return the loop's state."""
     import torch
 
-    # The file is our own run's; it holds optimizer objects, which weights-only loading refuses.
-    path, client = engine.load_checkpoint(folder, tag=TAG)
+    # DeepSpeed unpickles the file: it holds optimizer objects, and only this run writes it.
+    path, client_state = engine.load_checkpoint(folder, tag=TAG)
     if path is None:
         raise RuntimeError(f"DeepSpeed found no checkpoint in {folder}")
-    torch.set_rng_state(client["rng"].cpu())
-    if "cuda_rng" in client and torch.cuda.is_available():
-        torch.cuda.set_rng_state(client["cuda_rng"].cpu())
-    facts: dict[str, Any] = client["facts"]
-    return facts
+    torch.set_rng_state(client_state["rng"].cpu())
+    if "cuda_rng" in client_state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(client_state["cuda_rng"].cpu())
+    return TrainingState.model_validate(client_state["facts"])
 
 
-def save_best(runs: str, weights: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Keep these weights as the best so far; ``facts`` (step, validation_loss) are written last and vouch for them."""
+def save_best(checkpoints: str, weights: dict[str, Any], step: int, validation_loss: float) -> None:
+    """Replace the best weights; their ``best.json`` is written after them, so a kill leaves the old ones valid."""
     from safetensors.torch import save_file
 
-    uri = storage.join(runs, BEST)
+    uri = storage.join(checkpoints, BEST)
+    file = f"{step_folder(step)}.safetensors"
     with tempfile.TemporaryDirectory() as folder:
-        name = f"{name_of(facts['step'])}.safetensors"
-        save_file(weights, os.path.join(folder, name))
-        with open(os.path.join(folder, name), "rb") as source, storage.atomic_file(storage.join(uri, name)) as out:
+        save_file(weights, os.path.join(folder, file))
+        with open(os.path.join(folder, file), "rb") as source, storage.atomic_file(storage.join(uri, file)) as out:
             shutil.copyfileobj(source, out)
-    storage.write_json(storage.join(uri, "best.json"), {**facts, "file": name})
-    for old in storage.list_files(uri):
-        if old.endswith(".safetensors") and old != name:
-            storage.remove(storage.join(uri, old))
+    BestWeights(step=step, validation_loss=validation_loss, file=file).save(storage.join(uri, "best.json"))
+    for name in storage.list_files(uri):
+        if name.endswith(".safetensors") and name != file:
+            storage.remove(storage.join(uri, name))
 
 
-def load_best(runs: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Weights and facts that :func:`save_best` kept."""
-    from safetensors.torch import load as parse
+def load_best(checkpoints: str) -> tuple[dict[str, Any], BestWeights]:
+    """Return the weights that :func:`save_best` kept, and their description."""
+    from safetensors.torch import load
 
-    facts: dict[str, Any] = storage.read_json(storage.join(runs, BEST, "best.json"))
-    return parse(storage.read_bytes(storage.join(runs, BEST, facts["file"]))), facts
+    best = BestWeights.load(storage.join(checkpoints, BEST, "best.json"))
+    return load(storage.read_bytes(storage.join(checkpoints, BEST, best.file))), best
 
 
-def _local_files(folder: str) -> Sequence[str]:
-    found = [os.path.join(at, name) for at, _, names in os.walk(folder) for name in names]
-    return sorted(os.path.relpath(path, folder) for path in found)
+def _list_steps(checkpoints: str) -> list[str]:
+    """Return the names of the checkpoints' folders, complete or not, oldest first."""
+    return sorted(filter(STEP_FOLDER.fullmatch, storage.list_folders(checkpoints)))
+
+
+def _list_local_files(folder: str) -> list[str]:
+    paths = [os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names]
+    return sorted(os.path.relpath(path, folder) for path in paths)

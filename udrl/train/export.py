@@ -1,51 +1,56 @@
-"""The finished student as a plain Hugging Face folder: what transformers and vLLM load with no code of ours."""
+"""The finished student as a plain Hugging Face folder, which transformers and vLLM load without code of ours."""
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass
 from typing import Any
 
 from udrl import internals, storage
 from udrl import tokenizer as tokenizers
 from udrl.commands import CommandVocabulary
 from udrl.recipe import Recipe, Sampling
-from udrl.train import model_card as card
+from udrl.run import GenerateSummary, StudentPaths, TrainingSummary
+from udrl.train.model_card import render_model_card
 
-TRAINING = "training.json"
+
+@dataclass(frozen=True)
+class Lineage:
+    """What the student's card tells of its origin: the recipe as the user wrote it, and the summary of the generate stage."""
+
+    recipe: Recipe
+    generate: GenerateSummary | None
 
 
-def weights(engine: Any, network: Any, rank: int) -> dict[str, Any]:
-    """The network's weights as bf16 on the CPU, on worker 0; nothing on the others.
+def gather_weights(engine: Any, network: Any, rank: int) -> dict[str, Any]:
+    """Return the network's weights as bf16 on the CPU at rank 0, and nothing on the other ranks.
 
-    Every worker calls it: under ZeRO 3 gathering is a collective.
+    Every worker calls it: ZeRO-3 gathers its shards in a collective.
     """
     import torch
 
     if engine.zero_optimization_stage() == 3:
-        state = {name.removeprefix("network."): v for name, v in internals.gather_zero3_weights(engine).items()}
+        state = {name.removeprefix("network."): tensor for name, tensor in internals.gather_zero3_weights(engine).items()}
     else:
         state = network.state_dict() if rank == 0 else {}
-    # bf16 copies of tied weights are no longer one tensor, and transformers would save both.
+    # bf16 copies of tied weights are separate tensors, and transformers would save both.
     state.pop("lm_head.weight", None)
     return {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in state.items()}
 
 
-def export(
-    weights: dict[str, Any], network: Any, tokenizer_folder: str, uri: str, training: dict[str, Any], lineage: dict[str, Any]
+def export_student(
+    weights: dict[str, Any], network: Any, tokenizer_folder: str, uri: str, summary: TrainingSummary, lineage: Lineage
 ) -> None:
-    """Write safetensors (bf16), tokenizer, commands, generation settings, the model card and the training's facts to ``uri``.
+    """Write safetensors (bf16), tokenizer, commands, generation settings, model card and ``training.json`` to ``uri``.
 
-    ``training.json`` is written last: where it is, the export is whole.
+    ``training.json`` is written last: if it is there, the export is complete.
 
     Args:
-        weights: of :func:`weights`.
-        network: whose configuration they have.
+        weights: from :func:`gather_weights`.
+        network: gives the weights' configuration.
         tokenizer_folder: local, with ``commands.json``.
-        training: the content of ``training.json``, less the number of parameters.
-        lineage: ``recipe`` (plain values), ``generate`` (``generate.json``, or empty), and where there were rounds of
-            exploration ``rounds`` (a flat dict each); for the card.
+        summary: without ``parameters`` and ``weights``, which are added here.
     """
     import torch
 
@@ -53,32 +58,35 @@ def export(
     for name in sorted(weights):
         digest.update(weights[name].view(torch.uint8).numpy().tobytes())
     parameters = sum(tensor.numel() for tensor in weights.values())
-    facts = {**training, "parameters": parameters, "weights": digest.hexdigest()[:16]}
-    recipe = Recipe.model_validate(lineage["recipe"])
+    summary = summary.model_copy(update={"parameters": parameters, "weights": digest.hexdigest()[:16]})
     tokenizer, vocabulary = tokenizers.load(tokenizer_folder), CommandVocabulary.load(tokenizer_folder)
+    card = render_model_card(lineage.recipe, summary, vocabulary, lineage.generate)
+    finished = StudentPaths(uri).training
     with tempfile.TemporaryDirectory() as folder:
         network.config.dtype = "bfloat16"
-        network.generation_config = _generation(recipe.serve.sampling, tokenizer, vocabulary, network.config.n_positions)
-        network.save_pretrained(folder, state_dict=dict(weights))  # which empties what it is given
+        sampling = lineage.recipe.serve.sampling
+        network.generation_config = _generation_config(sampling, tokenizer, vocabulary, network.config.n_positions)
+        network.save_pretrained(folder, state_dict=dict(weights))  # a copy, because save_pretrained empties its argument
         for name in os.listdir(tokenizer_folder):
             shutil.copy(os.path.join(tokenizer_folder, name), folder)
         with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as out:
-            out.write(card.text(recipe, facts, vocabulary, lineage))
-        storage.remove(storage.join(uri, TRAINING))
+            out.write(card)
+        storage.remove(finished)
         storage.upload_folder(folder, uri)
-        storage.write_bytes(storage.join(uri, TRAINING), json.dumps(facts).encode())
+        summary.save(finished)
 
 
-def _generation(sampling: Sampling, tokenizer: Any, vocabulary: CommandVocabulary, positions: int) -> Any:
-    """How transformers draws by default: as the student is served. (It knows no frequency penalty.)
+def _generation_config(sampling: Sampling, tokenizer: Any, vocabulary: CommandVocabulary, positions: int) -> Any:
+    """Return transformers' default generation settings: those that the student is served with.
 
-    vLLM takes the end of text from it; its own engines here are told by the recipe how to draw.
+    transformers has no frequency penalty. vLLM takes only the end of text from this file; our engines pass the recipe's
+    sampling settings.
     """
     from transformers import GenerationConfig
 
-    draws = {
+    sampling_settings = {
         "temperature": sampling.temperature,
-        "top_k": sampling.top_k,  # written out even where it is 0: transformers would take 50
+        "top_k": sampling.top_k,  # also if it is 0, because transformers' default is 50
         "top_p": sampling.top_p,
         "min_p": sampling.min_p,
     }
@@ -90,5 +98,5 @@ def _generation(sampling: Sampling, tokenizer: Any, vocabulary: CommandVocabular
         max_new_tokens=min(sampling.max_tokens, positions // 2),
         repetition_penalty=sampling.repetition_penalty,
         do_sample=sampling.temperature > 0,
-        **(draws if sampling.temperature > 0 else {}),
+        **(sampling_settings if sampling.temperature > 0 else {}),
     )

@@ -1,28 +1,27 @@
-"""The train stage: episodes -> an exported student."""
+"""One training on the cluster: episodes -> packed rows -> Ray Train -> an exported student."""
 
-import contextlib
-import hashlib
-import json
+import logging
 import os
 import sys
-import threading
-import time
 from dataclasses import dataclass
 from typing import Any
 
-from udrl import cluster, models, storage, watchdog
-from udrl.errors import STALLED_EXIT_CODE, UserError
-from udrl.progress import Progress, duration
+from udrl import cluster, hashing, models, storage
+from udrl.errors import UserError
+from udrl.progress import duration
 from udrl.recipe import Recipe, dump
-from udrl.run import EpisodeSource, PackedDataPaths, PackedDataSummary, Run, TrainingSummary
+from udrl.run import EpisodeSource, GenerateSummary, PackedDataPaths, PackedDataSummary, Run, StudentPaths, TrainingSummary
 from udrl.tasks import load_tasks
 from udrl.train import checkpoint, packed_data, tracking
-from udrl.train import worker as loop
-from udrl.train.export import TRAINING
+from udrl.train.export import Lineage
 from udrl.train.gpt2 import Shape
-from udrl.train.schedule import Plan, deepspeed_config, read_deepspeed
+from udrl.train.progress_actor import TrainingProgress, show_progress, start_progress_actor
+from udrl.train.schedule import TrainingPlan, deepspeed_config, read_deepspeed_config
+from udrl.train.worker import WorkerJob, train_worker
 
-# Settings of train that say where and how safely, not what: changing them neither retrains nor loses a checkpoint.
+log = logging.getLogger(__name__)
+
+# Keys of train that do not change the student: they decide where, how fast and how safely it is trained.
 OPERATIONAL = (
     "workers",
     "min_workers",
@@ -41,245 +40,174 @@ OPERATIONAL = (
 
 @dataclass(frozen=True)
 class Training:
-    """One training of a student. ``origin`` is what its episodes depend on, as plain data; ``start`` is the folder of an
-    exported student to go on from."""
+    """The inputs of one training, and the folder that it exports the student to."""
 
     sources: tuple[EpisodeSource, ...]
-    target: str
-    origin: list[Any]
+    target: str  # folder URI of the exported student
+    origin: list[Any]  # fingerprint inputs of the episodes
     round: int = 0
-    start: str | None = None
-
-
-def run(recipe: Recipe) -> TrainingSummary:
-    """Train the student of ``recipe`` on its run's episodes, into ``student/``; see :func:`fit`."""
-    return fit(recipe, first_training(recipe, storage.join(recipe.storage, "student")))
+    start: str | None = None  # folder URI of an exported student, whose weights the training starts from
 
 
 def first_training(recipe: Recipe, target: str) -> Training:
-    """The training of round 0: on the teacher's episodes.
+    """Return the training of round 0: on the teacher's episodes, into the folder ``target``.
 
     Raises:
         UserError: there is no finished generate stage.
     """
-    run = recipe.episodes_storage()
-    if not storage.exists(storage.join(run, "generate.json")):
-        raise UserError(f"{run}: no finished generate stage; run jobs.generate with this recipe first")
-    made = storage.read_json(storage.join(run, "generate.json"))
-    origin = [made["ledger"], made["scoring"], made["accepted"]]
-    return Training((EpisodeSource(folder=Run(run).scoring.episodes),), target, origin)
+    run = Run(recipe.episodes_storage())
+    if not storage.exists(run.generate_summary):
+        raise UserError(f"{run.storage}: no finished generate stage; run jobs.generate with this recipe first")
+    summary = GenerateSummary.load(run.generate_summary)
+    return Training(
+        sources=(EpisodeSource(folder=run.scoring.episodes),),
+        target=target,
+        origin=[summary.ledger, summary.scoring, summary.accepted],
+    )
 
 
 def fit(recipe: Recipe, training: Training) -> TrainingSummary:
-    """Train a student and export it; return what its ``training.json`` says.
+    """Train a student and export it; return its ``training.json``.
 
-    Where a student of the same episodes and settings lies there already, it is kept (``resume: never`` trains anew). A
-    run that was killed goes on from its last checkpoint.
+    If the target has a student of the same episodes and settings, that one is kept, except under ``resume: never``. A training
+    that was killed resumes from its last checkpoint.
 
     Raises:
-        UserError: settings or episodes can't be used, or another student lies in the target under ``resume: always``.
+        UserError: settings or episodes are unusable, or another student is in the target under ``resume: always``.
     """
-    tasks = [t.name for t in load_tasks(recipe.tasks)]
+    tasks = [task.name for task in load_tasks(recipe.tasks)]
     Shape.of(recipe.student, recipe.train)
     storage.require_writable(recipe.storage)
-    mark = training_fingerprint(recipe, training)
-    target, finished = training.target, storage.join(training.target, TRAINING)
-    if recipe.resume != "never" and storage.exists(finished):
-        facts = TrainingSummary.load(finished)
-        if facts.fingerprint == mark:
-            print(f"train: a student of these episodes and settings is there already: {target}", file=sys.stderr)
-            return facts
+    fingerprint = training_fingerprint(recipe, training)
+    if recipe.resume != "never" and (finished := TrainingSummary.load_if_exists(StudentPaths(training.target).training)):
+        if finished.fingerprint == fingerprint:
+            log.info("train: %s is there already, a student of the same episodes and settings", training.target)
+            return finished
         if recipe.resume == "always":
-            raise UserError(f"{target}: made with other settings or episodes; resume=if_possible or resume=never trains anew")
-    tracking.check(recipe.train.trackers)
-    storage.write_bytes(storage.join(recipe.storage, "recipe.yaml"), dump(recipe).encode())
+            raise UserError(
+                f"{training.target}: a student of other settings or episodes is there; set resume=if_possible or resume=never"
+                " to replace it"
+            )
+    tracking.require_trackers(recipe.train.trackers)
+    run = Run(recipe.storage)
+    storage.write_bytes(run.recipe, dump(recipe).encode())
     cluster.connect()
-    data = Run(recipe.storage).packed_data(mark)
+    data = run.packed_data(fingerprint)
     if recipe.resume == "never":
         storage.remove(data.folder)
     if not storage.exists(data.summary):
         packed_data.prepare_packed_data(recipe, training.sources, data, tasks, start=training.start)
-    _fit(recipe, training, data, mark)
-    return TrainingSummary.load(finished)
+    _run_workers(recipe, training, data, fingerprint)
+    summary = TrainingSummary.load_if_exists(StudentPaths(training.target).training)
+    if summary is None or summary.fingerprint != fingerprint:
+        raise RuntimeError(f"training ended without an export in {training.target}")
+    return summary
 
 
 def training_fingerprint(recipe: Recipe, training: Training) -> str:
-    """What the student depends on: the episodes, and the recipe's sections that shape it."""
+    """Return the fingerprint of the episodes, and of the recipe's sections that shape the student."""
     sections = recipe.model_dump(include={"seed", "tasks", "commands", "student", "train"})
     for name in OPERATIONAL:
         sections["train"].pop(name)
     if recipe.train.deepspeed:
-        sections["train"]["deepspeed"] = read_deepspeed(recipe.train.deepspeed)
+        sections["train"]["deepspeed"] = read_deepspeed_config(recipe.train.deepspeed)
     if recipe.student.init:
         sections["student"]["revision"] = models.revision(recipe.student.init, None)
     keeps = [source.keep for source in training.sources]
-    facts = [training.origin, keeps, training.round, sections]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return hashing.fingerprint([training.origin, keeps, training.round, sections])
 
 
-def _fit(recipe: Recipe, training: Training, data: PackedDataPaths, mark: str) -> None:
+def _run_workers(recipe: Recipe, training: Training, data: PackedDataPaths, fingerprint: str) -> None:
+    """Run Ray Train's workers to the export, and show their progress.
+
+    Raises:
+        UserError: the workers found a problem that the user must solve.
+    """
     import ray
+
+    min_workers = recipe.train.min_workers or recipe.train.workers
+    cluster.require_resources("train", min_workers * recipe.train.cpus_per_worker, min_workers * recipe.train.gpus_per_worker)
+    checkpoints = Run(recipe.storage).checkpoints(fingerprint)
+    if recipe.resume == "never":
+        storage.remove(checkpoints)
+    checkpoint.remove_incomplete(checkpoints)
+    _announce(recipe, data, checkpoints)
+    progress_actor = start_progress_actor()
+    job = WorkerJob(
+        recipe=_with_absolute_paths(recipe),
+        data=data,
+        checkpoints=checkpoints,
+        student=training.target,
+        fingerprint=fingerprint,
+        round=training.round,
+        initial_student=training.start,
+        lineage=Lineage(recipe, GenerateSummary.load_if_exists(Run(recipe.episodes_storage()).generate_summary)),
+        progress_actor=progress_actor,
+        tracker_environment=ray.put(tracking.tracker_environment(recipe.train.trackers)),
+    )
+    with show_progress(progress_actor, recipe.watchdog_minutes):
+        _make_trainer(recipe, job).fit()
+    progress: TrainingProgress | None = ray.get(progress_actor.read.remote())
+    if progress and progress.problem:
+        raise UserError(f"train: {progress.problem}")
+
+
+def _announce(recipe: Recipe, data: PackedDataPaths, checkpoints: str) -> None:
+    """Log the extent of the training, and write DeepSpeed's configuration next to the checkpoints."""
+    summary, train, workers = PackedDataSummary.load(data.summary), recipe.train, recipe.train.workers
+    plan = TrainingPlan.of(recipe.student, train, summary.rows, summary.budget_rows, workers)
+    deepspeed_file = storage.join(checkpoints, "deepspeed.json")
+    storage.write_json(deepspeed_file, deepspeed_config(train, plan, workers))
+    log.info(
+        f"train: {summary.episodes:,} episodes in {summary.rows:,} rows of {recipe.student.context} tokens"
+        f" ({summary.padding:.1%} padding); {plan.steps:,} steps of {plan.rows_per_step:,} rows; DeepSpeed: {deepspeed_file}"
+    )
+
+
+def _with_absolute_paths(recipe: Recipe) -> Recipe:
+    """Return the recipe for Ray Train's workers, which have another working folder."""
+    train, student = recipe.train, recipe.student
+    if train.deepspeed:
+        train = train.model_copy(update={"deepspeed": storage.absolute(train.deepspeed)})
+    if student.init and os.path.isdir(student.init):
+        student = student.model_copy(update={"init": os.path.abspath(student.init)})
+    return recipe.model_copy(update={"train": train, "student": student})
+
+
+def _make_trainer(recipe: Recipe, job: WorkerJob) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    place = recipe.train
-    least = place.min_workers or place.workers
-    cluster.require_resources("train", least * place.cpus_per_worker, least * place.gpus_per_worker)
-    runs = storage.join(recipe.storage, "checkpoints", mark)
-    if recipe.resume == "never":
-        storage.remove(runs)
-    checkpoint.sweep(runs)
-    _show(recipe, data, runs)
-    # Beside the driver: on another node it might be lost with it.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = ray.remote(num_cpus=0, scheduling_strategy=here)(ProgressActor).remote()
-    made = storage.join(recipe.episodes_storage(), "generate.json")
-    sent = recipe.model_dump(mode="json")
-    # Ray Train's workers have another working folder.
-    if place.deepspeed:
-        sent["train"]["deepspeed"] = storage.absolute(place.deepspeed)
-    if recipe.student.init and os.path.isdir(recipe.student.init):
-        sent["student"]["init"] = os.path.abspath(recipe.student.init)
-    job = loop.Job(
-        recipe=sent,
-        data=data.folder,
-        runs=runs,
-        export=training.target,
-        fingerprint=mark,
-        start=training.start,
-        lineage={
-            "recipe": recipe.model_dump(mode="json"),
-            "generate": storage.read_json(made) if storage.exists(made) else {},
-            "round": training.round,
-        },
-        board=board,
-        variables=[ray.put(tracking.environment(place.trackers))],
-    )
-    trainer = TorchTrainer(
-        loop.train_worker,
+    train = recipe.train
+    resources = {"CPU": train.cpus_per_worker} | ({"GPU": train.gpus_per_worker} if train.gpus_per_worker else {})
+    return TorchTrainer(
+        train_worker,
         train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if place.gpus_per_worker else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if train.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=(place.min_workers, place.workers) if place.min_workers else place.workers,
-            use_gpu=place.gpus_per_worker > 0,
-            resources_per_worker=_resources(recipe),
-            accelerator_type=place.accelerator,
-            placement_strategy=place.placement_strategy,
+            num_workers=(train.min_workers, train.workers) if train.min_workers else train.workers,
+            use_gpu=train.gpus_per_worker > 0,
+            resources_per_worker=resources,
+            accelerator_type=train.accelerator,
+            placement_strategy=train.placement_strategy,
         ),
         run_config=RunConfig(
-            # Checkpoints are ours to find; Ray Train's own state of an earlier try must not be gone on with.
-            name=mark,
-            storage_path=storage.join(recipe.storage, "checkpoints"),
-            failure_config=FailureConfig(max_failures=place.max_failures),
-            worker_runtime_env={"env_vars": _environment()},
+            # Ray Train's own state goes next to our checkpoints; remove_incomplete deletes an earlier attempt's index.
+            name=job.fingerprint,
+            storage_path=Run(recipe.storage).all_checkpoints,
+            failure_config=FailureConfig(max_failures=train.max_failures),
+            worker_runtime_env={"env_vars": _worker_environment()},
         ),
     )
-    stop = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(board, stop, recipe.watchdog_minutes), daemon=True)
-    watcher.start()
-    try:
-        trainer.fit()
-    finally:
-        stop.set()
-        watcher.join()
-    problem = ray.get(board.read.remote()).get("problem")
-    if problem:
-        raise UserError(f"train: {problem}")
-    finished = storage.join(training.target, TRAINING)
-    if not storage.exists(finished) or storage.read_json(finished)["fingerprint"] != mark:
-        raise RuntimeError(f"training ended without an export in {training.target}")
 
 
-def _show(recipe: Recipe, data: PackedDataPaths, runs: str) -> None:
-    """Say what is about to happen, and write DeepSpeed's settings beside the checkpoints."""
-    summary, train, world = PackedDataSummary.load(data.summary), recipe.train, recipe.train.workers
-    plan = Plan.of(recipe.student, train, summary.rows, summary.budget_rows, world)
-    where = storage.join(runs, "deepspeed.json")
-    storage.write_json(where, deepspeed_config(train, plan, world))
-    print(
-        f"train: {summary.episodes:,} episodes in {summary.rows:,} rows of {recipe.student.context} tokens"
-        f" ({100 * summary.padding:.1f}% padding); {plan.steps:,} steps of {plan.rows:,} rows; DeepSpeed: {where}",
-        file=sys.stderr,
-    )
-
-
-def _resources(recipe: Recipe) -> dict[str, float]:
-    resources = {"CPU": recipe.train.cpus_per_worker}
-    if recipe.train.gpus_per_worker:
-        resources["GPU"] = recipe.train.gpus_per_worker
-    return resources
-
-
-def _environment() -> dict[str, str]:
-    """DeepSpeed compiles its CPU op once into this folder; without it every run would compile again."""
+def _worker_environment() -> dict[str, str]:
+    """Return the variables with which DeepSpeed compiles its CPU operator once rather than in every run."""
     return {
         "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", os.path.join(models.cache_folder(), "torch_extensions")),
-        # torch calls ninja by name; it lies beside the interpreter, whose folder need not be on the PATH.
+        # torch finds ninja by name. It is next to the interpreter, whose folder is not always on the PATH.
         "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")]),
     }
-
-
-class ProgressActor:
-    """A Ray actor on which worker 0 posts its progress for the driver to show."""
-
-    def __init__(self) -> None:
-        self.latest: dict[str, Any] = {}
-
-    def post(self, facts: dict[str, Any]) -> None:
-        self.latest.update(facts)
-
-    def read(self) -> dict[str, Any]:
-        return self.latest
-
-
-def _watch(board: Any, stop: threading.Event, minutes: float) -> None:
-    """Show the board as a progress line until ``stop``; end the process where nothing moves for ``minutes``."""
-    import ray
-
-    bar: Progress | None = None
-    resumed = None
-    facts: dict[str, Any] = {}
-    moved = time.monotonic()
-    print("train: starting the workers", file=sys.stderr)
-    while True:
-        ended = stop.wait(1.0)
-        before = facts
-        with contextlib.suppress(Exception):  # a progress line must not end the job
-            facts = ray.get(board.read.remote(), timeout=10)
-        if facts != before:
-            moved = time.monotonic()
-        elif not ended and time.monotonic() - moved > 60 * minutes:
-            _stall(time.monotonic() - moved, minutes)
-        if "loss" in facts and (bar is None or facts["resumed_at"] != resumed):
-            resumed = facts["resumed_at"]
-            cluster.lower_priority_of_other_processes("RayTrainWorker")
-            bar = Progress("train", facts["steps"], "steps", start=resumed)
-        if bar:
-            show = bar.finish if ended else bar.update
-            show(facts["step"], note(facts))
-        if ended:
-            return
-
-
-def note(facts: dict[str, Any]) -> str:
-    """What the progress line says of a step."""
-    valid, words = facts.get("validation_loss"), facts.get("length_error")
-    text = f"loss {facts['loss']:.3f}"
-    text += f" (validation {valid:.3f}{f', {words:.1f} words off' if words is not None else ''})" if valid else ""
-    return f"{text}, {facts['tokens_per_second']:,.0f} tokens/s, MFU {100 * facts['mfu']:.0f}%"
-
-
-def _stall(quiet: float, minutes: float) -> None:
-    """End the process: the main thread waits inside Ray, which nothing else interrupts for sure."""
-    print("\n".join(["train: what was going on", *watchdog.describe_cluster()]), file=sys.stderr)
-    print(
-        f"train: no progress for {duration(quiet)} (watchdog_minutes={minutes:g}); checkpoints are kept, run the same command"
-        " again to resume",
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(STALLED_EXIT_CODE)
 
 
 def describe_training(summary: TrainingSummary) -> str:

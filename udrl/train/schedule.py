@@ -1,6 +1,6 @@
-"""What a training does, known before it starts: steps, rows of each step, learning rate, DeepSpeed's settings.
+"""The plan of a training, known before it starts: steps, rows of each step, learning rate, DeepSpeed's configuration.
 
-Nothing here depends on the number of workers but how a step's rows are dealt out, so a run may lose or gain workers.
+Only the division of a step's rows among workers depends on their number, so a training may lose or gain workers.
 """
 
 import json
@@ -16,17 +16,21 @@ from udrl.errors import UserError
 from udrl.recipe import Student, Train
 from udrl.train.gpt2 import Shape
 
-# What DeepSpeed's settings must agree on with the rows that are dealt out; "auto" or absence in a user's JSON takes ours.
-SIZES = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "gradient_clipping")
+# DeepSpeed's settings that must agree with the rows that workers get. A user's JSON may leave them out or say "auto".
+BATCH_SETTINGS = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "gradient_clipping")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """``rows`` of each of ``steps`` optimizer steps; a worker takes ``accumulation`` passes of ``micro`` rows."""
+class TrainingPlan:
+    """Optimizer steps, their rows, and the learning rate of each.
+
+    A worker trains on its share of a step's rows in ``accumulation`` micro-batches of at most ``micro_batch_rows``.
+    ``warmup`` and ``decay`` are steps; ``final_lr`` is a share of the peak learning rate.
+    """
 
     steps: int
-    rows: int
-    micro: int
+    rows_per_step: int
+    micro_batch_rows: int
     accumulation: int
     warmup: int
     decay: int
@@ -34,18 +38,20 @@ class Plan:
     final_lr: float
 
     @classmethod
-    def of(cls, student: Student, train: Train, n_rows: int, budget_rows: int, world: int) -> "Plan":
-        """Plan for ``n_rows`` packed rows of ``student.context`` tokens. ``budget_rows`` (what the objective "udrl" would have
-        packed) gives the steps, so that objectives are compared at equal budget."""
-        rows = max(1, min(Shape.of(student, train).batch_tokens // student.context, n_rows))
-        share = math.ceil(rows / world)
-        micro = min(train.micro_batch_rows or share, share)
-        steps = max(1, math.ceil(train.epochs * budget_rows / rows))
+    def of(cls, student: Student, train: Train, n_rows: int, budget_rows: int, world_size: int) -> "TrainingPlan":
+        """Plan a training on ``n_rows`` packed rows of ``student.context`` tokens.
+
+        ``budget_rows`` (the packed rows of objective "udrl") gives the steps, so that all objectives have an equal budget.
+        """
+        rows_per_step = max(1, min(Shape.of(student, train).batch_tokens // student.context, n_rows))
+        rows_per_worker = math.ceil(rows_per_step / world_size)
+        micro_batch_rows = min(train.micro_batch_rows or rows_per_worker, rows_per_worker)
+        steps = max(1, math.ceil(train.epochs * budget_rows / rows_per_step))
         return cls(
             steps=steps,
-            rows=rows,
-            micro=micro,
-            accumulation=math.ceil(share / micro),
+            rows_per_step=rows_per_step,
+            micro_batch_rows=micro_batch_rows,
+            accumulation=math.ceil(rows_per_worker / micro_batch_rows),
             warmup=math.ceil(train.warmup * steps),
             decay=math.ceil(train.decay * steps),
             schedule=train.schedule,
@@ -53,86 +59,91 @@ class Plan:
         )
 
     def lr_factor(self, step: int) -> float:
-        """Share of the peak learning rate at ``step``: linear warm-up, then a cosine down to ``final_lr``; or, for "wsd"
-        (arXiv 2404.06395), stable until a linear decay over the last ``decay`` steps."""
+        """Return the learning rate at ``step`` as a share of its peak.
+
+        Linear warm-up, then a cosine down to ``final_lr``. For "wsd" (arXiv 2404.06395) it is constant after the warm-up, and
+        decays linearly over the last ``decay`` steps.
+        """
         if step < self.warmup:
             return (step + 1) / self.warmup
         if self.schedule == "wsd":
-            left = min(1.0, max(0, self.steps - step) / self.decay)
-            return self.final_lr + (1 - self.final_lr) * left
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+            remaining = min(1.0, max(0, self.steps - step) / self.decay)
+            return self.final_lr + (1 - self.final_lr) * remaining
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
-    def share_of(self, chosen: np.ndarray, rank: int, world: int) -> list[np.ndarray]:
-        """The rows of one worker, as ``accumulation`` arrays of at most ``micro`` row numbers. Where rows do not divide
-        evenly, some are shorter, or empty: every worker makes as many passes."""
-        mine = chosen[rank::world]
-        return [mine[i * self.micro : (i + 1) * self.micro] for i in range(self.accumulation)]
+    def micro_batches(self, step_rows: np.ndarray, rank: int, world_size: int) -> list[np.ndarray]:
+        """Return the row numbers of one worker's micro-batches.
+
+        Every worker has ``accumulation`` of them. If the rows do not divide evenly, some are shorter or empty.
+        """
+        rows, size = step_rows[rank::world_size], self.micro_batch_rows
+        return [rows[i * size : (i + 1) * size] for i in range(self.accumulation)]
 
 
-def batch_rows(n_rows: int, size: int, step: int, seed: int) -> np.ndarray:
-    """Numbers of the rows of one step, int64 of shape (size,): epochs are permutations laid end to end."""
+def rows_of_step(n_rows: int, size: int, step: int, seed: int) -> np.ndarray:
+    """Return the row numbers of one step, int64 of shape (size,): a slice of concatenated permutations, one per epoch."""
     start = step * size
-    out = np.empty(size, dtype=np.int64)
+    numbers = np.empty(size, dtype=np.int64)
     filled = 0
     while filled < size:
         epoch, offset = divmod(start + filled, n_rows)
-        take = min(size - filled, n_rows - offset)
-        out[filled : filled + take] = _order(n_rows, epoch, seed)[offset : offset + take]
-        filled += take
-    return out
+        n = min(size - filled, n_rows - offset)
+        numbers[filled : filled + n] = _permutation(n_rows, epoch, seed)[offset : offset + n]
+        filled += n
+    return numbers
 
 
 @lru_cache(maxsize=2)
-def _order(n_rows: int, epoch: int, seed: int) -> np.ndarray:
+def _permutation(n_rows: int, epoch: int, seed: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n_rows)
 
 
-def deepspeed_config(train: Train, plan: Plan, world: int) -> dict[str, Any]:
-    """DeepSpeed's JSON: made from the recipe, or the user's own (``train.deepspeed``) with the batch's sizes filled in.
+def deepspeed_config(train: Train, plan: TrainingPlan, world_size: int) -> dict[str, Any]:
+    """Return DeepSpeed's configuration: from the recipe, or the user's own file with the batch sizes filled in.
 
     Raises:
         UserError: the user's file can't be read, or its sizes contradict the recipe.
     """
-    # Copying gradients into one buffer spares a GPU's memory from fragments; on a CPU it is a twelfth of the step.
-    tuned = {} if train.gpus_per_worker or train.zero_stage == 3 else {"contiguous_gradients": False}
-    ours: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": plan.micro,
+    # One contiguous gradient buffer avoids fragmentation of GPU memory; on a CPU it costs a twelfth of the step time.
+    tuning = {} if train.gpus_per_worker or train.zero_stage == 3 else {"contiguous_gradients": False}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": plan.micro_batch_rows,
         "gradient_accumulation_steps": plan.accumulation,
-        "train_batch_size": plan.micro * plan.accumulation * world,
+        "train_batch_size": plan.micro_batch_rows * plan.accumulation * world_size,
         "gradient_clipping": train.clip,
-        # The loop looks at the loss itself; looking at every gradient costs a fiftieth of a step.
+        # The loop checks the loss; checking every gradient as well costs 2% of a step.
         "bf16": {"enabled": train.precision == "bf16", "check_grad_overflow": False},
-        "zero_optimization": {"stage": train.zero_stage, **tuned},
+        "zero_optimization": {"stage": train.zero_stage, **tuning},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
     if not train.deepspeed:
-        return ours
-    theirs = read_deepspeed(train.deepspeed)
-    for name in SIZES:
-        if theirs.get(name, "auto") == "auto":
-            theirs[name] = ours[name]
-        elif theirs[name] != ours[name]:
+        return config
+    user_config = read_deepspeed_config(train.deepspeed)
+    for name in BATCH_SETTINGS:
+        if user_config.get(name, "auto") == "auto":
+            user_config[name] = config[name]
+        elif user_config[name] != config[name]:
             raise UserError(
-                f'{train.deepspeed}: {name} is {theirs[name]}, the recipe makes it {ours[name]}; set it to "auto", or change'
-                " train.batch_tokens, train.micro_batch_rows or train.clip"
+                f'{train.deepspeed}: {name} is {user_config[name]}, but the recipe makes it {config[name]}; set it to "auto",'
+                " or change train.batch_tokens, train.micro_batch_rows or train.clip"
             )
-    return {name: ours[name] for name in ("zero_allow_untested_optimizer", "steps_per_print")} | theirs
+    return {name: config[name] for name in ("zero_allow_untested_optimizer", "steps_per_print")} | user_config
 
 
-def read_deepspeed(uri: str) -> dict[str, Any]:
-    """A user's DeepSpeed JSON.
+def read_deepspeed_config(uri: str) -> dict[str, Any]:
+    """Return the user's DeepSpeed configuration.
 
     Raises:
-        UserError: it is absent, or no JSON object.
+        UserError: the file is absent or not a JSON object.
     """
     if not storage.exists(uri):
-        raise UserError(f"train.deepspeed: {uri} is not there")
+        raise UserError(f"train.deepspeed: no such file ({uri}); give the path or URI of a DeepSpeed JSON file")
     try:
-        values = storage.read_json(uri)
+        config = storage.read_json(uri)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"train.deepspeed: {uri} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"train.deepspeed: {uri} holds {type(values).__name__}, not an object of DeepSpeed's settings")
-    return values
+        raise UserError(f"train.deepspeed: {uri} is not JSON ({error}); correct the file") from error
+    if not isinstance(config, dict):
+        raise UserError(f"train.deepspeed: {uri} holds a {type(config).__name__}; write an object of DeepSpeed's settings")
+    return config

@@ -1,12 +1,12 @@
-"""Where a training's curves go: TensorBoard always, MLflow and Weights & Biases where the recipe asks for them.
+"""Training curves in TensorBoard always, and in MLflow and Weights & Biases if the recipe asks for them.
 
 The libraries are used directly rather than through Ray's ``setup_mlflow`` and ``setup_wandb``: those start a new run each time
-that the workers start, and a resumed training would leave a piece of its curve in each.
+that the workers start, which would split the curve of a resumed training.
 """
 
 import importlib.util
+import logging
 import os
-import sys
 import tempfile
 import time
 import uuid
@@ -16,16 +16,18 @@ from typing import Any, Protocol
 from udrl import storage
 from udrl.errors import UserError
 from udrl.recipe import Recipe
+from udrl.run import Run
 
-FOLDER = "tensorboard"
-IDS = "trackers.json"  # the runs that a resumed training goes on with
-PREFIXES = {"mlflow": ("MLFLOW_", "DATABRICKS_"), "wandb": ("WANDB_",)}
-TRIES = 3  # failures in a row after which a tracker is left alone
-BATCH = 1000  # metrics that MLflow takes in one request; parameters, 100
+log = logging.getLogger(__name__)
+
+RUN_IDS = "trackers.json"  # the trackers' ids of the run, by which a resumed training continues it
+ENVIRONMENT_PREFIXES = {"mlflow": ("MLFLOW_", "DATABRICKS_"), "wandb": ("WANDB_",)}
+MAX_FAILURES = 3  # consecutive failures after which a tracker is dropped
+MLFLOW_METRICS, MLFLOW_PARAMS = 1000, 100  # most metrics and parameters in one request, by MLflow's limits
 
 
 class Tracker(Protocol):
-    """What a tracker can do; any of it may raise."""
+    """The interface of a tracker; every method may raise."""
 
     def scalars(self, step: int, values: dict[str, float]) -> None: ...
     def text(self, step: int, name: str, markdown: str) -> None: ...
@@ -33,11 +35,11 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
-def check(trackers: Sequence[str]) -> None:
-    """To be called on the driver before anything starts.
+def require_trackers(trackers: Sequence[str]) -> None:
+    """Check on the driver, before anything starts, that the trackers can be used.
 
     Raises:
-        UserError: a tracker's package is missing, or its environment says neither where to nor with which key.
+        UserError: a tracker's package is not installed, or its environment has no address or key.
     """
     for name, package, variables, remedy in (
         ("mlflow", "mlflow", ["MLFLOW_TRACKING_URI"], "set it to your server, such as http://host:5000"),
@@ -51,102 +53,104 @@ def check(trackers: Sequence[str]) -> None:
             raise UserError(f"train.trackers: {name} needs {' or '.join(variables)} in the environment; {remedy}")
 
 
-def environment(trackers: Sequence[str]) -> dict[str, str]:
-    """The trackers' own variables on the driver, keys among them, for worker 0.
+def tracker_environment(trackers: Sequence[str]) -> dict[str, str]:
+    """Return the trackers' environment variables on the driver, which include keys, for worker 0.
 
-    Hand it over as a Ray object. Ray Train shows a run's ``worker_runtime_env`` and ``train_loop_config`` in its dashboard.
+    Send them as a Ray object: Ray Train's dashboard shows a run's ``worker_runtime_env`` and ``train_loop_config``.
     """
-    prefixes = tuple(prefix for name in trackers for prefix in PREFIXES[name])
+    prefixes = tuple(prefix for name in trackers for prefix in ENVIRONMENT_PREFIXES[name])
     return {name: value for name, value in os.environ.items() if prefixes and name.startswith(prefixes)}
 
 
 class Trackers:
-    """All trackers of one training. Worker 0 alone makes one, after it has loaded its checkpoint.
+    """All trackers of one training. Only worker 0 creates it, after it has restored its checkpoint.
 
-    A tracker that fails is told once on stderr and, after three failures in a row, left alone; training goes on.
+    A tracker that fails is logged once, and dropped after three consecutive failures; training continues.
 
     Args:
-        run: URI of the run's storage; TensorBoard's files lie under ``tensorboard/<name>`` of it.
-        name: of the training; a resumed one has the same.
-        step: the step gone on from. What was written of later steps before a kill is hidden, or written again.
-        variables: what :func:`environment` gave on the driver; those of this process win.
+        run: URI of the run's storage.
+        name: of the training; a resumed training has the same.
+        step: step that the training resumes from. Points of later steps, from before the kill, are hidden or overwritten.
+        environment: from :func:`tracker_environment` on the driver; variables of this process take precedence.
     """
 
-    def __init__(self, recipe: Recipe, run: str, name: str, *, step: int = 0, variables: dict[str, str] | None = None) -> None:
-        for key, value in (variables or {}).items():
+    def __init__(
+        self, recipe: Recipe, run: str, name: str, *, step: int = 0, environment: dict[str, str] | None = None
+    ) -> None:
+        for key, value in (environment or {}).items():
             os.environ.setdefault(key, value)
-        ids_file = storage.join(run, FOLDER, name, IDS)
+        ids_file = storage.join(Run(run).tensorboard(name), RUN_IDS)
         ids: dict[str, str] = storage.read_json(ids_file) if step and storage.exists(ids_file) else {}
-        known = dict(ids)
-        home = storage.open_filesystem(run)[1] if storage.is_local(run) else tempfile.mkdtemp(prefix="udrl-trackers-")
-        makers: dict[str, Callable[[], Tracker]] = {
-            "tensorboard": lambda: _TensorBoard(home, run, name, step),
+        saved_ids = dict(ids)
+        local_run = storage.open_filesystem(run)[1] if storage.is_local(run) else tempfile.mkdtemp(prefix="udrl-trackers-")
+        constructors: dict[str, Callable[[], Tracker]] = {
+            "tensorboard": lambda: _TensorBoard(local_run, run, name, step),
             "mlflow": lambda: _MLflow(recipe, name, ids),
-            "wandb": lambda: _Wandb(recipe, home, run, name, ids),
+            "wandb": lambda: _Wandb(recipe, local_run, run, name, ids),
         }
         self._trackers: dict[str, Tracker] = {}
         self._failures: dict[str, int] = {}
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
         for kind in ["tensorboard", *recipe.train.trackers]:
             try:
-                self._trackers[kind] = makers[kind]()
+                self._trackers[kind] = constructors[kind]()
             except Exception as error:
-                self._tell(kind, error)
-        if ids != known:
+                self._log_once(kind, error)
+        if ids != saved_ids:
             storage.write_json(ids_file, ids)
 
     def scalars(self, step: int, values: dict[str, float | None]) -> None:
-        """Add a point to each named curve; None is no point. Cheap: what goes over a network waits for :meth:`flush`."""
+        """Add a point to each named curve; None adds no point. Points for a server are queued until :meth:`flush`."""
         points = {name: float(value) for name, value in values.items() if value is not None}
-        self._each(lambda tracker: tracker.scalars(step, points))
+        self._call_each(lambda tracker: tracker.scalars(step, points))
 
     def text(self, step: int, name: str, markdown: str) -> None:
         """Add a text, such as samples."""
-        self._each(lambda tracker: tracker.text(step, name, markdown))
+        self._call_each(lambda tracker: tracker.text(step, name, markdown))
 
     def flush(self) -> None:
-        """Make what was added visible to others; call it at each validation."""
-        self._each(lambda tracker: tracker.flush())
+        """Publish the queued points; called at each validation."""
+        self._call_each(lambda tracker: tracker.flush())
 
     def close(self) -> None:
-        """Flush and mark the runs as finished. A training that will be resumed must not call it."""
+        """Flush and mark the runs as finished; not called by a training that will be resumed."""
         self.flush()
-        self._each(lambda tracker: tracker.close())
+        self._call_each(lambda tracker: tracker.close())
         self._trackers = {}
 
-    def _each(self, act: Callable[[Tracker], None]) -> None:
+    def _call_each(self, call: Callable[[Tracker], None]) -> None:
         for kind, tracker in list(self._trackers.items()):
             try:
-                act(tracker)
+                call(tracker)
                 self._failures[kind] = 0
-            except Exception as error:  # whatever a tracker's library or server does, the training is worth more
-                self._tell(kind, error)
+            except Exception as error:  # any failure of a tracker's library or server: the training is worth more
+                self._log_once(kind, error)
                 self._failures[kind] = self._failures.get(kind, 0) + 1
-                if self._failures[kind] >= TRIES:
+                if self._failures[kind] >= MAX_FAILURES:
                     del self._trackers[kind]
 
-    def _tell(self, kind: str, error: Exception) -> None:
-        if kind not in self._told:
-            self._told.add(kind)
-            line = " ".join(str(error).split())[:300] or type(error).__name__
-            print(f"train: {kind} failed, training goes on without it: {line}", file=sys.stderr, flush=True)
+    def _log_once(self, kind: str, error: Exception) -> None:
+        if kind not in self._logged:
+            self._logged.add(kind)
+            message = " ".join(str(error).split())[:300] or type(error).__name__
+            log.warning("train: %s failed, training continues without it: %s", kind, message)
 
 
 class _TensorBoard:
-    """Event files by tensorboardX's synchronous writer: the flush of its ``SummaryWriter`` leaves behind what is queued."""
+    """Event files by tensorboardX's synchronous writer: a flush of its ``SummaryWriter`` does not wait for its queue."""
 
-    def __init__(self, home: str, run: str, name: str, step: int) -> None:
+    def __init__(self, local_run: str, run: str, name: str, step: int) -> None:
         from tensorboardX import summary
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-        self.folder = os.path.join(home, FOLDER, name)
-        self.uri = None if storage.is_local(run) else storage.join(run, FOLDER, name)
+        self.folder = Run(local_run).tensorboard(name)
+        self.uri = None if storage.is_local(run) else Run(run).tensorboard(name)
         os.makedirs(self.folder, exist_ok=True)
         self.summary, self.event = summary, Event
-        # Files are told apart, and read in order, by name: the second, then the suffix.
+        # TensorBoard reads the files in the order of their names, which end in the second and this suffix.
         self.writer = EventsWriter(os.path.join(self.folder, "events"), f".{step:08d}")
-        # The viewer drops points from this step on that earlier files hold.
+        # A session start makes the viewer drop the points of earlier files from this step on.
         start = SessionLog(status=SessionLog.START)
         self.writer.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
 
@@ -157,8 +161,8 @@ class _TensorBoard:
     def text(self, step: int, name: str, markdown: str) -> None:
         self._write(step, self.summary.text(name, markdown))
 
-    def _write(self, step: int, made: Any) -> None:
-        self.writer.write_event(self.event(wall_time=time.time(), step=step, summary=made))
+    def _write(self, step: int, summary: Any) -> None:
+        self.writer.write_event(self.event(wall_time=time.time(), step=step, summary=summary))
 
     def flush(self) -> None:
         self.writer.flush()
@@ -171,43 +175,43 @@ class _TensorBoard:
 
 class _MLflow:
     def __init__(self, recipe: Recipe, name: str, ids: dict[str, str]) -> None:
-        # Its own defaults would hold a step for many minutes where the server is gone.
+        # MLflow's defaults would block a step for many minutes if the server is gone.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
 
         self.metric, self.client = Metric, MlflowClient()
-        self.waiting: list[Any] = []
+        self.queue: list[Any] = []
         if "mlflow" in ids:
             self.run = ids["mlflow"]
             self.client.update_run(self.run, status="RUNNING")
             return
         experiment = self.client.get_experiment_by_name(recipe.name)
-        number = experiment.experiment_id if experiment else self.client.create_experiment(recipe.name)
-        self.run = ids["mlflow"] = self.client.create_run(number, run_name=name).info.run_id
-        params = [Param(key, str(value)) for key, value in _flat(recipe.model_dump(mode="json")).items()]
-        for start in range(0, len(params), BATCH // 10):
-            self.client.log_batch(self.run, params=params[start : start + BATCH // 10])
+        experiment_id = experiment.experiment_id if experiment else self.client.create_experiment(recipe.name)
+        self.run = ids["mlflow"] = self.client.create_run(experiment_id, run_name=name).info.run_id
+        params = [Param(key, str(value)) for key, value in _flatten(recipe.model_dump(mode="json")).items()]
+        for start in range(0, len(params), MLFLOW_PARAMS):
+            self.client.log_batch(self.run, params=params[start : start + MLFLOW_PARAMS])
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         now = int(time.time() * 1000)
-        self.waiting += [self.metric(name, value, now, step) for name, value in values.items()]
+        self.queue += [self.metric(name, value, now, step) for name, value in values.items()]
 
     def text(self, step: int, name: str, markdown: str) -> None:
         self.client.log_text(self.run, markdown, f"{name}/{step:08d}.md")
 
     def flush(self) -> None:
-        while self.waiting:
-            self.client.log_batch(self.run, metrics=self.waiting[:BATCH])
-            del self.waiting[:BATCH]
+        while self.queue:
+            self.client.log_batch(self.run, metrics=self.queue[:MLFLOW_METRICS])
+            del self.queue[:MLFLOW_METRICS]
 
     def close(self) -> None:
         self.client.set_terminated(self.run)
 
 
 class _Wandb:
-    def __init__(self, recipe: Recipe, home: str, run: str, name: str, ids: dict[str, str]) -> None:
+    def __init__(self, recipe: Recipe, local_run: str, run: str, name: str, ids: dict[str, str]) -> None:
         import wandb
 
         ids.setdefault("wandb", uuid.uuid4().hex[:8])
@@ -218,14 +222,14 @@ class _Wandb:
             id=ids["wandb"],
             resume="allow",
             config=recipe.model_dump(mode="json"),
-            dir=os.environ.get("WANDB_DIR", home),
+            dir=os.environ.get("WANDB_DIR", local_run),
             settings=wandb.Settings(console="off", init_timeout=60, silent=True),
         )
-        # Its own step only rises and would refuse what a resumed training writes again.
+        # The default step must only rise; wandb would refuse the steps that a resumed training repeats.
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
-        self.folder = os.path.join(home, "wandb")
-        self.uri = storage.join(run, "wandb") if self.run.offline and not storage.is_local(run) else None
+        self.folder = Run(local_run).wandb
+        self.uri = Run(run).wandb if self.run.offline and not storage.is_local(run) else None
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         self.run.log({**values, "step": step})
@@ -236,7 +240,7 @@ class _Wandb:
         self.run.log({name: self.html(f"<pre>{html.escape(markdown)}</pre>"), "step": step})
 
     def flush(self) -> None:
-        """Its own process sends as it goes."""
+        """Do nothing: wandb's own process sends continuously."""
 
     def close(self) -> None:
         self.run.finish()
@@ -244,9 +248,9 @@ class _Wandb:
             storage.upload_folder(self.folder, self.uri)
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"train": {"lr": 1}}`` -> ``{"train.lr": 1}``."""
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return dotted keys: ``{"train": {"lr": 1}}`` -> ``{"train.lr": 1}``."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat

@@ -1,9 +1,10 @@
-"""What each training worker does: a DeepSpeed engine over packed rows, inside a ``TorchTrainer``.
+"""One training worker: a DeepSpeed engine over packed rows, inside Ray Train's ``TorchTrainer``.
 
-The rows of a step are a slice of a permutation seeded by the epoch, so they do not depend on the worker count, and the
-step number alone is the data position.
+The rows of a step are a slice of a permutation seeded by the epoch. They do not depend on the number of workers, and the step
+number is all that a checkpoint needs to know of the data position.
 """
 
+import dataclasses
 import math
 import resource
 import tempfile
@@ -15,331 +16,390 @@ from typing import Any
 
 import numpy as np
 
-from udrl import cluster, storage, tokenizer
+from udrl import cluster, logs, storage, tokenizer
 from udrl.commands import CommandVocabulary
 from udrl.policies.student import fetch_student
 from udrl.recipe import Recipe
-from udrl.run import PackedDataPaths, PackedDataSummary, ValidationIntents
-from udrl.train import checkpoint, export, flops, monitor
-from udrl.train import deepspeed_engine as engines
-from udrl.train import gpt2 as model
+from udrl.run import PackedDataPaths, PackedDataSummary, TrainingSummary, ValidationIntent, ValidationIntents, WorkerMemory
+from udrl.train import checkpoint, deepspeed_engine, export, flops, gpt2, monitor
 from udrl.train.packed_data import load_packed_rows
 from udrl.train.packed_rows import PackedRows
-from udrl.train.schedule import Plan, batch_rows, deepspeed_config
+from udrl.train.progress_actor import TrainingProgress
+from udrl.train.schedule import TrainingPlan, deepspeed_config, rows_of_step
 from udrl.train.tracking import Trackers
 
-TOLD_EVERY = 10  # steps; reading a loss waits for the device
-VALIDATION_ROWS = 256  # at most: a validation costs a few steps, however much is held out
-REPORT_SECONDS = 10  # at least between reports to Ray Train: its controller takes one in two seconds, and the next waits
-POINTS = 20_000  # of the loss curve that checkpoints carry; longer runs keep every k-th
+LOSS_READ_STEPS = 10  # steps between reads of the loss: a read waits for the device
+MAX_VALIDATION_ROWS = 256  # rows; bounds a validation to the time of a few steps
+REPORT_SECONDS = 10  # seconds between reports to Ray Train, at least: its controller handles one every two seconds
+MAX_HISTORY = 20_000  # points of the loss curve in a checkpoint; longer trainings keep every k-th
+MAX_STEP_SECONDS = 1_000  # step times in training.json: the last ones
 
 
 @dataclass(frozen=True)
-class Job:
-    """What the driver hands to every worker; all of it plain but for ``board``, a Ray actor, and ``variables``."""
+class WorkerJob:
+    """What the driver sends to every worker."""
 
-    recipe: dict[str, Any]
-    data: str  # URI of the packed rows and the tokenizer
-    runs: str  # URI of the checkpoints
-    export: str  # URI of the finished student
+    recipe: Recipe  # local paths are absolute: Ray Train's workers have another working folder
+    data: PackedDataPaths
+    checkpoints: str  # folder URI
+    student: str  # folder URI of the export
     fingerprint: str
-    start: str | None  # URI of an exported student to go on from
-    lineage: dict[str, Any]
-    board: Any
-    variables: Any  # the trackers' environment, as a Ray object in a list
+    round: int
+    initial_student: str | None  # folder URI of the exported student whose weights the training starts from
+    lineage: export.Lineage
+    progress_actor: Any  # handle of a ProgressActor
+    tracker_environment: Any  # Ray object reference of tracking.tracker_environment, because its values are secret
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """Run one worker of ``config["job"]``, a :class:`Job`: from the last complete checkpoint to the export."""
+    """Train from the last complete checkpoint to the export. ``config["job"]`` is a :class:`WorkerJob`."""
+    logs.configure()
     _Worker(config["job"]).run()
 
 
-class _Worker:
-    def __init__(self, job: Job) -> None:
-        import ray.train
-        import torch
+@dataclass(frozen=True)
+class _StepInput:
+    """One worker's input of one optimizer step."""
 
-        self.job, self.recipe = job, Recipe.model_validate(job.recipe)
-        context = ray.train.get_context()
-        self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        self.local_rank = context.get_local_rank()
-        if not self.recipe.train.gpus_per_worker:
-            # Ray's workers share the machine's cores; its own OMP_NUM_THREADS would be the actor's CPU share.
-            torch.set_num_threads(self.recipe.train.threads or max(1, cluster.cpu_count() // context.get_local_world_size()))
-        data = PackedDataPaths(job.data)
-        self.rows, self.validation = load_packed_rows(data, "train"), load_packed_rows(data, "validation")
-        self.data_summary = PackedDataSummary.load(data.summary)
-        self.folder = tokenizer_folder(data)
-        self.words, self.vocabulary = tokenizer.load(self.folder), CommandVocabulary.load(self.folder)
+    target_count: int  # over all workers, so that every target token has the same weight
+    micro_batches: list[tuple[Any, Any, Any]]  # tensors: tokens, positions, targets
+
+
+class _InputPipeline:
+    """Prepares the input of the next step in a thread while the current step trains."""
+
+    def __init__(self, rows: PackedRows, plan: TrainingPlan, seed: int, rank: int, world_size: int, pin_memory: bool) -> None:
+        self.rows, self.plan, self.seed = rows, plan, seed
+        self.rank, self.world_size, self.pin_memory = rank, world_size, pin_memory
+        self.wait_seconds = 0.0
+
+    def iterate(self, first_step: int) -> Iterator[_StepInput]:
+        """Yield the input of each remaining step."""
+        with ThreadPoolExecutor(1, thread_name_prefix="input") as pool:
+            steps = range(first_step, self.plan.steps)
+            pending = pool.submit(self._load, first_step) if steps else None
+            for step in steps:
+                start = time.perf_counter()
+                assert pending
+                step_input = pending.result()
+                self.wait_seconds += time.perf_counter() - start
+                pending = pool.submit(self._load, step + 1) if step + 1 < self.plan.steps else None
+                yield step_input
+
+    def _load(self, step: int) -> _StepInput:
+        step_rows = rows_of_step(len(self.rows), self.plan.rows_per_step, step, self.seed)
+        target_count = max(int(self.rows.target_counts[step_rows].sum()), 1)
+        shares = self.plan.micro_batches(step_rows, self.rank, self.world_size)
+        return _StepInput(target_count, [to_tensors(self.rows, share, self.pin_memory) for share in shares])
+
+
+def to_tensors(rows: PackedRows, numbers: np.ndarray, pin_memory: bool) -> tuple[Any, Any, Any]:
+    """Return tokens, positions and targets of the numbered rows, each (rows, context); one row without targets if empty."""
+    import torch
+
+    batch = rows.take(numbers if len(numbers) else np.array([0]))
+    if not len(numbers):
+        batch.targets[:] = False  # dummy forward pass: every rank must join the collectives
+    tensors = [torch.from_numpy(array) for array in (batch.tokens, batch.positions, batch.targets)]
+    if pin_memory:
+        tensors = [tensor.pin_memory() for tensor in tensors]
+    return tensors[0], tensors[1], tensors[2]
+
+
+class _Worker:
+    """The training loop of one rank. Methods that other ranks must call at the same time are marked as collectives."""
+
+    def __init__(self, job: WorkerJob) -> None:
+        import ray.train
+
+        self.job, self.recipe = job, job.recipe
         train, student = self.recipe.train, self.recipe.student
-        self.plan = Plan.of(student, train, len(self.rows), self.data_summary.budget_rows, self.world)
-        start = fetch_student(job.start) if job.start else None
-        self.network = model.build(student, train, self.words, self.recipe.seed, start=start)
-        self.history: list[tuple[int, float]] = []
-        self.step = self.resumed_at = 0
-        self.best = math.inf
-        self.seen: dict[str, Any] = {}  # what the last validation showed
-        self.settings = deepspeed_config(train, self.plan, self.world)
-        self.engine, facts = engines.start(
-            self.network, self.plan, self.settings, train, lr=self._lr(), runs=job.runs, local_rank=self.local_rank
+        context = ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.on_gpu = train.gpus_per_worker > 0
+        self._set_threads(context.get_local_world_size())
+
+        self.rows, self.validation_rows = load_packed_rows(job.data, "train"), load_packed_rows(job.data, "validation")
+        self.data_summary = PackedDataSummary.load(job.data.summary)
+        self.tokenizer_folder = storage.download_folder(job.data.tokenizer, tempfile.mkdtemp(prefix="udrl-tokenizer-"))
+        self.tokenizer = tokenizer.load(self.tokenizer_folder)
+        self.vocabulary = CommandVocabulary.load(self.tokenizer_folder)
+
+        self.shape = gpt2.Shape.of(student, train)
+        self.plan = TrainingPlan.of(student, train, len(self.rows), self.data_summary.budget_rows, self.world_size)
+        self.input = _InputPipeline(self.rows, self.plan, self.recipe.seed, self.rank, self.world_size, pin_memory=self.on_gpu)
+        initial_student = fetch_student(job.initial_student) if job.initial_student else None
+        self.network = gpt2.build_network(student, train, self.tokenizer, self.recipe.seed, initial_student)
+        self.deepspeed_settings = deepspeed_config(train, self.plan, self.world_size)
+        self.engine, self.state = deepspeed_engine.start_engine(
+            self.network,
+            self.plan,
+            self.deepspeed_settings,
+            train,
+            lr=self.shape.lr,
+            checkpoints=job.checkpoints,
+            local_rank=context.get_local_rank(),
         )
-        if facts:
-            self.step = self.resumed_at = facts["step"]
-            self.history = [tuple(point) for point in facts["history"]]
-            self.best, self.seen = facts["best"], facts["seen"]
-        self.saver = checkpoint.Saver(job.runs, train.keep_checkpoints, self.rank, self.world)
-        self.seconds: list[float] = []
-        self.input_seconds = 0.0
-        self.reported = -math.inf
+        self.resumed_at = self.state.step
+        self.saver = checkpoint.CheckpointSaver(job.checkpoints, train.keep_checkpoints, self.rank, self.world_size)
+        self.trackers = self._open_trackers() if self.rank == 0 else None
+        self.max_tokens_per_second = self._measure_max_tokens_per_second()
+
+        self.progress = TrainingProgress(
+            steps=self.plan.steps,
+            resumed_at=self.resumed_at,
+            validation_loss=self.state.validation.get("validation_loss"),
+            length_error=self.state.validation.get("length_error"),
+        )
+        self.unread_losses: list[Any] = []  # of the newest steps, still on the device
+        self.step_seconds: list[float] = []
+        self.last_read = self.last_report = -math.inf
 
     def run(self) -> None:
-        every = max(1, self.plan.steps // POINTS)
+        """Train to the last step and export the student; end without one if the loss is not finite."""
         train = self.recipe.train
-        trackers = self._trackers()
-        speed = self._ceiling()
-        begun = told = time.monotonic()
-        waiting: list[tuple[int, Any]] = []
-        for batch in self._batches():
-            waiting.append((self.step, self._learn(batch)))
-            self.step += 1
-            last = self.step == self.plan.steps
-            validate = self.step % (train.validate_every or train.checkpoint_every) == 0 or last
-            save = self.step % train.checkpoint_every == 0 or last
-            if len(waiting) == TOLD_EVERY or validate or save:
-                losses = self._read(waiting)
-                now = time.monotonic()
-                self.seconds += [(now - told) / len(waiting)] * len(waiting)
-                rate = len(waiting) * self.tokens_a_step / (now - told)
-                waiting, told = [], now
-                if not all(math.isfinite(loss) for _, loss in losses):
-                    bad = next(step for step, loss in losses if not math.isfinite(loss))
-                    self._post(problem=f"the loss is not finite at step {bad}; lower train.lr, or set train.precision=fp32")
-                    return
-                self.history += [(step, loss) for step, loss in losses if step % every == 0]
-                self._post(step=self.step, loss=losses[-1][1], tokens_per_second=rate, mfu=rate / speed)
-                if trackers:
-                    for step, loss in losses:
-                        trackers.scalars(step, {"train/loss": loss, "train/lr": self._lr() * self.plan.lr_factor(step - 1)})
-                    norm = self.engine.get_global_grad_norm()
-                    norm = None if norm is None else float(norm)
-                    trackers.scalars(self.step, {"train/grad_norm": norm, "tokens_per_second": rate, "mfu": rate / speed})
-            if validate:
-                self._observe(trackers)
-            if save:
-                facts = {"step": self.step, "history": self.history, "best": self.best, "seen": self.seen}
-                self.saver.save(self.engine, self.step, facts)
-            if validate or save:
-                told = time.monotonic()
-        self.saver.settle()
-        self._export(time.monotonic() - begun, speed)
-        if trackers:
-            trackers.close()
+        start = self.last_read = time.monotonic()
+        for step_input in self.input.iterate(self.state.step):
+            self.unread_losses.append(self._train_step(step_input))
+            self.state.step += 1
+            validates = self._is_due(train.validate_every or train.checkpoint_every)
+            saves = self._is_due(train.checkpoint_every)
+            if (len(self.unread_losses) == LOSS_READ_STEPS or validates or saves) and not self._read_losses():
+                return
+            if validates:
+                self._validate()
+            if saves:
+                self.saver.save(self.engine, self.state)
+            if validates or saves:
+                self.last_read = time.monotonic()  # validations and checkpoints do not count as time of a step
+        self.saver.wait()
+        self._export(time.monotonic() - start)
+        if self.trackers:
+            self.trackers.close()
 
-    # ---- start
+    # ---- setup
 
-    def _lr(self) -> float:
-        return model.Shape.of(self.recipe.student, self.recipe.train).lr
+    def _set_threads(self, workers_on_node: int) -> None:
+        """Divide the node's cores among its workers; Ray sets OMP_NUM_THREADS to the actor's CPU share instead."""
+        import torch
 
-    def _trackers(self) -> Trackers | None:
+        if not self.on_gpu:
+            torch.set_num_threads(self.recipe.train.threads or max(1, cluster.cpu_count() // workers_on_node))
+
+    def _open_trackers(self) -> Trackers:
         import ray
 
-        if self.rank != 0:
-            return None
-        variables = ray.get(self.job.variables[0])
-        return Trackers(self.recipe, self.recipe.storage, self.job.fingerprint, step=self.step, variables=variables)
+        environment = ray.get(self.job.tracker_environment)
+        return Trackers(self.recipe, self.recipe.storage, self.job.fingerprint, step=self.state.step, environment=environment)
 
-    def _ceiling(self) -> float:
-        """Tokens a second that all workers would reach at what their devices do in a matrix product."""
+    def _measure_max_tokens_per_second(self) -> float:
+        """Return the speed of all workers if their devices did nothing but matrix products; a collective."""
         import torch
 
         dtype = next(self.engine.module.parameters()).dtype
-        mine = torch.tensor(flops.ceiling(self.engine.device, dtype), device=self.engine.device)
-        share = float(self.rows.target_counts.mean()) / self.rows.context
-        self.tokens_a_step = self.plan.rows * self.rows.context * (1 - self.data_summary.padding)
-        per_token = flops.train_flops_per_token(self.network.config, self.rows.context, share)
-        return float(self._summed(mine)) / per_token
+        rate = torch.tensor(flops.matmul_flops_per_second(self.engine.device, dtype), device=self.engine.device)
+        target_share = float(self.rows.target_counts.mean()) / self.rows.context
+        flops_per_token = flops.train_flops_per_token(self.network.config, self.rows.context, target_share)
+        return float(self._sum_over_workers(rate)) / flops_per_token
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens of all workers in one step, without padding."""
+        return self.plan.rows_per_step * self.rows.context * (1 - self.data_summary.padding)
 
     # ---- steps
 
-    def _batches(self) -> Iterator[tuple[int, list[Any]]]:
-        """What each step left needs: the count of targets over all workers, and this worker's passes as tensors. The next
-        step's are made while one is learnt."""
-        with ThreadPoolExecutor(1, thread_name_prefix="input") as pool:
-            steps = range(self.step, self.plan.steps)
-            coming = pool.submit(self._make, steps[0]) if steps else None
-            for step in steps:
-                begun = time.perf_counter()
-                assert coming
-                batch = coming.result()
-                self.input_seconds += time.perf_counter() - begun
-                coming = pool.submit(self._make, step + 1) if step + 1 < self.plan.steps else None
-                yield batch
+    def _is_due(self, every: int) -> bool:
+        return self.state.step % every == 0 or self.state.step == self.plan.steps
 
-    def _make(self, step: int) -> tuple[int, list[Any]]:
-        chosen = batch_rows(len(self.rows), self.plan.rows, step, self.recipe.seed)
-        # Over all workers, so that every target token weighs the same wherever it is trained.
-        total = max(int(self.rows.target_counts[chosen].sum()), 1)
-        return total, [self._tensors(self.rows, part) for part in self.plan.share_of(chosen, self.rank, self.world)]
-
-    def _tensors(self, rows: PackedRows, part: np.ndarray) -> tuple[Any, Any, Any]:
+    def _train_step(self, step_input: _StepInput) -> Any:
+        """Take one optimizer step; return this worker's part of the mean loss per target token, on the device."""
         import torch
 
-        batch = rows.take(part if len(part) else np.array([0]))
-        if not len(part):
-            batch.targets[:] = False  # a pass for company: other workers have rows left
-        tensors = [torch.from_numpy(array) for array in (batch.tokens, batch.positions, batch.targets)]
-        if self.recipe.train.gpus_per_worker:
-            tensors = [tensor.pin_memory() for tensor in tensors]
-        return tensors[0], tensors[1], tensors[2]
-
-    def _learn(self, batch: tuple[int, list[Any]]) -> Any:
-        """One optimizer step; returns this worker's part of the mean loss a target token, still on the device."""
-        import torch
-
-        total, passes = batch
-        summed = torch.zeros((), device=self.engine.device)
-        for tensors in passes:
+        loss_sum = torch.zeros((), device=self.engine.device)
+        for tensors in step_input.micro_batches:
             loss = self.engine(*(tensor.to(self.engine.device, non_blocking=True) for tensor in tensors))
-            # DeepSpeed averages over workers and accumulation; undo both, for a mean over target tokens.
-            self.engine.backward(loss * (self.world * self.plan.accumulation / total))
+            # DeepSpeed averages over workers and accumulation; this factor makes it a mean over target tokens.
+            self.engine.backward(loss * (self.world_size * self.plan.accumulation / step_input.target_count))
             self.engine.step()
-            summed += loss.detach()
-        return summed / total
+            loss_sum += loss.detach()
+        return loss_sum / step_input.target_count
 
-    def _read(self, waiting: list[tuple[int, Any]]) -> list[tuple[int, float]]:
-        """(step counted from 1, mean loss over all workers) of each step."""
+    def _read_losses(self) -> bool:
+        """Read the losses of the newest steps, record and post them; return whether all are finite. A collective."""
         import torch
 
-        losses = self._summed(torch.stack([loss for _, loss in waiting])).tolist()
-        return [(step + 1, loss) for (step, _), loss in zip(waiting, losses, strict=True)]
+        n = len(self.unread_losses)
+        losses = self._sum_over_workers(torch.stack(self.unread_losses)).tolist()
+        points = list(zip(range(self.state.step - n + 1, self.state.step + 1), losses, strict=True))  # steps count from 1
+        now = time.monotonic()
+        seconds = now - self.last_read
+        self.step_seconds += [seconds / n] * n
+        self.unread_losses, self.last_read = [], now
+        for step, loss in points:
+            if not math.isfinite(loss):
+                remedy = "lower train.lr, or set train.precision=fp32"
+                self._post(problem=f"the loss is not finite at step {step}; {remedy}")
+                return False
+        every = max(1, self.plan.steps // MAX_HISTORY)
+        self.state.history += [(step, loss) for step, loss in points if step % every == 0]
+        tokens_per_second = n * self.tokens_per_step / seconds
+        mfu = tokens_per_second / self.max_tokens_per_second
+        self._post(step=self.state.step, loss=losses[-1], tokens_per_second=tokens_per_second, mfu=mfu)
+        if self.trackers:
+            for step, loss in points:
+                lr = self.shape.lr * self.plan.lr_factor(step - 1)
+                self.trackers.scalars(step, {"train/loss": loss, "train/lr": lr})
+            norm = self.engine.get_global_grad_norm()
+            norm = None if norm is None else float(norm)
+            self.trackers.scalars(
+                self.state.step, {"train/grad_norm": norm, "tokens_per_second": tokens_per_second, "mfu": mfu}
+            )
+        return True
 
-    def _summed(self, value: Any) -> Any:
+    def _sum_over_workers(self, tensor: Any) -> Any:
         import torch
 
-        if self.world > 1:
-            torch.distributed.all_reduce(value)
-        return value
+        if self.world_size > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
 
-    # ---- validation, checkpoints, export
+    def _post(self, **changes: Any) -> None:
+        """Update the progress that the driver shows."""
+        if self.rank == 0:
+            self.progress = dataclasses.replace(self.progress, **changes)
+            self.job.progress_actor.post.remote(self.progress)
 
-    def _observe(self, trackers: Trackers | None) -> None:
-        """Validation loss; samples and how well lengths are kept; and the best weights so far, kept apart."""
+    # ---- validation
+
+    def _validate(self) -> None:
+        """Measure validation loss and length control, and keep the weights if they are the best so far; a collective."""
         import ray.train
 
-        self.seen = {"validation_loss": self._validation_loss()}
-        held = self._held()
-        synced = self.engine.zero_optimization_stage() == 3
-        if held and (synced or self.rank == 0):
-            observation = monitor.observe(
-                self.network,
-                self.words,
-                self.vocabulary,
-                held,
-                self.recipe.seed,
-                self.recipe.serve.sampling.max_tokens,
-                commanded=self.vocabulary.objective == "udrl",
-                synced=synced,
+        loss = self._validation_loss()
+        observation = self._observe_samples()
+        metrics = observation.metrics if observation else {}
+        self.state.validation = {"validation_loss": loss, **metrics}
+        if self.trackers:
+            if observation:
+                self.trackers.text(self.state.step, "samples", observation.markdown())
+            self.trackers.scalars(
+                self.state.step, {f"validation/{name}": value for name, value in self.state.validation.items()}
             )
-            self.seen |= observation.metrics
+            self.trackers.flush()
+        if loss is not None and loss < self.state.best_validation_loss:
+            self.state.best_validation_loss = loss
+            weights = export.gather_weights(self.engine, self.network, self.rank)
             if self.rank == 0:
-                uri = storage.join(self.job.runs, "samples", f"{checkpoint.name_of(self.step)}.md")
-                storage.write_bytes(uri, (observation.markdown() + "\n").encode())
-            if trackers:
-                trackers.text(self.step, "samples", observation.markdown())
-        if trackers:
-            trackers.scalars(self.step, {f"validation/{name}": value for name, value in self.seen.items()})
-            trackers.flush()
-        loss = self.seen["validation_loss"]
-        if loss is not None and loss < self.best:
-            self.best = loss
-            weights = export.weights(self.engine, self.network, self.rank)
-            if self.rank == 0:
-                checkpoint.save_best(self.job.runs, weights, {"step": self.step, "validation_loss": loss})
-        self._post(**self.seen)
-        # Worker 0's clock decides for all: report() waits for every worker.
-        if engines.from_first(time.monotonic() - self.reported > REPORT_SECONDS):
-            self.reported = time.monotonic()
-            ray.train.report({"step": self.step, **self.seen})
-
-    def _held(self) -> list[dict[str, Any]]:
-        """The first intents of each task that are written out."""
-        held, taken = [], dict.fromkeys(self.vocabulary.tasks, 0)
-        for row in ValidationIntents.load(PackedDataPaths(self.job.data).validation_intents).intents:
-            if taken[row.task] < self.recipe.train.sample_intents:
-                taken[row.task] += 1
-                held.append({"task": row.task, "intent": row.intent})
-        return held
+                checkpoint.save_best(self.job.checkpoints, weights, self.state.step, loss)
+        self._post(validation_loss=loss, length_error=metrics.get("length_error"))
+        # Rank 0's clock decides for all ranks, because report() waits for every worker.
+        if deepspeed_engine.broadcast_from_rank_0(time.monotonic() - self.last_report > REPORT_SECONDS):
+            self.last_report = time.monotonic()
+            ray.train.report({"step": self.state.step, **self.state.validation})
 
     def _validation_loss(self) -> float | None:
-        """Mean loss a target token on validation rows spread over all of them; None where there are none."""
+        """Return the mean loss per target token on validation rows spread evenly; None if there are none. A collective."""
         import torch
 
-        rows = self.validation
+        rows = self.validation_rows
         if not len(rows):
             return None
-        chosen = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), VALIDATION_ROWS)).astype(np.int64))
-        size = self.plan.micro * self.world
+        numbers = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), MAX_VALIDATION_ROWS)).astype(np.int64))
+        size = self.plan.micro_batch_rows * self.world_size
         self.engine.eval()
-        summed = torch.zeros((), device=self.engine.device)
+        loss_sum = torch.zeros((), device=self.engine.device)
         with torch.no_grad():
-            # Every worker makes as many forward passes: ZeRO 3 gathers weights in each.
-            for start in range(0, len(chosen), size):
-                tensors = self._tensors(rows, chosen[start : start + size][self.rank :: self.world])
-                summed += self.engine(*(tensor.to(self.engine.device) for tensor in tensors))
+            # Every worker makes the same number of forward passes: ZeRO-3 gathers weights in each.
+            for start in range(0, len(numbers), size):
+                tensors = to_tensors(rows, numbers[start : start + size][self.rank :: self.world_size], self.on_gpu)
+                loss_sum += self.engine(*(tensor.to(self.engine.device) for tensor in tensors))
         self.engine.train()
-        return float(self._summed(summed)) / max(int(rows.target_counts[chosen].sum()), 1)
+        return float(self._sum_over_workers(loss_sum)) / max(int(rows.target_counts[numbers].sum()), 1)
 
-    def _post(self, **facts: Any) -> None:
+    def _observe_samples(self) -> monitor.Observation | None:
+        """Let the student write for a few validation intents, and save the samples. Only ZeRO-3 needs all ranks for it."""
+        intents = self._sampled_intents()
+        synced = self.engine.zero_optimization_stage() == 3
+        if not intents or (self.rank != 0 and not synced):
+            return None
+        observation = monitor.observe(
+            self.network,
+            self.tokenizer,
+            self.vocabulary,
+            intents,
+            self.recipe.seed,
+            self.recipe.serve.sampling.max_tokens,
+            commanded=self.vocabulary.objective == "udrl",
+            synced=synced,
+        )
         if self.rank == 0:
-            self.job.board.post.remote({"steps": self.plan.steps, "resumed_at": self.resumed_at, **facts})
+            uri = storage.join(self.job.checkpoints, "samples", f"{checkpoint.step_folder(self.state.step)}.md")
+            storage.write_bytes(uri, (observation.markdown() + "\n").encode())
+        return observation
 
-    def _export(self, seconds: float, ceiling: float) -> None:
+    def _sampled_intents(self) -> list[ValidationIntent]:
+        """Return the first ``train.sample_intents`` validation intents of each task."""
+        counts = dict.fromkeys(self.vocabulary.tasks, 0)
+        sampled = []
+        for row in ValidationIntents.load(self.job.data.validation_intents).intents:
+            if counts[row.task] < self.recipe.train.sample_intents:
+                counts[row.task] += 1
+                sampled.append(row)
+        return sampled
+
+    # ---- export
+
+    def _export(self, seconds: float) -> None:
+        """Export the student and its summary; a collective."""
+        summary = self._summarize(seconds)
+        weights = export.gather_weights(self.engine, self.network, self.rank)
+        if self.rank != 0:
+            return
+        if self.recipe.train.export == "best" and summary.best_validation_loss is not None:
+            weights, best = checkpoint.load_best(self.job.checkpoints)
+            summary.exported_step = best.step
+        export.export_student(weights, self.network, self.tokenizer_folder, self.job.student, summary, self.job.lineage)
+
+    def _summarize(self, seconds: float) -> TrainingSummary:
+        # The median, because a shared machine or the upload of a checkpoint slows single steps.
+        tokens_per_second = self.tokens_per_step / float(np.median(self.step_seconds)) if self.step_seconds else 0.0
+        best = self.state.best_validation_loss
+        validation = {name: value for name, value in self.state.validation.items() if value is not None}
+        return TrainingSummary(
+            fingerprint=self.job.fingerprint,
+            round=self.job.round,
+            objective=self.vocabulary.objective,
+            steps=self.plan.steps,
+            rows_per_step=self.plan.rows_per_step,
+            seconds=seconds,
+            tokens_per_second=tokens_per_second,
+            mfu=tokens_per_second / self.max_tokens_per_second,
+            step_seconds=self.step_seconds[-MAX_STEP_SECONDS:],
+            input_share=self.input.wait_seconds / max(sum(self.step_seconds), 1e-9),
+            memory=self._gather_memory(),
+            workers=self.world_size,
+            resumed_at=self.resumed_at,
+            history=self.state.history,
+            best_validation_loss=None if math.isinf(best) else best,
+            validation_loss=validation.pop("validation_loss", None),
+            validation=validation,
+            shape=dataclasses.asdict(self.shape),
+            data=self.data_summary,
+            deepspeed=self.deepspeed_settings,
+        )
+
+    def _gather_memory(self) -> list[WorkerMemory]:
+        """Return every worker's peak memory; a collective."""
         import ray.util
         import torch
 
-        # The median step: a machine shared with others, or a checkpoint's writing, weighs on the mean.
-        rate = self.tokens_a_step / float(np.median(self.seconds)) if self.seconds else 0.0
-        peaks: list[Any] = [None] * self.world
-        gpu = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
-        mine = {
-            "address": ray.util.get_node_ip_address(),
-            "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-            "peak_gpu_mib": gpu,
-        }
-        if self.world > 1:
-            torch.distributed.all_gather_object(peaks, mine)
-        else:
-            peaks = [mine]
-        training = {
-            "round": self.job.lineage.get("round", 0),
-            "objective": self.vocabulary.objective,
-            "steps": self.plan.steps,
-            "rows_per_step": self.plan.rows,
-            "seconds": seconds,
-            "tokens_per_second": rate,
-            "mfu": rate / ceiling,
-            "step_seconds": self.seconds[-1000:],
-            "input_share": self.input_seconds / max(sum(self.seconds), 1e-9),
-            "memory": peaks,
-            "workers": self.world,
-            "resumed_at": self.resumed_at,
-            "history": self.history,
-            "best_validation_loss": None if math.isinf(self.best) else self.best,
-            **self.seen,
-            "fingerprint": self.job.fingerprint,
-            "shape": model.Shape.of(self.recipe.student, self.recipe.train).describe(),
-            "data": self.data_summary.model_dump(mode="json"),
-            "deepspeed": self.settings,
-        }
-        weights = export.weights(self.engine, self.network, self.rank)
-        if self.rank != 0:
-            return
-        if self.recipe.train.export == "best" and not math.isinf(self.best):
-            weights, facts = checkpoint.load_best(self.job.runs)
-            training["exported_step"] = facts["step"]
-        export.export(weights, self.network, self.folder, self.job.export, training, self.job.lineage)
-
-
-def tokenizer_folder(data: PackedDataPaths) -> str:
-    """Local copy of the run's tokenizer folder."""
-    return storage.download_folder(data.tokenizer, tempfile.mkdtemp(prefix="udrl-tokenizer-"))
+        memory = WorkerMemory(
+            address=ray.util.get_node_ip_address(),
+            peak_rss_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            peak_gpu_mib=torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0,
+        )
+        gathered: list[Any] = [memory] * self.world_size
+        if self.world_size > 1:
+            torch.distributed.all_gather_object(gathered, memory)
+        return gathered
