@@ -26,6 +26,7 @@ from udrl.recipe import Recipe, dump
 from udrl.run import Attempts, GenerateSummary, GenerationPlan, Manifest, Run
 from udrl.scoring.parsing import reject_reasons
 from udrl.scoring.score import ScoringResult, score
+from udrl.tables import name_value_table
 from udrl.tasks import Task, load_tasks
 
 log = logging.getLogger(__name__)
@@ -213,10 +214,12 @@ def describe(summary: GenerateSummary) -> str:
         f" in {duration(summary.generation_seconds)} at {summary.tokens_per_second:,.0f} tokens/s"
     ]
     order = {str(reason): i for i, reason in enumerate(Reason)}
-    for reason, n in sorted(summary.reasons.items(), key=lambda pair: (-pair[1], order.get(pair[0], 99))):
-        lines.append(f"  rejected, {reason:<16} {n:>12,} {100 * n / total:6.1f}%")
-    for reason, n in sorted(summary.intents_left_out.items()):
-        lines.append(f"  intents left out, {reason}: {n:,}")
+    reasons = sorted(summary.reasons.items(), key=lambda pair: (-pair[1], order.get(pair[0], 99)))
+    if reasons:
+        lines += name_value_table("rejected", [(reason, f"{n:,} ({100 * n / total:.1f}%)") for reason, n in reasons])
+    if summary.intents_left_out:
+        rows = [(reason, f"{n:,}") for reason, n in sorted(summary.intents_left_out.items())]
+        lines += name_value_table("intents left out", rows)
     return "\n".join([*lines, *summary.cost])
 
 
