@@ -116,11 +116,11 @@ def test_a_judge_scores_each_candidate_once(tmp_path: Path, recipe: Recipe, capf
         name = f"part-{shard:08d}.parquet"
         storage.write_table(storage.join(filtered, name), pa.Table.from_pylist(table, schema=FILTERED))
     judge_relevance(filtered, out, recipe.rewards.judge, load_tasks(["text_to_image"]))
-    found = {name: storage.read_table(storage.join(out, name)) for name in storage.list_files(out)}
-    assert [table["episode_id"].to_pylist() for table in found.values()] == [[1, 2, 3], [11, 12, 13]]
-    values = [v for table in found.values() for v in table["relevance"].to_pylist()]
+    scored = {name: storage.read_table(storage.join(out, name)) for name in storage.list_files(out)}
+    assert [table["episode_id"].to_pylist() for table in scored.values()] == [[1, 2, 3], [11, 12, 13]]
+    values = [v for table in scored.values() for v in table["relevance"].to_pylist()]
     assert all(0 < v < 1 for v in values), "scores are expectations, not samples"
     assert "6 judgments; parse failures 0.0%" in capfd.readouterr().err
     storage.remove(storage.join(out, "part-00000001.parquet"))
     judge_relevance(filtered, out, recipe.rewards.judge, load_tasks(["text_to_image"]))
-    assert storage.read_table(storage.join(out, "part-00000001.parquet")).equals(found["part-00000001.parquet"])
+    assert storage.read_table(storage.join(out, "part-00000001.parquet")).equals(scored["part-00000001.parquet"])

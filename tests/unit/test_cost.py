@@ -161,7 +161,7 @@ class TestPlan:
 
 class TestSteadyRate:
     def ledger(self, folder: Path, ends: list[float], rows: int = 32, tokens: int = 20) -> str:
-        """Files of ``rows`` completions of ``tokens`` tokens each, written at ``ends`` seconds."""
+        """Write files of ``rows`` completions of ``tokens`` tokens each, with modification times ``ends`` (seconds)."""
         for shard, end in enumerate(ends):
             columns = {f.name: pa.nulls(rows, f.type) for f in COMPLETIONS}
             columns["output_tokens"] = pa.array([tokens] * rows, pa.int32())

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from udrl.generate.expand import IntentExpander, expansion_policy
+from udrl.generate.expand import ExpansionSummary, IntentExpander, expansion_policy
 from udrl.generate.intent_lines import HeldOutSubjects, LineProblem, find_problem, parse_lines
 from udrl.hashing import stable_id
 from udrl.intents import composer
@@ -178,3 +178,9 @@ def test_a_request_is_a_numbered_list_that_ends_before_the_first_new_line(expand
     assert rendered["prompt"].endswith("\n5.")
     assert f"\n4. {row['intent'].split(chr(10))[3]}\n" in rendered["prompt"]
     assert rendered["sampling"]["stop"] == ["\n9.", "\n\n"]
+
+
+def test_the_summary_of_an_older_version_is_accepted(tmp_path: Path) -> None:
+    (tmp_path / "expanded.json").write_text('{"mark": "0123456789abcdef", "intents": 3, "reasons": {"known": 2}}')
+    summary = ExpansionSummary.load(str(tmp_path / "expanded.json"))
+    assert (summary.fingerprint, summary.intents) == ("0123456789abcdef", 3)

@@ -1,4 +1,4 @@
-"""The command line: quick to answer, and one clear line with exit code 2 for what the user can mend."""
+"""The command line is quick, and reports a user's mistake in one clear line with exit code 2."""
 
 import os
 import subprocess
@@ -26,18 +26,13 @@ def test_help_imports_nothing_heavy(name: str) -> None:
         f"atexit.register(lambda: print(sorted({heavy} & set(sys.modules)))); job.main(['--help'])"
     )
     begun = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60, check=True)
-    assert done.stdout.strip().endswith("[]")
-    assert time.monotonic() - begun < 10  # a second where nothing else runs; this bound only catches a heavy import
-
-
-def bad_file(folder: Path, name: str, text: str) -> str:
-    (folder / name).write_text(text)
-    return str(folder / name)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60, check=True)
+    assert result.stdout.strip().endswith("[]")
+    assert time.monotonic() - begun < 10  # seconds; about one on an idle machine, so this bound only catches a heavy import
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    ("arguments", "culprit"),
     [
         (["intents.colum=x"], "intents.colum"),
         (["teacher.samples=none"], "teacher.samples"),
@@ -51,30 +46,30 @@ def bad_file(folder: Path, name: str, text: str) -> str:
         (["storage={tmp}/other.csv/run"], "other.csv"),
     ],
 )
-def test_a_user_s_mistake_is_one_line_and_exit_code_2(tmp_path: Path, arguments: list[str], named: str) -> None:
-    bad_file(tmp_path, "empty.jsonl", "")
-    bad_file(tmp_path, "other.csv", "text\nan owl\n")
-    bad_file(tmp_path, "task.yaml", "name: Sing!\ntitle: x\n")
+def test_a_user_s_mistake_is_one_line_and_exit_code_2(tmp_path: Path, arguments: list[str], culprit: str) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "other.csv").write_text("text\nan owl\n")
+    (tmp_path / "task.yaml").write_text("name: Sing!\ntitle: x\n")
     run = tmp_path / "run"
-    given = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
-    done = job("generate", SMOKE, f"storage={run}", *given)
-    assert done.returncode == 2, done.stderr
-    lines = done.stderr.strip().splitlines()
+    overrides = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
+    result = job("generate", SMOKE, f"storage={run}", *overrides)
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.strip().splitlines()
     assert all(line.startswith("error: ") for line in lines)
-    assert any(named in line for line in lines)
-    assert "Traceback" not in done.stderr
-    assert not [p for p in run.rglob("*") if p.is_file()]  # nothing half-written
+    assert any(culprit in line for line in lines)
+    assert "Traceback" not in result.stderr
+    assert not [p for p in run.rglob("*") if p.is_file()]  # no partial output
 
 
-def test_a_missing_recipe_is_named() -> None:
-    done = job("train", "recipes/absent.yaml")
-    assert done.returncode == 2
-    assert "recipes/absent.yaml" in done.stderr
+def test_a_missing_recipe_is_an_error_with_its_name() -> None:
+    result = job("train", "recipes/absent.yaml")
+    assert result.returncode == 2
+    assert "recipes/absent.yaml" in result.stderr
 
 
-@pytest.mark.parametrize(("name", "first"), [("train", "jobs.generate"), ("evaluate", "jobs.train")])
-def test_a_stage_names_the_stage_it_needs(tmp_path: Path, name: str, first: str) -> None:
-    done = job(name, SMOKE, f"storage={tmp_path / 'run'}")
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert first in done.stderr
+@pytest.mark.parametrize(("name", "first_stage"), [("train", "jobs.generate"), ("evaluate", "jobs.train")])
+def test_a_stage_names_the_stage_that_must_run_first(tmp_path: Path, name: str, first_stage: str) -> None:
+    result = job(name, SMOKE, f"storage={tmp_path / 'run'}")
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert first_stage in result.stderr

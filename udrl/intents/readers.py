@@ -91,7 +91,7 @@ def read(uri: str, column: str, limit: int | None, on_reject: Callable[[Rejected
 
 
 def _check(value: str | _BadValue) -> str | _BadValue:
-    """Return the intent's text, or the problem that this value alone has."""
+    """Return the intent's text, or the problem that the value has by itself."""
     if isinstance(value, _BadValue):
         return value
     if len(value) > 10 * MAX_CHARACTERS:  # too long even after folding; do not split a megabyte into words

@@ -16,16 +16,16 @@ _folder = os.environ.get("UDRL_FAULTS", "")
 def _strike(when: str, target: str) -> None:
     folder, name = os.path.split(target)
     if name.startswith("part-") and "/completions/" in f"{folder}/":
-        written = sum(n.startswith("part-") for n in os.listdir(folder)) + (when == "before")
+        number = sum(n.startswith("part-") for n in os.listdir(folder)) + (when == "before")
     elif name.startswith("complete-"):
-        written = int(os.path.basename(folder).removeprefix("step-"))
+        number = int(os.path.basename(folder).removeprefix("step-"))
     else:
         return
     for fault in sorted(os.listdir(_folder)):
         if fault.endswith(".struck") or not fault.startswith(when):
             continue
         _, action, at = fault.split("-")
-        if written < int(at):
+        if number < int(at):
             continue
         struck = os.path.join(_folder, f"{fault}.struck")
         try:
