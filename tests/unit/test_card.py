@@ -187,3 +187,8 @@ def test_licenses_by_name(model: str, license: str) -> None:
 def test_llama_3_forbids_what_llama_3_1_allows() -> None:
     assert "may not be used to improve" in licenses.describe_license("meta-llama/Meta-Llama-3-8B")
     assert "may not be used to improve" not in licenses.describe_license("meta-llama/Meta-Llama-3.1-8B")
+
+
+def test_the_summary_of_an_older_version_keeps_its_license() -> None:
+    summary = GenerateSummary.model_validate({"accepted": 1, "ledger": "x", "scoring": "x", "licence": "Apache-2.0"})
+    assert summary.license == "Apache-2.0"
