@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], left_columns: int | None = None) -> str:
-    """Return a Markdown table; pipes and line breaks in cells are escaped.
+def markdown_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], left_columns: int | None = None, escaped: bool = False
+) -> str:
+    """Return a Markdown table; pipes and line breaks in cells are escaped, unless the cells are ``escaped`` already.
 
     ``left_columns`` aligns that many columns left and the rest right; None leaves the alignment to the renderer.
     """
-    cells = [[_escape_cell(cell) for cell in row] for row in rows]
+    cells = [list(row) if escaped else [_escape_cell(cell) for cell in row] for row in rows]
     if left_columns is None:
         rule = ["---"] * len(header)
     else:

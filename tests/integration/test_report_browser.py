@@ -15,6 +15,7 @@ sys.path.append(str(Path(__file__).parents[1] / "unit"))
 import evaluation_made_up as made_up
 
 from udrl.evaluate.report import write_report as report
+from udrl.run import EvaluationPaths
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the path: apt-get install chromium")
@@ -36,9 +37,11 @@ PHONE = """<!doctype html><p id="found"></p><script>addEventListener('message', 
 def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "full":
-        report.write(str(folder), made_up.outputs(), made_up.document())
+        report.write_report(EvaluationPaths(str(folder)), made_up.outputs(), made_up.document())
     else:
-        report.write(str(folder), made_up.table(made_up.row(), made_up.row(variation=1)), made_up.bare())
+        report.write_report(
+            EvaluationPaths(str(folder)), made_up.table(made_up.row(), made_up.row(variation=1)), made_up.bare()
+        )
     return folder / "report.html"
 
 

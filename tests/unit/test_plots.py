@@ -1,8 +1,7 @@
-"""Plots draw what there are numbers for, in ink that a black and white print keeps apart."""
+"""Plots draw every number that exists, in a way that a black and white print keeps apart."""
 
 import io
 import re
-from typing import Any
 from xml.etree import ElementTree
 
 import evaluation_made_up as made_up
@@ -14,10 +13,6 @@ from hypothesis import strategies as st
 from udrl.evaluate.report import plots
 
 
-def as_json(*arguments: Any) -> dict[str, Any]:
-    return made_up.document(*arguments).model_dump(mode="json")
-
-
 def _grey(png: bytes) -> np.ndarray:
     from matplotlib.image import imread
 
@@ -26,7 +21,7 @@ def _grey(png: bytes) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def drawn() -> dict[str, plots.Drawing]:
-    return plots.draw(as_json(), ["likelihood"])
+    return plots.draw(made_up.document(), ["likelihood"])
 
 
 def test_a_full_document_has_every_plot_each_with_a_line_on_how_to_read_it(drawn: dict[str, plots.Drawing]) -> None:
@@ -56,54 +51,56 @@ def test_an_svg_is_one_element_with_ids_of_its_own_and_nothing_to_load(drawn: di
 
 
 def test_the_same_numbers_draw_the_same_picture() -> None:
-    document = {"losses": [[1, 2.0], [2, 1.5]], "tasks": as_json(("one",))["tasks"]}
+    document = made_up.document(("one",), losses=[(1, 2.0), (2, 1.5)])
     first, second = (plots.draw(document) for _ in range(2))
     assert {name: one.svg for name, one in first.items()} == {name: one.svg for name, one in second.items()}
 
 
 def test_plots_without_numbers_are_not_drawn() -> None:
-    assert plots.draw({}) == {}
-    assert list(plots.draw(made_up.bare().model_dump(mode="json"))) == ["relevance"]
-    document = as_json(("one",))
-    for task in document["tasks"].values():
-        task["length"]["levels"] = []  # out-of-range commands alone still make a plot
-    document["losses"] = [[1, 2.0]]
-    for told in document["policies"].values():
-        for key, _ in plots.COSTS:
-            told.pop(key, None)
+    assert list(plots.draw(made_up.bare())) == ["relevance"]
+    document = made_up.document(("one",), losses=[(1, 2.0)])
+    for task in document.tasks.values():
+        task.length.levels = []  # commands outside the usual range still make a plot
+    for profile in document.policies.values():
+        for name, _ in plots.COSTS:
+            setattr(profile, name, None)
     assert list(plots.draw(document)) == ["relevance", "length_control", "reward_control"]
 
 
 def test_cost_is_dollars_else_core_seconds_else_time() -> None:
-    document = as_json()
-    for key, said in (("dollars_per_1000", "dollars"), ("core_seconds_per_1000", "core-seconds")):
-        assert plots._cost(document)[0] == f"{said} per 1,000 prompts"
-        for told in document["policies"].values():
-            told.pop(key, None)
-    label, costs = plots._cost(document)
+    profiles = made_up.document().policies
+    for name, unit in (("dollars_per_1000", "dollars"), ("core_seconds_per_1000", "core-seconds")):
+        selected = plots.select_costs(profiles)
+        assert selected is not None
+        assert selected[0] == f"{unit} per 1,000 prompts"
+        for profile in profiles.values():
+            setattr(profile, name, None)
+    selected = plots.select_costs(profiles)
+    assert selected is not None
+    label, costs = selected
     assert label == "seconds per 1,000 prompts"
     assert costs["student"] == pytest.approx(1000 / 210)
     assert "echo" not in costs
 
 
 def test_a_name_with_mathematics_in_it_is_drawn_as_it_is() -> None:
-    assert plots.draw(as_json(("$x_y$",)), ["likelihood"]).keys() == plots.CAPTIONS.keys()
+    assert plots.draw(made_up.document(("$x_y$",)), ["likelihood"]).keys() == plots.CAPTIONS.keys()
 
 
 def test_a_long_history_of_losses_is_thinned_and_keeps_its_ends() -> None:
-    document = {"losses": [[step, 1 / (1 + step)] for step in range(20_000)]}
+    document = made_up.document(("one",), losses=[(step, 1 / (1 + step)) for step in range(20_000)])
     assert len(plots.draw(document)["training_loss"].svg) < 60_000
 
 
 def test_the_front_against_points_by_hand() -> None:
     costs, values = [5, 1, 3, 3, 9], [0.7, 0.5, 0.6, 0.4, 0.65]
-    assert plots.front(costs, values) == [1, 2, 0]  # 3 costs as much as 2 and is worse; 4 costs more than 0 and is worse
+    assert plots.pareto_front(costs, values) == [1, 2, 0]  # 3 costs as much as 2 and is worse; 4 costs more than 0 and is worse
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=12))
 def test_nothing_on_the_front_is_beaten_and_everything_off_it_is(points: list[tuple[int, int]]) -> None:
     costs, values = zip(*points, strict=True)
-    front = plots.front(costs, values)
+    front = plots.pareto_front(costs, values)
     assert front
     for i in range(len(points)):
         beaten = any(costs[k] <= costs[i] and values[k] >= values[i] and points[k] != points[i] for k in range(len(points)))

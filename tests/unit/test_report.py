@@ -13,14 +13,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from udrl.evaluate.document import EvaluationDocument
+from udrl.evaluate.document import EvaluationDocument, Interval
 from udrl.evaluate.judges.validation import MIN_AUC, MIN_PAIRS
 from udrl.evaluate.metrics.intervals import GROUPS
 from udrl.evaluate.outputs import OUTPUTS, PAIRWISE
-from udrl.evaluate.report import content, examples, html, markdown
+from udrl.evaluate.report import examples, formatting, html, markdown, sections
 from udrl.evaluate.report import write_report as report
 from udrl.evaluate.report.blocks import Bullets, Code, Details, Heading, Paragraph, Plot, Span, Table, plain
-from udrl.evaluate.report.reading import best_judge, in_order, pointwise, reference, seconds, signed
+from udrl.evaluate.report.selection import best_judge, order_policies, pointwise_judges, reference_policy
+from udrl.run import EvaluationPaths
 
 VOID = {"meta", "link", "br", "path", "use", "rect"}
 HOSTILE = "<script>alert(1)</script> | `code` *bold* [a](http://x) & \"quoted\" 'x' $y_z$ \\ ![i](u) --> ]]>"
@@ -68,7 +69,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     folder = tmp_path_factory.mktemp("report") / "evaluation"
     pair = {"judge": "duel", "policy": "student", "other": "teacher", "first": 0.5, "second": 0.5, "parsed": True}
     pairwise = pa.Table.from_pylist([pair], schema=PAIRWISE)
-    files = report.write(str(folder), made_up.outputs(), made_up.document(), pairwise)
+    files = report.write_report(EvaluationPaths(str(folder)), made_up.outputs(), made_up.document(), pairwise)
     return folder, {**as_json(made_up.document()), "files": files}
 
 
@@ -87,7 +88,7 @@ def test_all_files_are_written_and_named(written: tuple[Path, dict[str, Any]]) -
 def test_a_second_report_leaves_nothing_of_the_first(tmp_path: Path) -> None:
     for name in ("pairwise.parquet", "training_loss.png"):
         (tmp_path / name).write_text("of the first")
-    report.write(str(tmp_path), made_up.outputs(), made_up.document(losses=[]), PAIRWISE.empty_table())
+    report.write_report(EvaluationPaths(str(tmp_path)), made_up.outputs(), made_up.document(losses=[]), PAIRWISE.empty_table())
     assert not (tmp_path / "pairwise.parquet").exists()
     assert not (tmp_path / "training_loss.png").exists()
 
@@ -111,9 +112,8 @@ def test_the_claim_comes_first_then_results_then_the_rest_in_both_renderings(wri
     assert re.findall(r"<h2[^>]*>(.*?)</h2>", (folder / "report.html").read_text()) == heads
 
 
-def test_both_renderings_hold_the_same_numbers_in_the_same_cells(written: tuple[Path, dict[str, Any]]) -> None:
-    _, document = written
-    blocks = content.blocks(document, made_up.outputs(), [])
+def test_both_renderings_hold_the_same_numbers_in_the_same_cells() -> None:
+    blocks = sections.build_report(made_up.document(), made_up.outputs(), [])
     tables = [b for block in blocks for b in (block.blocks if isinstance(block, Details) else [block]) if isinstance(b, Table)]
     cells = [plain(cell) for table in tables for line in (table.heads, *table.lines) for cell in line]
     assert len(cells) > 500
@@ -178,61 +178,62 @@ def test_text_keeps_its_contrast_in_light_and_dark() -> None:
 
 
 def test_what_is_said_of_judges_and_intervals_is_how_they_are_made() -> None:
-    text = markdown.render(content.blocks(as_json(made_up.document()), made_up.outputs(), [])).replace("\\", "")
+    text = markdown.render(sections.build_report(made_up.document(), made_up.outputs(), [])).replace("\\", "")
     for said in (
         "for a judge as a prompt for another intent",
         f"at least {MIN_AUC} on shuffled, from at least {MIN_PAIRS} scored pairs",
         f"1,000 bootstrap resamples of intents; those of ratios of diversity are from a jackknife of up to {GROUPS} groups",
-        "of each policy one an intent, for the intents that all models",
-        "or only the scorer that made the training reward could say met",
+        "one per intent and policy, for the intents that all models",
+        "or only the scorer that made the training reward, towards which the student was trained, could say met",
     ):
         assert said in text
     assert "floor" not in text
 
 
 def test_the_zero_of_a_judge_s_scale_and_the_pairs_it_never_saw_are_shown() -> None:
-    blocks = content.blocks(as_json(made_up.document()), made_up.outputs(), [])
+    blocks = sections.build_report(made_up.document(), made_up.outputs(), [])
     tables = {tuple(map(plain, block.heads)): block for block in blocks if isinstance(block, Table)}
     judges = next(table for heads, table in tables.items() if "score of shuffled" in heads)
     heads = list(map(plain, judges.heads))
     assert [plain(line[heads.index("score of shuffled")]) for line in judges.lines] == ["0.16", "0.40", "-"]
     beside = next(table for heads, table in tables.items() if heads[0] == "student against")
     heads = list(map(plain, beside.heads))
-    at = [heads.index(f"pairwise: {told}") for told in ("pairs", "settled by a rejection", "same winner in both orders")]
+    at = [heads.index(f"pairwise: {column}") for column in ("pairs", "decided by a rejection", "same winner in both orders")]
     assert [plain(beside.lines[0][i]) for i in at] == ["50", "4", "64%"]
 
 
-def test_yardsticks_are_marked_and_the_student_stands_first() -> None:
+def test_trivial_baselines_are_marked_and_the_student_comes_first() -> None:
     names = list(made_up.POLICIES)
-    assert in_order(set(names), as_json(made_up.document())["policies"]) == names
-    blocks = content.blocks(as_json(made_up.document()), made_up.outputs(), [])
+    assert order_policies(set(names), made_up.document().policies) == names
+    blocks = sections.build_report(made_up.document(), made_up.outputs(), [])
     side_by_side = next(b for b in blocks if isinstance(b, Table) and b.heads[:2] == ["policy", "kind"])
     shown = {plain(line[0]): line[1] for line in side_by_side.lines}
     assert shown["echo *"] == shown["best-of-2 *"] == "trivial baseline"
     assert [plain(line[0]) for line in side_by_side.lines][:2] == ["student", "teacher"]
 
 
-def test_the_judge_to_read_is_the_best_that_is_believed_and_not_the_teachers_own() -> None:
-    document = as_json(made_up.document())
+def test_the_judge_to_read_is_the_best_validated_one_that_is_not_the_teacher() -> None:
+    document = made_up.document()
     assert best_judge(document) == "likelihood"
-    assert pointwise(document) == ["likelihood", "rubric"]
-    document["judges"]["rubric"] |= {"validated": True, "auc": {"shuffled": 0.99}}
+    assert list(pointwise_judges(document)) == ["likelihood", "rubric"]
+    rubric = document.judges["rubric"]
+    rubric.validated, rubric.auc = True, {"shuffled": 0.99}
     assert best_judge(document) == "likelihood"  # the rubric's model is the teacher's
-    document["judges"]["rubric"]["is_teacher"] = False
+    rubric.is_teacher = False
     assert best_judge(document) == "rubric"
-    for told in document["judges"].values():
-        told["validated"] = False
+    for judge in document.judges.values():
+        judge.validated = False
     assert best_judge(document) is None
 
 
-def test_without_a_teacher_the_student_is_held_against_the_first_baseline() -> None:
+def test_without_a_teacher_the_student_is_compared_with_the_first_baseline() -> None:
     policies = {"student": "student", "qwen3-8b": "baseline", "llama3-8b": "baseline", "echo": "trivial baseline"}
-    document = as_json(made_up.document(made_up.TASKS, policies))
-    assert reference(document) == "llama3-8b"
-    text = markdown.render(content.blocks(document, made_up.outputs(policies=policies), []))
+    document = made_up.document(made_up.TASKS, policies)
+    assert reference_policy(document) == "llama3-8b"
+    text = markdown.render(sections.build_report(document, made_up.outputs(policies=policies), []))
     assert "student / llama3-8b" in text
-    assert "The teacher was not asked" in text
-    assert reference(as_json(made_up.bare())) is None
+    assert "The teacher did not write" in text
+    assert reference_policy(made_up.bare()) is None
 
 
 @pytest.mark.parametrize(
@@ -245,7 +246,7 @@ def test_without_a_teacher_the_student_is_held_against_the_first_baseline() -> N
     ids=["bare", "all rejected", "student alone"],
 )
 def test_missing_parts_leave_dashes_and_no_error(document: EvaluationDocument, outputs: Any, tmp_path: Path) -> None:
-    report.write(str(tmp_path), outputs, document)
+    report.write_report(EvaluationPaths(str(tmp_path)), outputs, document)
     for name in ("report.md", "report.html"):
         text = (tmp_path / name).read_text()
         assert not re.search(r"\b(nan|None)\b", Page(text).text if name.endswith("html") else text)
@@ -260,7 +261,7 @@ def test_a_prompt_is_shown_as_it_is_and_never_read_as_markup(tmp_path: Path) -> 
     ]
     outputs = made_up.table(*({k: v for k, v in r.items() if k != "intent_text"} | {"intent": HOSTILE} for r in rows))
     document = made_up.document(("a|b",), recipe=f"name: '{HOSTILE}'\n```\n# not a heading", name=HOSTILE)
-    report.write(str(tmp_path), outputs, document)
+    report.write_report(EvaluationPaths(str(tmp_path)), outputs, document)
     page = Page((tmp_path / "report.html").read_text())
     assert "script" not in {tag for tag, _ in page.elements}
     assert HOSTILE in page.cells
@@ -297,17 +298,13 @@ def test_figures_in_brackets_stay_readable_and_links_do_not_come_to_life() -> No
     assert markdown.escape("\\[1]") == "\\\\\\[1\\]"
 
 
-def test_numbers_are_written_with_a_dash_for_what_is_not_known() -> None:
-    assert markdown.span({"value": 0.5, "low": 0.4, "high": 0.6}) == "0.50 [0.40, 0.60]"
-    assert (
-        markdown.span({"value": 0.5, "low": 0.5, "high": 0.5})
-        == markdown.span({"value": 0.5, "low": None, "high": None})
-        == "0.50"
-    )
-    assert markdown.span({"value": float("nan"), "low": 0.0, "high": 0.0}) == markdown.span(None) == "-"
-    assert [signed(value) for value in (0.123, -0.001, None)] == ["+0.12", "+0.00", "-"]
-    assert [seconds(value) for value in (0.34, 2.06, None)] == ["340 ms", "2.1 s", "-"]
-    assert [markdown.count(value) for value in (8_900_000, 8.03e9, None)] == ["8.9M", "8.0B", "-"]
+def test_an_unknown_number_is_a_dash() -> None:
+    assert formatting.interval(Interval(value=0.5, low=0.4, high=0.6)) == "0.50 [0.40, 0.60]"
+    assert formatting.interval(Interval(value=0.5, low=0.5, high=0.5)) == formatting.interval(Interval(value=0.5)) == "0.50"
+    assert formatting.interval(Interval(value=float("nan"), low=0.0, high=0.0)) == formatting.interval(None) == "-"
+    assert [formatting.signed(value) for value in (0.123, -0.001, None)] == ["+0.12", "+0.00", "-"]
+    assert [formatting.seconds(value) for value in (0.34, 2.06, None)] == ["340 ms", "2.1 s", "-"]
+    assert [formatting.parameters(value) for value in (8_900_000, 8.03e9, None)] == ["8.9M", "8.0B", "-"]
 
 
 def test_blocks_render_as_their_kind() -> None:
@@ -375,6 +372,6 @@ def test_the_short_table_fits_a_terminal_starts_with_the_claim_and_names_what_mi
     text = "\n".join(lines)
     assert "MISSED     80% of prompts land within two words: 71.0%" in text
     assert "104.0M parameters, 4,100 tokens/s, latency p50 40 ms" in text
-    assert "judge likelihood: believed; AUC shuffled 0.93, echo 0.35" in text
-    assert "judge rubric: NOT BELIEVED; AUC shuffled 0.66" in text
-    assert "echo:" not in text  # a yardstick has no model to tell of
+    assert "judge likelihood: validated; AUC shuffled 0.93, echo 0.35" in text
+    assert "judge rubric: NOT VALIDATED; AUC shuffled 0.66" in text
+    assert "echo:" not in text  # a trivial baseline has no model

@@ -22,7 +22,7 @@ from udrl.evaluate.judges.judging import ask_judges
 from udrl.evaluate.metrics import compute as metrics
 from udrl.evaluate.plan import plan
 from udrl.evaluate.policy_outputs import policy_profile, write_outputs
-from udrl.evaluate.report import write_report as report
+from udrl.evaluate.report.write_report import short_table, write_report
 from udrl.evaluate.speed import describe_environment, measure_speeds
 from udrl.evaluate.trivial_baselines import trivial_baseline_outputs
 from udrl.policies.student import fetch_student
@@ -107,7 +107,7 @@ def run(recipe: Recipe) -> EvaluationResult:
         recipe=dump(recipe),
         seconds=timer.seconds,
     )
-    report.write(evaluation.folder, judged.outputs, document, judged.comparisons)
+    write_report(evaluation, judged.outputs, document, judged.comparisons)
     return EvaluationResult(document, evaluation)
 
 
@@ -147,5 +147,5 @@ def _training_prompts(recipe: Recipe) -> Iterator[pa.Table] | None:
 
 def describe(result: EvaluationResult) -> str:
     """Return the lines that end the job: the short table and the paths of the report."""
-    table, paths = report.short_table(result.document), result.paths
+    table, paths = short_table(result.document), result.paths
     return f"{table}\n\nreport: {paths.report_markdown}\n        {paths.report_html}"

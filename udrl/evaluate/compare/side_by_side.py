@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from udrl.evaluate.compare.comparison import ALL, ComparedRun, Comparison, MetricComparison, Verdict
 from udrl.evaluate.document import Interval
-from udrl.evaluate.report.markdown import escape, number
+from udrl.evaluate.report.formatting import number
+from udrl.evaluate.report.markdown import escape
 from udrl.tables import markdown_table, text_table
 
 WIDTH = 120  # columns of the plain text

@@ -1,7 +1,6 @@
-"""What a report is made of: a flat list of blocks, written once and rendered as Markdown and as HTML.
+"""The blocks of a report: a flat list, written once and rendered as Markdown and as HTML.
 
-Texts here are plain: a renderer escapes them. So an intent or a prompt can hold any character, and neither rendering reads
-it as markup.
+Texts are plain and renderers escape them, so that an intent or a prompt may hold any character and is never read as markup.
 """
 
 from collections.abc import Sequence
@@ -13,13 +12,13 @@ Style = Literal["code", "strong", "soft", "good", "bad", "open"]
 
 @dataclass(frozen=True)
 class Span:
-    """A piece of text with a look: code, strong, soft (said aside), or a verdict: good, bad, open."""
+    """A piece of text with a style: code, strong, soft (a remark), or a verdict: good, bad, open."""
 
     text: str
     style: Style
 
 
-Text = str | Span | Sequence[str | Span]  # pieces stand beside each other as they are, without spaces between
+Text = str | Span | Sequence[str | Span]  # pieces are joined without spaces
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Table:
-    """``lines`` have as many cells as ``heads``; the first ``left`` columns are words, the rest figures. ``prose``: all are."""
+    """``lines`` have as many cells as ``heads``; the first ``left`` columns are words, with ``prose`` all are."""
 
     heads: Sequence[str]
     lines: Sequence[Sequence[Text]]
@@ -53,7 +52,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """``name`` is that of the picture's file without its ending; ``read`` says what to read from it, ``alt`` what it shows."""
+    """``name`` is the image file's name without its ending; ``read`` says how to read it, ``alt`` describes it."""
 
     name: str
     read: str
@@ -68,7 +67,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Details:
-    """Blocks that few need: folded away where the rendering can."""
+    """Blocks that few readers need; HTML folds them."""
 
     summary: str
     blocks: "Sequence[Block]" = field(default_factory=tuple)
@@ -78,10 +77,10 @@ Block = Heading | Paragraph | Bullets | Table | Plot | Code | Details
 
 
 def pieces(text: Text) -> Sequence[str | Span]:
-    """The pieces of a text, one by one."""
+    """Return the pieces of a text."""
     return [text] if isinstance(text, str | Span) else text
 
 
 def plain(text: Text) -> str:
-    """The text without its looks."""
+    """Return the text without styles."""
     return "".join(piece if isinstance(piece, str) else piece.text for piece in pieces(text))

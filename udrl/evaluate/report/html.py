@@ -1,4 +1,4 @@
-"""Blocks as one HTML file that needs no host, no script and no font; it reads on a phone, in the dark and in print."""
+"""Render blocks as one HTML file without server, script or font, readable on a phone, in dark mode and in print."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -94,7 +94,7 @@ summary { cursor: pointer; font-weight: 600; padding: .2rem 0; }
 
 
 def render(blocks: Sequence[Block], plots: Mapping[str, str]) -> str:
-    """The blocks as a whole page. ``plots``: name -> SVG; a plot block whose picture is missing is left out."""
+    """Return the blocks as a whole page. ``plots``: name -> SVG; a plot block without its SVG is left out."""
     names = _anchors(blocks)
     title = next((plain(block.text) for block in blocks if isinstance(block, Heading)), "Report")
     first = next((i for i, block in enumerate(blocks) if id(block) in names), len(blocks))
@@ -107,7 +107,7 @@ def render(blocks: Sequence[Block], plots: Mapping[str, str]) -> str:
     for block in blocks[first:]:
         if id(block) in names:
             body += ["</section>"] * opened
-            body.append(f'<section aria-labelledby="{names[id(block)]}">')
+            body.append(f'<section aria-labeledby="{names[id(block)]}">')
             opened = True
         body.append(_block(block, plots, names))
     body += ["</section>"] * opened
@@ -139,28 +139,28 @@ def render(blocks: Sequence[Block], plots: Mapping[str, str]) -> str:
 
 
 def escape(text: object) -> str:
-    """Any text as HTML holds it; control characters, which no HTML may hold, become the replacement character."""
+    """Escape a text; control characters, which HTML must not hold, become the replacement character."""
     return _escape(re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff]", "\ufffd", str(text)))
 
 
 def inline(text: Text) -> str:
-    """A text, escaped, its spans marked."""
+    """Return a text, escaped, with its spans marked."""
     return "".join(_piece(piece) for piece in pieces(text))
 
 
 def _piece(piece: str | Span) -> str:
     if isinstance(piece, str):
         return escape(piece)
-    told = escape(piece.text)
+    text = escape(piece.text)
     match piece.style:
         case "code" | "strong":
-            return f"<{piece.style}>{told}</{piece.style}>"
+            return f"<{piece.style}>{text}</{piece.style}>"
         case _:
-            return f'<span class="{piece.style}">{told}</span>'
+            return f'<span class="{piece.style}">{text}</span>'
 
 
 def _anchors(blocks: Sequence[Block]) -> dict[int, str]:
-    """Ids of the sections' headings, by the identity of the block: two headings may hold one text."""
+    """Return the ids of the sections' headings by the identity of the block: two headings may have the same text."""
     names: dict[int, str] = {}
     for block in blocks:
         if isinstance(block, Heading) and block.level == 2:
@@ -185,15 +185,15 @@ def _block(block: Block, plots: Mapping[str, str], names: Mapping[int, str]) -> 
         case Code(text):
             return f"<pre><code>{escape(text.strip())}</code></pre>"
         case Details(summary, inner):
-            held = "\n".join(_block(one, plots, names) for one in inner)
-            return f"<details>\n<summary>{escape(summary)}</summary>\n{held}\n</details>"
+            content = "\n".join(_block(one, plots, names) for one in inner)
+            return f"<details>\n<summary>{escape(summary)}</summary>\n{content}\n</details>"
 
 
 def _table(block: Table) -> str:
     if not block.lines:
         return f'<p class="soft">{NOTHING}</p>'
     words = [block.prose or i < block.left for i in range(len(block.heads))]
-    heads = "".join(_head(head, word) for head, word in zip(block.heads, words, strict=True))
+    heads = "".join(_header_cell(head, word) for head, word in zip(block.heads, words, strict=True))
     rows = []
     for line in block.lines:
         row = _cell('th scope="row"', line[0], True)
@@ -201,7 +201,7 @@ def _table(block: Table) -> str:
         rows.append(f"<tr>{row}</tr>")
     caption = f"<caption><span>{escape(block.caption)}</span></caption>\n" if block.caption else ""
     label = escape(block.caption or ", ".join(filter(None, block.heads)))
-    # A first column that is narrow stays in sight while the rest scrolls.
+    # A narrow first column stays visible while the rest scrolls.
     pinned = all(len(plain(line[0])) <= LONG // 2 for line in block.lines)
     names = " ".join(["prose"] * block.prose + ["pinned"] * pinned)
     # A box that scrolls must be reachable by keyboard, and then it needs a name.
@@ -211,19 +211,19 @@ def _table(block: Table) -> str:
     )
 
 
-def _head(head: str, word: bool) -> str:
-    """A column's head, which wraps between its words alone and not at a hyphen."""
-    told = re.sub(r"\S+-\S+", r'<span class="whole">\g<0></span>', escape(head))
-    return f'<th scope="col" class="word">{told}</th>' if word else f'<th scope="col">{told}</th>'
+def _header_cell(head: str, word: bool) -> str:
+    """Return a column's head, which wraps only between words, not at a hyphen."""
+    text = re.sub(r"\S+-\S+", r'<span class="whole">\g<0></span>', escape(head))
+    return f'<th scope="col" class="word">{text}</th>' if word else f'<th scope="col">{text}</th>'
 
 
 def _cell(tag: str, text: Text, word: bool) -> str:
-    """One cell: words stand left, figures right."""
+    """Return one cell: words are aligned left, numbers right."""
     names = ["word"] * word + ["long"] * (len(plain(text)) > LONG)
     looks = f' class="{" ".join(names)}"' if names else ""
     return f"<{tag}{looks}>{inline(text)}</{tag.split()[0]}>"
 
 
 def _figure(svg: str, read: str, alt: str) -> str:
-    labelled = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(alt)}" ', 1)
-    return f"<figure>\n<div>{labelled}</div>\n<figcaption>{escape(read)}</figcaption>\n</figure>"
+    labeled = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(alt)}" ', 1)
+    return f"<figure>\n<div>{labeled}</div>\n<figcaption>{escape(read)}</figcaption>\n</figure>"

@@ -1,67 +1,27 @@
-"""Blocks as Markdown; and numbers and flags as the report writes them, with a dash for what is not known."""
+"""Render blocks as Markdown."""
 
-import math
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from udrl.evaluate.report.blocks import Block, Bullets, Code, Details, Heading, Paragraph, Plot, Span, Table, Text, pieces
+from udrl.tables import markdown_table
 
 NOTHING = "Nothing was measured."
 
 
-def absent(value: float | None) -> bool:
-    return value is None or math.isnan(value)
-
-
-def number(value: float | None, form: str = ".2f") -> str:
-    return "-" if value is None or math.isnan(value) else format(value, form)
-
-
-def percent(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{100 * value:.0f}%"
-
-
-def span(interval: dict[str, Any] | None, show: Callable[[float | None], str] = number) -> str:
-    """``0.41 [0.38, 0.44]``; the value alone where the interval is missing or has no width."""
-    if not interval or absent(interval["value"]):
-        return "-"
-    if absent(interval.get("low")) or absent(interval.get("high")) or interval["low"] == interval["high"]:
-        return show(interval["value"])
-    return f"{show(interval['value'])} [{show(interval['low'])}, {show(interval['high'])}]"
-
-
-def yes(flag: bool | None) -> str:
-    return "-" if flag is None else "yes" if flag else "no"
-
-
-def count(parameters: float | None) -> str:
-    if parameters is None or math.isnan(parameters):
-        return "-"
-    return f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"
-
-
-def table(heads: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table, right-aligned behind its first ``left`` columns; cells must be escaped already."""
-    if not lines:
-        return f"*{NOTHING}*"
-    rows = [heads, ["---" if i < left else "---:" for i in range(len(heads))], *lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
 def escape(text: object) -> str:
-    """Any text on one line, with nothing in it that Markdown would read. Figures in brackets, which can't be a link, stay."""
+    """Return a text on one line in which Markdown reads no markup; numbers in brackets, which can't be a link, stay."""
     escaped = re.sub(r"([\\`*_\[\]<>|#~$&])", r"\\\1", " ".join(str(text).split()))
     return re.sub(r"(?<!\\)\\\[([-+.,%\d ]+)\\\](?!\()", r"[\1]", escaped)
 
 
 def code(name: str) -> str:
-    """A name in code style; a bar would end the table cell even there."""
+    """Return a name in code style; a bar would end the table cell even there."""
     return f"`{name}`" if name and not re.search(r"[`|\s]", name) else escape(name)
 
 
 def render(blocks: Sequence[Block]) -> str:
-    """The blocks as one Markdown file; plots are PNG files beside it."""
+    """Return the blocks as one Markdown file; plots are PNG files next to it."""
     return "\n\n".join(_block(block) for block in blocks) + "\n"
 
 
@@ -75,8 +35,11 @@ def _block(block: Block) -> str:
             return "\n".join(f"- {inline(item)}" for item in items)
         case Table(heads, lines, caption, left, prose):
             cells = [[inline(cell) for cell in line] for line in lines]
-            drawn = table([escape(head) for head in heads], cells, len(heads) if prose else left)
-            return f"{escape(caption)}\n\n{drawn}" if caption else drawn
+            if not cells:
+                body = f"*{NOTHING}*"
+            else:
+                body = markdown_table([escape(head) for head in heads], cells, len(heads) if prose else left, escaped=True)
+            return f"{escape(caption)}\n\n{body}" if caption else body
         case Plot(name, read, alt):
             return f"![{escape(alt)}]({name}.png)\n\n*{escape(read)}*"
         case Code(text, language):
@@ -87,20 +50,20 @@ def _block(block: Block) -> str:
 
 
 def inline(text: Text) -> str:
-    """A text on one line, escaped, its spans marked."""
+    """Return a text on one line, escaped, with its spans marked."""
     return "".join(_piece(piece) for piece in pieces(text))
 
 
 def _piece(piece: str | Span) -> str:
     if isinstance(piece, str):
-        return _keeping_ends(piece)
+        return _escape_between_spans(piece)
     marks = {"code": "", "soft": "*", "strong": "**", "bad": "**", "good": "", "open": ""}
-    mark, told = marks[piece.style], code(piece.text) if piece.style == "code" else escape(piece.text)
-    return f"{mark}{told}{mark}" if told else ""
+    mark, text = marks[piece.style], code(piece.text) if piece.style == "code" else escape(piece.text)
+    return f"{mark}{text}{mark}" if text else ""
 
 
-def _keeping_ends(text: str) -> str:
-    """Escaped; one space stays at either end where there was one, for the span that follows."""
+def _escape_between_spans(text: str) -> str:
+    """Escape a text but keep one space at either end if it has one there: a span may follow."""
     inner = escape(text)
     if not inner:
         return " " if text else ""

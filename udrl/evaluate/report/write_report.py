@@ -1,104 +1,102 @@
-"""The report of an evaluation in one folder: ``report.html`` and ``report.md``, which say the same, and what they rest on."""
+"""Write the report of an evaluation: ``report.html`` and ``report.md``, which say the same, and the data behind them."""
 
 import textwrap
-from typing import Any
 
 import pyarrow as pa
 
 from udrl import storage
-from udrl.evaluate.document import EvaluationDocument
+from udrl.evaluate.document import EvaluationDocument, Scope, TaskScope
 from udrl.evaluate.outputs import STUDENT, TEACHER
-from udrl.evaluate.report import content, html, markdown, plots
-from udrl.evaluate.report.markdown import count, number, percent, span, yes
-from udrl.evaluate.report.reading import at, best_judge, in_order, kind, pointwise, reference, scopes, seconds, signed
+from udrl.evaluate.report import html, markdown, plots
+from udrl.evaluate.report.formatting import interval, number, parameters, percent, seconds, signed, yes_no
+from udrl.evaluate.report.sections import build_report
+from udrl.evaluate.report.selection import best_judge, order_policies, reference_policy, scopes, validated_judges
+from udrl.run import EvaluationPaths
+from udrl.tables import text_table
 
-WIDTH = 110  # of the short table, in columns
-MARKS = {True: "met", False: "MISSED", None: "-"}
+WIDTH = 110  # columns of the short table
+VERDICTS = {True: "met", False: "MISSED", None: "-"}
 
 
-def write(
-    folder_uri: str, outputs: pa.Table, evaluation: EvaluationDocument, pairwise: pa.Table | None = None
+def write_report(
+    paths: EvaluationPaths, outputs: pa.Table, document: EvaluationDocument, pairwise: pa.Table | None = None
 ) -> dict[str, str]:
-    """Write all files of the report under ``folder_uri``, and return their URIs by name.
+    """Write all files of the report and return their URIs by name.
 
     ``report.md`` is written last: if it is there, the report is complete. ``outputs`` is a table of
     :data:`udrl.evaluate.outputs.OUTPUTS` with the judges' columns, ``pairwise`` one of ``PAIRWISE``.
     """
-    document = evaluation.model_dump(mode="json")
-    drawn = plots.draw(document, [j for j in pointwise(document) if at(document, "judges", j, "validated")])
-    blocks = content.blocks(document, outputs, list(drawn))
-    tables = {"outputs.parquet": outputs} | ({"pairwise.parquet": pairwise} if pairwise and pairwise.num_rows else {})
-    for name, table in tables.items():
-        storage.write_table(storage.join(folder_uri, name), table)
-    storage.write_json(storage.join(folder_uri, "metrics.json"), document)
-    pages = {f"{name}.png": plot.png for name, plot in drawn.items()}
-    pages["report.html"] = html.render(blocks, {name: plot.svg for name, plot in drawn.items()}).encode()
-    pages["report.md"] = markdown.render(blocks).encode()
-    for name, data in pages.items():
-        storage.write_bytes(storage.join(folder_uri, name), data)
-    names = [*tables, "metrics.json", *pages]
-    for name in ("pairwise.parquet", *(f"{plot}.png" for plot in plots.CAPTIONS)):
-        if name not in names:  # an earlier report's
-            storage.remove(storage.join(folder_uri, name))
-    return {name: storage.join(folder_uri, name) for name in names}
+    drawings = plots.draw(document, validated_judges(document))
+    blocks = build_report(document, outputs, list(drawings))
+    files = {"outputs.parquet": paths.outputs}
+    storage.write_table(paths.outputs, outputs)
+    if pairwise is not None and pairwise.num_rows:
+        files["pairwise.parquet"] = paths.pairwise
+        storage.write_table(paths.pairwise, pairwise)
+    else:
+        storage.remove(paths.pairwise)  # of an earlier report
+    files["metrics.json"] = paths.metrics
+    document.save(paths.metrics)
+    for name in plots.CAPTIONS:
+        if name in drawings:
+            files[f"{name}.png"] = paths.plot(name)
+            storage.write_bytes(paths.plot(name), drawings[name].png)
+        else:
+            storage.remove(paths.plot(name))  # of an earlier report
+    files |= {"report.html": paths.report_html, "report.md": paths.report_markdown}
+    page = html.render(blocks, {name: drawing.svg for name, drawing in drawings.items()})
+    storage.write_bytes(paths.report_html, page.encode())
+    storage.write_bytes(paths.report_markdown, markdown.render(blocks).encode())
+    return files
 
 
-def short_table(evaluation: EvaluationDocument) -> str:
-    """The evaluation in plain text of at most :data:`WIDTH` columns: the claim, then a line a task, policy, judge, target."""
-    document = evaluation.model_dump(mode="json")
-    claim = at(document, "claim") or {}
-    word = {True: "met", False: "MISSED", None: "open"}[claim.get("met")]
-    lines = [f"claim: {word}. {claim.get('text') or ''}", *_tasks(document), *_policies(document)]
-    for name, told in (at(document, "judges") or {}).items():
-        belief = {True: "believed", False: "NOT BELIEVED", None: "-"}[told.get("validated")]
-        aucs = ", ".join(f"{against} {number(auc)}" for against, auc in (told.get("auc") or {}).items())
-        lines.append(f"judge {name}: {belief}; AUC {aucs or '-'}")
-    lines += [f"{MARKS[t['met']]:<10} {t['name']}: {t['measured']}" for t in at(document, "targets") or ()]
-    return "\n".join(piece for line in lines for piece in _wrapped(line))
+def short_table(document: EvaluationDocument) -> str:
+    """Return the evaluation as plain text of at most :data:`WIDTH` columns: claim, tasks, policies, judges, targets."""
+    verdict = {True: "met", False: "MISSED", None: "open"}[document.claim.met]
+    lines = [f"claim: {verdict}. {document.claim.text}", *_task_table(document).splitlines(), *_policy_lines(document)]
+    for name, judge in document.judges.items():
+        aucs = ", ".join(f"{control} {number(auc)}" for control, auc in judge.auc.items())
+        lines.append(f"judge {name}: {'validated' if judge.validated else 'NOT VALIDATED'}; AUC {aucs or '-'}")
+    lines += [f"{VERDICTS[target.met]:<10} {target.name}: {target.measured}" for target in document.targets]
+    return "\n".join(piece for line in lines for piece in _wrap(line))
 
 
-def _tasks(document: dict[str, Any]) -> list[str]:
-    """A line a task under a head, in columns."""
-    other, judge = reference(document) or TEACHER, best_judge(document)
-    heads = ["task", _cut(other, 7), "student (95%)", "ratio", "within2", "len up", "rew up", "rejected", "judge"]
-    rows = [heads]
-    for name, scope in scopes(document):
-        against = at(scope, "comparisons", other) or {}
-        rows.append(
-            [
-                _cut(name.text, 16),
-                number(at(scope, "policies", other, "relevance", "value")),
-                span(at(scope, "policies", STUDENT, "relevance")),
-                span(at(against, "relevance", "ratio"), percent),
-                percent(at(scope, "length", "within_2")),
-                yes(at(scope, "length", "rises")) if at(scope, "length", "levels") is not None else "",
-                yes(at(scope, "reward", "rises")) if "reward" in scope else "",
-                percent(at(scope, "policies", STUDENT, "rejected")),
-                signed(at(against, "judges", judge or "", "difference", "value")),
-            ]
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
-    text = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]) for row in rows
-    ]
-    return [text[0], "-" * len(text[0]), *text[1:]]
+def _task_table(document: EvaluationDocument) -> str:
+    reference, judge = reference_policy(document) or TEACHER, best_judge(document)
+    header = ["task", _shorten(reference, 7), "student (95%)", "ratio", "within2", "len up", "rew up", "rejected", "judge"]
+    return text_table(header, [_task_row(name.text, scope, reference, judge) for name, scope in scopes(document)])
 
 
-def _policies(document: dict[str, Any]) -> list[str]:
-    facts = at(document, "policies") or {}
+def _task_row(name: str, scope: Scope, reference: str, judge: str | None) -> list[str]:
+    student, other = scope.policies.get(STUDENT), scope.policies.get(reference)
+    comparison = scope.comparisons.get(reference)
+    judged = comparison.judges.get(judge) if comparison and judge else None
     return [
-        f"{name + ':':<10} {count(told.get('parameters'))} parameters, "
-        f"{number(told.get('tokens_per_second'), ',.0f')} tokens/s, "
-        f"latency p50 {seconds(told.get('latency_p50'))}, {told.get('model', '-')}"
-        for name, told in ((name, facts[name]) for name in in_order(set(facts), facts))
-        if kind(name, facts) != "trivial baseline"
+        _shorten(name, 16),
+        number(other.relevance.value if other else None),
+        interval(student.relevance if student else None),
+        interval(comparison.relevance.ratio if comparison else None, percent),
+        percent(scope.length.within_2),
+        yes_no(scope.length.rises) if scope.length.levels is not None else "",
+        yes_no(scope.reward.rises) if isinstance(scope, TaskScope) else "",
+        percent(student.rejected if student else None),
+        signed(judged.difference.value if judged else None),
     ]
 
 
-def _wrapped(line: str) -> list[str]:
-    """The line as it is where it fits: its columns stay."""
+def _policy_lines(document: EvaluationDocument) -> list[str]:
+    return [
+        f"{name + ':':<10} {parameters(profile.parameters)} parameters, {number(profile.tokens_per_second, ',.0f')} tokens/s,"
+        f" latency p50 {seconds(profile.latency_p50)}, {profile.model}"
+        for name in order_policies(document.policies, document.policies)
+        if (profile := document.policies[name]).kind != "trivial baseline"
+    ]
+
+
+def _wrap(line: str) -> list[str]:
+    """Wrap a line that is too long; one that fits keeps its columns."""
     return [line] if len(line) <= WIDTH else textwrap.wrap(line, WIDTH, subsequent_indent=" " * 11)
 
 
-def _cut(name: str, most: int) -> str:
-    return name if len(name) <= most else f"{name[: most - 1]}~"
+def _shorten(name: str, length: int) -> str:
+    return name if len(name) <= length else f"{name[: length - 1]}~"
