@@ -4,14 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from evaluation_made_up import row, table
 
 from udrl import commands
 from udrl.evaluate.evaluated_intents import EvaluatedIntent
 from udrl.evaluate.evaluated_policies import EvaluatedPolicy, student_requests, unusual_lengths, usual_lengths
+from udrl.evaluate.evaluation_plan import JudgeWork, plan_lines
 from udrl.evaluate.outputs import columns
-from udrl.evaluate.plan import JudgeWork, plan_lines
 from udrl.evaluate.speed import PolicySpeed
 from udrl.evaluate.trivial_baselines import trivial_baseline_outputs
 from udrl.policies.teacher import teacher_policy
@@ -99,11 +98,6 @@ def test_trivial_baselines_copy_the_intent_swap_prompts_and_take_the_best_sample
 def test_without_a_teacher_the_only_trivial_baseline_is_the_echo() -> None:
     baselines = trivial_baseline_outputs(values(), table(row(intent=0), row(intent=1)), scorer)
     assert set(baselines["policy"].to_pylist()) == {"echo"}
-
-
-def test_a_recipe_may_use_the_old_name_of_trivial_baselines(caplog: pytest.LogCaptureFixture) -> None:
-    assert values(yardsticks=["echo"]).evaluate.trivial_baselines == ["echo"]
-    assert "yardsticks is now called trivial_baselines" in caplog.text
 
 
 def test_the_plan_counts_missing_work_and_names_the_basis_of_its_times(tmp_path: Path) -> None:

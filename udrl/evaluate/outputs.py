@@ -1,7 +1,7 @@
-"""The two tables that an evaluation is measured from: one row an output, and one row a pair that a pairwise judge compared.
+"""The two tables that metrics are computed from: one row per output, and one row per pair that a pairwise judge compared.
 
-One rule runs through: a rejected or empty output counts as relevance 0, and for a judge as a prompt for another intent, for
-all policies alike, so that refusing never pays. Yardsticks (see :mod:`udrl.evaluate.evaluated_policies`) are never rejected.
+One rule holds everywhere: a rejected or empty output counts as relevance 0, and for a judge as a prompt for another intent, for
+every policy, so that refusing never pays. Trivial baselines (:mod:`udrl.evaluate.trivial_baselines`) are never rejected.
 """
 
 from typing import Any
@@ -11,11 +11,11 @@ import pyarrow as pa
 
 from udrl.episodes import COMPONENTS, KEYS
 
-# Which question a row answers: at the default command; under commanded words in and out of the usual range; under a bin.
+# The command of a row: the default; words in (length) and out of (reach) the usual range; a reward bin.
 PROBES = ("default", "length", "reach", "reward")
 STUDENT, TEACHER = "student", "teacher"
-# Begins the column of each pointwise judge, float32: NaN or null where it was not asked or failed; of a rejected row what a
-# prompt for another intent has on average (see udrl.evaluate.judges.judging).
+# Prefix of the column of each pointwise judge, float32: NaN or null if the judge failed or did not see the row; for a rejected
+# row its mean score of prompts for other intents (see udrl.evaluate.judges.judging).
 JUDGE = "judge_"
 
 OUTPUTS = pa.schema(
@@ -24,7 +24,7 @@ OUTPUTS = pa.schema(
         ("probe", pa.string()),
         ("prompt", pa.string()),  # empty when rejected
         ("reason", pa.string()),  # empty, or an udrl.episodes.Reason
-        ("n_words", pa.int32()),  # of a rejected output: of its text, if any
+        ("n_words", pa.int32()),  # of a rejected output: words of its completion
         *((component, pa.float32()) for component in COMPONENTS),
         ("reward", pa.float32()),
     ]
@@ -37,8 +37,8 @@ PAIRWISE = pa.schema(
         ("policy", pa.string()),  # always the student
         ("other", pa.string()),
         ("variation", pa.int32()),
-        ("first", pa.float32()),  # probability that the student's prompt is preferred where it is shown first
-        ("second", pa.float32()),  # the same where it is shown second
+        ("first", pa.float32()),  # probability that the student's prompt is preferred when it is shown first
+        ("second", pa.float32()),  # the same when it is shown second
         ("parsed", pa.bool_()),
     ]
 )
@@ -47,15 +47,15 @@ Columns = dict[str, np.ndarray]  # arrays of shape (rows,)
 
 
 def columns(outputs: pa.Table) -> Columns:
-    """The table as arrays of shape (rows,); ``rejected`` is a column of its own, and such a row's relevance and reward are 0.
+    """Return the table as arrays of shape (rows,), with ``rejected`` as a further one.
 
-    ``judge_<name>`` is as it stands there: the judges have said what a rejected row counts for.
+    A rejected row has relevance and reward 0; the judges' columns are unchanged, since they cover rejected rows already.
     """
     rows = {name: np.asarray(outputs[name].to_pylist(), dtype=object) for name in ("task", "policy", "probe", "prompt")}
     rows |= {
         name: _numbers(outputs, name).astype(np.int64) for name in ("command_words", "command_reward", "n_words", "variation")
     }
-    rows["intent_id"] = outputs["intent_id"].to_numpy()  # 63 bits: not by way of a float
+    rows["intent_id"] = outputs["intent_id"].to_numpy()  # 63 bits, which a float cannot hold
     reason = np.asarray(outputs["reason"].to_pylist(), dtype=object)
     rows["rejected"] = np.array([bool(r) or not p for r, p in zip(reason, rows["prompt"], strict=True)], dtype=bool)
     for name in ("relevance", "reward"):
@@ -66,7 +66,7 @@ def columns(outputs: pa.Table) -> Columns:
 
 
 def judge_columns(outputs: pa.Table) -> list[str]:
-    """Names of the judges' columns, in their order."""
+    """Return the names of the judges' columns."""
     return [name for name in outputs.column_names if name.startswith(JUDGE)]
 
 

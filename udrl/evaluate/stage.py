@@ -18,9 +18,9 @@ from udrl.evaluate.document import EvaluationDocument, Measurements, PolicyProfi
 from udrl.evaluate.embedding_actor import EmbeddingActor
 from udrl.evaluate.evaluated_intents import select_intents
 from udrl.evaluate.evaluated_policies import gather_policies, takes_commands
+from udrl.evaluate.evaluation_plan import plan_evaluation
 from udrl.evaluate.judges.judging import ask_judges
 from udrl.evaluate.metrics import compute as metrics
-from udrl.evaluate.plan import plan
 from udrl.evaluate.policy_outputs import policy_profile, write_outputs
 from udrl.evaluate.report.write_report import short_table, write_report
 from udrl.evaluate.speed import describe_environment, measure_speeds
@@ -63,7 +63,7 @@ def run(recipe: Recipe) -> EvaluationResult:
 
     environment = describe_environment()
     speeds = measure_speeds(policies, recipe.evaluate.latency_requests, evaluation, environment, context)
-    log.info("\n".join(plan(recipe, policies, speeds, evaluation, tasks)))
+    log.info("\n".join(plan_evaluation(recipe, policies, speeds, evaluation, tasks)))
     timer.end_phase("timing")
 
     tables: list[pa.Table] = []

@@ -171,13 +171,13 @@ def _run_model_pass(judge: Judge, paths: JudgePaths, files: list[str], context: 
         options["accelerator_type"] = place.accelerator
     dataset = ray.data.from_items([{"part": name} for name in files], override_num_blocks=len(files))
     dataset = dataset.map_batches(_ScoreFiles, batch_size=1, fn_constructor_kwargs={"judge": judge, "paths": paths}, **options)
-    label, done = f"judge {judge.display_name}", 0
+    label, judged = f"judge {judge.display_name}", 0
     bar = Progress(label, sum(_sizes(paths, files)), "pairs")
     bar.update(0, "loading the model", force=True)
     for batch in iterate_with_watchdog(dataset.iter_batches(batch_size=None), context.watchdog_minutes, label):
-        done += int(np.sum(batch["rows"]))
-        bar.update(done)
-    bar.finish(done)
+        judged += int(np.sum(batch["rows"]))
+        bar.update(judged)
+    bar.finish(judged)
 
 
 class _ScoreFiles:

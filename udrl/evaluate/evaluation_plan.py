@@ -30,7 +30,7 @@ class JudgeWork(NamedTuple):
     rate: float | None
 
 
-def plan(
+def plan_evaluation(
     recipe: Recipe,
     policies: Sequence[EvaluatedPolicy],
     speeds: dict[str, PolicySpeed],
@@ -40,8 +40,8 @@ def plan(
     """Return the lines that tell the user, before the start, what the evaluation will do and how long it takes."""
     missing = {}
     for evaluated in policies:
-        done = count_rows(evaluated.paths(evaluation).completions)
-        missing[evaluated.name] = len(evaluated.requests) - sum(done.values())
+        rows_by_shard = count_rows(evaluated.paths(evaluation).completions)
+        missing[evaluated.name] = len(evaluated.requests) - sum(rows_by_shard.values())
     pointwise, pairwise = max_judged_texts(recipe, policies, len(tasks))
     judges = []
     for judge in recipe.evaluate.judges:
