@@ -17,7 +17,7 @@ from udrl.episodes import COMPONENTS
 from udrl.errors import UserError
 from udrl.evaluate.document import JudgeProfile
 from udrl.evaluate.judges import pairwise
-from udrl.evaluate.judges.answers import QUESTIONS, SCORES, add_questions, question
+from udrl.evaluate.judges.answers import QUESTIONS, SCORES, add_questions, judge_paths, question
 from udrl.evaluate.judges.judging import JudgedOutputs, ask_judges, compare_pairs, score_pairs
 from udrl.evaluate.judges.likelihood import WITH_PROMPT, WITHOUT_PROMPT, LikelihoodJudge
 from udrl.evaluate.judges.validation import (
@@ -363,6 +363,13 @@ def test_another_model_never_reuses_an_answer(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=name):
             score_pairs(judge, pairs_of(("fox", "red fox")), recipe(tmp_path, judge), [TASK], evaluation)
         assert answer_open_questions(evaluation, length) == 1
+
+
+def test_answers_of_earlier_versions_are_reused(tmp_path: Path) -> None:
+    paths = judge_paths(WITHOUT_MODEL, EvaluationPaths(str(tmp_path)), [TASK])
+    assert paths.folder == str(tmp_path / "work" / "judge-likelihood-57ea27f14563f0d6")
+    row = {"intent_id": 1, "intent": "fox", "task": "image_search"}
+    assert question(row, "red fox", "grey fox")["episode_id"] == 4077211307524989216
 
 
 def test_questions_are_written_once_in_files_of_bounded_size(tmp_path: Path) -> None:
