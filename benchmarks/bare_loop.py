@@ -25,10 +25,10 @@ def main() -> None:
     parser.add_argument("data", help="a run's folder of packed rows")
     parser.add_argument("--precision", choices=("autocast", "master", "fp32"), default="autocast")
     arguments = parser.parse_args()
-    print(json.dumps(train(load(arguments.recipe), arguments.data, arguments.precision)))
+    print(json.dumps(train_by_bare_loop(load(arguments.recipe), arguments.data, arguments.precision)))
 
 
-def train(recipe: Recipe, data: str, precision: str) -> dict[str, Any]:
+def train_by_bare_loop(recipe: Recipe, data: str, precision: str) -> dict[str, Any]:
     """Train as the recipe says; return seconds, seconds of input and loss of each step, and peak memory in MiB."""
     import torch
 

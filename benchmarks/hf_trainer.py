@@ -27,10 +27,10 @@ def main() -> None:
     parser.add_argument("data", help="a run's folder of packed rows")
     parser.add_argument("--grouped", action="store_true")
     arguments = parser.parse_args()
-    print(json.dumps(train(load(arguments.recipe), arguments.data, arguments.grouped)))
+    print(json.dumps(train_by_hf_trainer(load(arguments.recipe), arguments.data, arguments.grouped)))
 
 
-def train(recipe: Recipe, data: str, grouped: bool) -> dict[str, Any]:
+def train_by_hf_trainer(recipe: Recipe, data: str, grouped: bool) -> dict[str, Any]:
     """Train the recipe's number of steps; return the seconds, real tokens and slots (with padding) of each."""
     import torch
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments

@@ -108,7 +108,7 @@ class Bench:
             for name, run in arms.items():
                 turns[name].append(run())
                 print(f"{name:<34}{turns[name][-1].columns()}", flush=True)
-        return {name: average(measurements) for name, measurements in turns.items()}
+        return {name: average_turns(measurements) for name, measurements in turns.items()}
 
     def _run_child(self, module: str, recipe: Recipe, *arguments: str) -> dict[str, Any]:
         path = Path(self.folder, "recipe.yaml")
@@ -142,7 +142,7 @@ def with_train(recipe: Recipe, **values: Any) -> Recipe:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update=values)})
 
 
-def average(turns: Sequence[Measurement]) -> dict[str, Any]:
+def average_turns(turns: Sequence[Measurement]) -> dict[str, Any]:
     """Return means over the turns, each worker's highest memory, and the speed of each turn, for the JSON line."""
     measurements = [asdict(turn) for turn in turns]
     averages: dict[str, Any] = {"turns": [round(turn.tokens_per_second, 1) for turn in turns]}

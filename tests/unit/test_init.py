@@ -1,4 +1,4 @@
-"""Starting from a pretrained GPT-2: its shape and tokenizer stand, control tokens come on top, user text stays text."""
+"""Start from a pretrained GPT-2: its shape and tokenizer are kept, control tokens are added, user text stays text."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ OLD_END = "<|endoftext|>"
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny GPT-2 as the hub has it: byte-level BPE with ``<|endoftext|>`` as the last piece, no padding token."""
+    """A tiny GPT-2 like the hub's: byte-level BPE with ``<|endoftext|>`` as the last token, no padding token."""
     folder = str(tmp_path_factory.mktemp("gpt2"))
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -30,8 +30,8 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> str:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(TEXTS * 5, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False))
     bpe.add_special_tokens([OLD_END])
-    named = {"bos_token": OLD_END, "eos_token": OLD_END, "unk_token": OLD_END}
-    PreTrainedTokenizerFast(tokenizer_object=bpe, **named).save_pretrained(folder)
+    special_tokens = {"bos_token": OLD_END, "eos_token": OLD_END, "unk_token": OLD_END}
+    PreTrainedTokenizerFast(tokenizer_object=bpe, **special_tokens).save_pretrained(folder)
     config = json.loads((Path(folder) / "tokenizer_config.json").read_text())
     (Path(folder) / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": "GPT2Tokenizer"}))
     end = bpe.token_to_id(OLD_END)
@@ -43,7 +43,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def words(pretrained: str) -> Any:
+def extended(pretrained: str) -> Any:
     return tokenizer.extend(pretrained, VOCABULARY)
 
 
@@ -51,83 +51,83 @@ def student(init: str, **more: Any) -> Student:
     return Student(init=init, context=48, **more)
 
 
-def test_control_tokens_come_behind_the_pretrained_pieces(pretrained: str, words: Any) -> None:
+def test_control_tokens_follow_the_pretrained_tokens(pretrained: str, extended: Any) -> None:
     old = PreTrainedTokenizerFast.from_pretrained(pretrained)
-    control = tokenizer.control_ids(words, VOCABULARY.control_tokens())
+    control = tokenizer.control_ids(extended, VOCABULARY.control_tokens())
     assert sorted(control) == list(range(len(old), len(old) + len(VOCABULARY.control_tokens())))
-    assert (words.eos_token, words.pad_token) == (commands.END, commands.PAD)
+    assert (extended.eos_token, extended.pad_token) == (commands.END, commands.PAD)
     text = "a red Fox in deep snow"
-    assert tokenizer.encode_text(words, [text])[0] == old(" " + text)["input_ids"]  # letter case too
-    assert words.decode(tokenizer.encode_text(words, [text])[0]) == " " + text
+    assert tokenizer.encode_text(extended, [text])[0] == old(" " + text)["input_ids"]  # letter case is kept
+    assert extended.decode(tokenizer.encode_text(extended, [text])[0]) == " " + text
 
 
 @settings(max_examples=30)
 @given(st.lists(st.sampled_from([*VOCABULARY.control_tokens(), OLD_END, "<|", "|>", "fox", " "]), min_size=1, max_size=8))
-def test_no_text_makes_a_special_token(pieces: list[str]) -> None:
-    ids = tokenizer.encode_text(EXTENDED[0], ["".join(pieces)])[0]
-    assert not set(ids) & set(EXTENDED[0].all_special_ids)
+def test_no_text_encodes_to_a_special_token(pieces: list[str]) -> None:
+    ids = tokenizer.encode_text(LOADED[0], ["".join(pieces)])[0]
+    assert not set(ids) & set(LOADED[0].all_special_ids)
 
 
-EXTENDED: list[Any] = []
+LOADED: list[Any] = []
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _loaded_again(words: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The tokenizer as workers and engines see it: saved and loaded. (Hypothesis takes no fixtures of this kind.)"""
+def _load_saved_tokenizer(extended: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Save and load the tokenizer, as workers and engines do. (Hypothesis can't use a fixture of this scope.)"""
     folder = str(tmp_path_factory.mktemp("extended"))
-    words.save_pretrained(folder)
-    EXTENDED[:] = [tokenizer.load(folder)]
+    extended.save_pretrained(folder)
+    LOADED[:] = [tokenizer.load(folder)]
 
 
-def test_the_student_may_write_neither_control_tokens_nor_the_old_end(words: Any) -> None:
-    banned = tokenizer.banned_ids(words, VOCABULARY)
-    assert words.convert_tokens_to_ids(OLD_END) in banned
-    assert words.eos_token_id not in banned
+def test_control_tokens_and_the_old_end_token_are_banned(extended: Any) -> None:
+    banned = tokenizer.banned_ids(extended, VOCABULARY)
+    assert extended.convert_tokens_to_ids(OLD_END) in banned
+    assert extended.eos_token_id not in banned
     assert len(banned) == len(VOCABULARY.control_tokens())  # <|end|> less, <|endoftext|> more
 
 
-def test_the_pretrained_weights_and_shape_stand(pretrained: str, words: Any) -> None:
+def test_the_pretrained_weights_and_shape_are_kept(pretrained: str, extended: Any) -> None:
     old = GPT2LMHeadModel.from_pretrained(pretrained)
-    network = gpt2.build_network(student(pretrained, depth=7, width=999, dropout=0.1), Train(), words, seed=1)
+    network = gpt2.build_network(student(pretrained, depth=7, width=999, dropout=0.1), Train(), extended, seed=1)
     assert (network.config.n_layer, network.config.n_embd, network.config.n_positions) == (3, 32, 64)
     assert network.config.resid_pdrop == network.config.embd_pdrop == network.config.attn_pdrop == 0.1
     n = old.config.vocab_size
-    assert network.config.vocab_size == len(words) > n
+    assert network.config.vocab_size == len(extended) > n
     assert torch.equal(network.transformer.wte.weight[:n], old.transformer.wte.weight)
     assert network.lm_head.weight is network.transformer.wte.weight
     assert (network.generation_config.eos_token_id, network.generation_config.pad_token_id) == (
-        words.eos_token_id,
-        words.pad_token_id,
+        extended.eos_token_id,
+        extended.pad_token_id,
     )
-    again = gpt2.build_network(student(pretrained), Train(), words, seed=1)
+    again = gpt2.build_network(student(pretrained), Train(), extended, seed=1)
     assert torch.equal(again.transformer.wte.weight, network.transformer.wte.weight)
     shape = gpt2.Shape.of(student(pretrained, depth=7), Train())
     assert (shape.depth, shape.width, shape.heads) == (3, 32, 2)
     assert shape.lr == pytest.approx(1e-3 * 10 / 3)
 
 
-def test_new_rows_stand_among_the_old_ones(pretrained: str, words: Any) -> None:
-    """So that at first no control token is likelier than any other piece."""
-    network = gpt2.build_network(student(pretrained), Train(), words, seed=1).eval()
+def test_new_embedding_rows_are_near_the_old_ones(pretrained: str, extended: Any) -> None:
+    """Control tokens are at first not much likelier than other tokens."""
+    network = gpt2.build_network(student(pretrained), Train(), extended, seed=1).eval()
     with torch.no_grad():
-        odds = network(torch.tensor([tokenizer.encode_text(words, ["a red fox"])[0]])).logits[0].softmax(-1)
-    control = tokenizer.control_ids(words, VOCABULARY.control_tokens())
-    assert float(odds[:, control].sum(-1).max()) < 3 * len(control) / len(words)
+        odds = network(torch.tensor([tokenizer.encode_text(extended, ["a red fox"])[0]])).logits[0].softmax(-1)
+    control = tokenizer.control_ids(extended, VOCABULARY.control_tokens())
+    assert float(odds[:, control].sum(-1).max()) < 3 * len(control) / len(extended)
 
 
-def test_a_student_goes_on_from_an_exported_one(pretrained: str, words: Any, tmp_path: Path) -> None:
-    first = gpt2.build_network(student(pretrained), Train(), words, seed=1)
+def test_a_student_starts_from_an_exported_one(pretrained: str, extended: Any, tmp_path: Path) -> None:
+    first = gpt2.build_network(student(pretrained), Train(), extended, seed=1)
     first.to(torch.bfloat16).save_pretrained(tmp_path)
-    went_on = gpt2.build_network(student(pretrained, dropout=0.2), Train(), words, seed=2, initial_student=str(tmp_path))
-    assert went_on.dtype == torch.float32
-    assert went_on.config.attn_pdrop == 0.2
-    assert torch.equal(went_on.lm_head.weight, first.lm_head.weight.float())
+    second = gpt2.build_network(student(pretrained, dropout=0.2), Train(), extended, seed=2, initial_student=str(tmp_path))
+    assert second.dtype == torch.float32
+    assert second.config.attn_pdrop == 0.2
+    assert torch.equal(second.lm_head.weight, first.lm_head.weight.float())
     shorter = PreTrainedTokenizerFast.from_pretrained(pretrained)
     with pytest.raises(UserError, match="its vocabulary has"):
         gpt2.build_network(student(pretrained), Train(), shorter, seed=2, initial_student=str(tmp_path))
 
 
-def test_what_cannot_be_started_from_is_a_user_s_error(pretrained: str, tmp_path: Path) -> None:
+def test_an_unusable_pretrained_model_is_a_user_error(pretrained: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"student\.context: 65 is more than the 64 positions of student\.init"):
         gpt2.Shape.of(Student(init=pretrained, context=65), Train())
     with pytest.raises(UserError, match=r"student\.init: model \./nowhere"):

@@ -1,4 +1,4 @@
-"""The model card: its front matter, what the licenses require, metrics and lineage."""
+"""The model card: its front matter, license notices, metrics and lineage."""
 
 from typing import Any
 

@@ -94,7 +94,7 @@ def test_only_the_variables_of_configured_trackers_are_sent_to_the_worker(monkey
 
 
 class Wandb:
-    """A stand-in for the optional package: records what is logged, and fails while ``broken`` is set."""
+    """A stand-in for the optional package: records the logged values, and fails while ``broken`` is set."""
 
     def __init__(self) -> None:
         self.logged: list[dict[str, Any]] = []

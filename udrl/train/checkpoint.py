@@ -171,7 +171,7 @@ def open_local(uri: str, folder: str) -> str:
     return storage.download_folder(uri, folder)
 
 
-def convert_to_universal(source: str, folder: str) -> None:
+def convert_checkpoint(source: str, folder: str) -> None:
     """Write the local checkpoint ``source`` to ``folder`` in a form that any number of workers can load."""
     shutil.rmtree(folder, ignore_errors=True)
     target = os.path.join(folder, TAG)

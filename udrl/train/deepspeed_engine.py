@@ -76,7 +76,7 @@ def _restore_resharded(engine: Any, uri: str, local: str, local_rank: int, own_o
     name = f"udrl-universal-{fingerprint_of_bytes(uri.encode())}-{node}-{os.getuid()}"
     converted = os.path.join(tempfile.gettempdir(), name)
     if local_rank == 0:
-        checkpoint.convert_to_universal(local, converted)
+        checkpoint.convert_checkpoint(local, converted)
     torch.distributed.barrier()
     weight_decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
     state = checkpoint.restore(engine, converted)

@@ -21,7 +21,7 @@ from udrl.train.worker import WorkerJob, train_worker
 
 log = logging.getLogger(__name__)
 
-# Keys of train that do not change the student: they decide where, how fast and how safely it is trained.
+# Keys of train that do not change the student, only the placement, speed and safety of its training.
 OPERATIONAL = (
     "workers",
     "min_workers",

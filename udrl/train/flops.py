@@ -21,8 +21,8 @@ def train_flops_per_token(config: Any, context: float, target_share: float = 1.0
     Args:
         config: a ``GPT2Config``.
         context: T, the tokens of a row. By convention neither causality nor the mask of packing is deducted, because a kernel
-            with a dense mask computes what it then hides. For a kernel that skips it, give the mean length of a packed example,
-            weighted by tokens.
+            with a dense mask computes the hidden part as well. For a kernel that skips it, give the mean length of a packed
+            example, weighted by tokens.
         target_share: share of the tokens whose logits are computed; ``packed_loss`` computes only those of targets.
     """
     inner = config.n_inner or 4 * config.n_embd

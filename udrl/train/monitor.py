@@ -22,7 +22,7 @@ WITHIN_WORDS = 2  # distance in words from the commanded length that counts as k
 
 
 @dataclass(frozen=True)
-class Sample:
+class StudentSample:
     """One prompt that the student wrote. ``ended`` is false if it reached the token limit before ``<|end|>``."""
 
     intent: str
@@ -36,7 +36,7 @@ class Sample:
 class Observation:
     """Samples and their metrics, ready for a tracker. Without commanded lengths the only metric is ``words``."""
 
-    samples: list[Sample]
+    samples: list[StudentSample]
     metrics: dict[str, float]
 
     def markdown(self, samples_per_task: int = 4) -> str:
@@ -94,7 +94,7 @@ def observe(
     for (intent, command, _), ids in zip(requests, completions, strict=True):
         ended = end in ids
         text = tokenizer.decode(ids[: ids.index(end)] if ended else ids).strip()
-        samples.append(Sample(intent, command, text, count_words(text), ended))
+        samples.append(StudentSample(intent, command, text, count_words(text), ended))
     return Observation(samples, _length_metrics(samples))
 
 
@@ -148,7 +148,7 @@ def _evaluation_mode(network: Any, device: Any) -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def _length_metrics(samples: list[Sample]) -> dict[str, float]:
+def _length_metrics(samples: list[StudentSample]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     tasks = list(dict.fromkeys(s.command.task for s in samples))
     for task in [None, *tasks]:
