@@ -1,6 +1,7 @@
 """The arms of ``benchmarks.training``: each is one training in a process of its own."""
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,9 +13,10 @@ from benchmarks.generation import HERE, child
 from udrl import cluster, command_line
 from udrl import recipe as recipes
 from udrl.recipe import Recipe
+from udrl.tables import text_table
 from udrl.train.gpt2 import Shape
 
-HEADER = f"{'':<34}{'tokens/s':>10}{'step ms':>9}{'tokens':>9}{'input':>8}{'padding':>9}{'loss':>7}   peak MiB, host; gpu"
+HEADER = ["", "tokens/s", "step ms", "tokens", "input", "padding", "loss", "peak MiB, host; gpu"]
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,13 @@ class Measurement:
     host_mib: list[float]
     gpu_mib: list[float]
 
-    def columns(self) -> str:
-        """Return the values under :data:`HEADER`; blank if the arm has no such value."""
+    def cells(self) -> list[str]:
+        """Return the cells under :data:`HEADER`, without the arm's name; blank if the arm has no such value."""
         input_share, padding = (f"{share:.1%}" if share is not None else "" for share in (self.input_share, self.padding))
         loss = f"{self.loss:.3f}" if self.loss is not None else ""
         memory = "; ".join(" ".join(f"{mib:,.0f}" for mib in peaks) for peaks in (self.host_mib, self.gpu_mib) if peaks)
-        rates = f"{self.tokens_per_second:>10,.0f}{self.step_ms:>9.1f}{self.tokens_per_step:>9,.0f}"
-        return f"{rates}{input_share:>8}{padding:>9}{loss:>7}   {memory}"
+        rates = [f"{self.tokens_per_second:,.0f}", f"{self.step_ms:.1f}", f"{self.tokens_per_step:,.0f}"]
+        return [*rates, input_share, padding, loss, memory]
 
 
 @dataclass(frozen=True)
@@ -101,13 +103,15 @@ class Bench:
         return self._measure(result, result["step_tokens"])
 
     def in_turns(self, arms: Mapping[str, Callable[[], Measurement]]) -> dict[str, dict[str, Any]]:
-        """Run all arms in turns, ``repeats`` times, and print a line for each; return the means of each arm."""
-        print(HEADER, flush=True)
+        """Run all arms in turns, ``repeats`` times, and print a table of all turns; return the means of each arm."""
+        rows: list[list[str]] = []
         turns: dict[str, list[Measurement]] = {name: [] for name in arms}
-        for _ in range(self.repeats):
+        for turn in range(self.repeats):
             for name, run in arms.items():
                 turns[name].append(run())
-                print(f"{name:<34}{turns[name][-1].columns()}", flush=True)
+                rows.append([name, *turns[name][-1].cells()])
+                print(f"{name}: turn {turn + 1} of {self.repeats} is done", file=sys.stderr)
+        print(text_table(HEADER, rows, ragged_last=True), flush=True)
         return {name: average_turns(measurements) for name, measurements in turns.items()}
 
     def _run_child(self, module: str, recipe: Recipe, *arguments: str) -> dict[str, Any]:
