@@ -1,10 +1,10 @@
-"""The generate stage against the bare engine, and all of it that is not the engine at a million rows.
+"""The generate stage compared with the bare engine, and everything but the engine at a million rows.
 
 ``python -m benchmarks.generation [engine] [rows] [scoring] [--requests N] [--rows N ...] [recipe] [key=value ...]``
 
-- ``engine``: tokens/s of the whole stage (Ray Data, ledger, inspection of every completion) over vLLM alone, on the same
+- ``engine``: tokens/s of the whole stage (Ray Data, ledger, inspection of every completion) and of vLLM only, on the same
   requests, settings and machine, in turns in one run. Both are timed while the engine is full: after the first requests that
-  fill it are done, and before the last ones that empty it. The whole run, first request to last, stands beside it.
+  fill it are done, and before the last ones that empty it. The next column has the rate from the first request to the last.
 - ``rows``: rows/s and peak memory of the driver with an engine that answers at once, at two sizes.
 - ``scoring``: prompts/s of each scoring pass, against the rate at which the stage makes them.
 
@@ -43,18 +43,18 @@ def main(argv: list[str]) -> None:
     parts = [w for w in arguments.words if w in PARTS] or list(PARTS)
     files = [w for w in arguments.words if w.endswith(".yaml")]
     recipe = command_line.load(files[0] if files else "recipes/quickstart.yaml", [w for w in arguments.words if "=" in w])
-    found: dict[str, Any] = {"machine": machine()}
+    results: dict[str, Any] = {"machine": machine()}
     folder = tempfile.mkdtemp(prefix="udrl-benchmark-")
     try:
         if "engine" in parts:
-            found |= engine_part(recipe, arguments.requests, arguments.turns, folder)
+            results |= engine_part(recipe, arguments.requests, arguments.turns, folder)
         if "scoring" in parts and "engine" in parts:
-            found |= scoring_part(recipe, folder)
+            results |= scoring_part(recipe, folder)
         if "rows" in parts:
-            found |= rows_part(recipe, arguments.rows, folder)
+            results |= rows_part(recipe, arguments.rows, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print(json.dumps(found))
+    print(json.dumps(results))
 
 
 def machine() -> str:
@@ -108,12 +108,12 @@ def engine_part(recipe: Recipe, n: int, turns: int, folder: str) -> dict[str, An
     for _ in range(turns):
         threads = engine_environment(recipe.teacher.placement)
         child("-m", "benchmarks.bare_engine", f"{folder}/bare.json", f"{folder}/out.json", env=threads)
-        alone = json.loads(Path(folder, "out.json").read_text())
-        alone["tokens"] = sum(tokens for _, _, tokens in alone["finished"])
-        alone["steady"] = steady_rate_of_points(alone["finished"], seats)
+        bare_run = json.loads(Path(folder, "out.json").read_text())
+        bare_run["tokens"] = sum(tokens for _, _, tokens in bare_run["finished"])
+        bare_run["steady"] = steady_rate_of_points(bare_run["finished"], seats)
         shutil.rmtree(prepared.ledger, ignore_errors=True)
         whole = json.loads(child("-m", "benchmarks.generation_stage", f"{folder}/recipe.yaml").splitlines()[-1])
-        for name, result in (("bare", alone), ("stage", whole)):
+        for name, result in (("bare", bare_run), ("stage", whole)):
             rates[name].append(result["steady"])
             whole_run = result["tokens"] / result["seconds"]
             table.append([name, f"{result['steady']:,.0f}", f"{whole_run:,.0f}", f"{result['tokens']:,}"])
@@ -132,13 +132,13 @@ def engine_part(recipe: Recipe, n: int, turns: int, folder: str) -> dict[str, An
 def scoring_part(recipe: Recipe, folder: str) -> dict[str, Any]:
     """Scores the ledger that the last turn of the engine part left."""
     lines = child("-m", "benchmarks.generation_stage", f"{folder}/recipe.yaml", "score").splitlines()
-    found: dict[str, Any] = json.loads(lines[-1])
+    scores: dict[str, Any] = json.loads(lines[-1])
     print(
-        f"scoring: {found['prompts']:,} prompts in {found['seconds']:.1f} s, {found['prompts_per_second']:,.0f} prompts/s,"
-        f" {found['texts_per_second']:,.0f} texts/s embedded; again with other weights: {found['reweigh_seconds']:.1f} s\n",
+        f"scoring: {scores['prompts']:,} prompts in {scores['seconds']:.1f} s, {scores['prompts_per_second']:,.0f} prompts/s,"
+        f" {scores['texts_per_second']:,.0f} texts/s embedded; again with other weights: {scores['reweigh_seconds']:.1f} s\n",
         flush=True,
     )
-    return {"scoring": found}
+    return {"scoring": scores}
 
 
 def rows_part(recipe: Recipe, sizes: list[int], folder: str) -> dict[str, Any]:

@@ -28,8 +28,8 @@ def main(path: str, how: str = "vllm") -> None:
         from benchmarks.dummy_engine import DummyEngine
 
         actor = DummyEngine
-    begun = time.monotonic()
-    tally = complete(
+    start = time.monotonic()
+    statistics = complete(
         prepared.policy,
         prepared.requests,
         prepared.ledger,
@@ -37,40 +37,40 @@ def main(path: str, how: str = "vllm") -> None:
         inspect=RejectInspector(prepared.tasks),
         context=StageContext(engine_actor=actor),
     )
-    found: dict[str, Any] = {
-        "tokens": tally.output_tokens,
-        "seconds": tally.seconds,
+    result: dict[str, Any] = {
+        "tokens": statistics.output_tokens,
+        "seconds": statistics.seconds,
         "steady": steady_rate(prepared.ledger, config.teacher.engine.max_num_seqs),
-        "startup_seconds": round(tally.startup_seconds, 1),
-        "accepted_share": round(tally.accepted_share, 3),
-        "engines_busy": round(tally.busy_share, 4),
-        "prefix_cache_hits": round(tally.cached_share, 4),
-        "first_token_p50": round(tally.first_token_seconds(0.5), 3),
-        "first_token_p95": round(tally.first_token_seconds(0.95), 3),
+        "startup_seconds": round(statistics.startup_seconds, 1),
+        "accepted_share": round(statistics.accepted_share, 3),
+        "engines_busy": round(statistics.busy_share, 4),
+        "prefix_cache_hits": round(statistics.cached_share, 4),
+        "first_token_p50": round(statistics.first_token_seconds(0.5), 3),
+        "first_token_p95": round(statistics.first_token_seconds(0.95), 3),
     }
     if how == "dummy":
         from benchmarks.generation import peak_mib
 
-        found = {
-            "rows": tally.rows,
-            "rows_per_second": round(tally.rows / tally.seconds, 1),
-            "seconds": round(time.monotonic() - begun, 1),
+        result = {
+            "rows": statistics.rows,
+            "rows_per_second": round(statistics.rows / statistics.seconds, 1),
+            "seconds": round(time.monotonic() - start, 1),
             "driver_mib": round(peak_mib(), 1),
             "files": sum(map(len, list_parts(prepared.ledger).values())),
         }
-    print(json.dumps(found))
+    print(json.dumps(result))
 
 
 def score(config: recipe.Recipe, prepared: PreparedGeneration) -> dict[str, Any]:
     from udrl.scoring.score import score as score_ledger
 
-    begun = time.monotonic()
+    start = time.monotonic()
     scored = score_ledger(prepared.ledger, prepared.run.scoring, prepared.tasks, config.rewards)
-    seconds = time.monotonic() - begun
+    seconds = time.monotonic() - start
     other = config.rewards.model_copy(update={"weights": config.rewards.weights.model_copy(update={"novelty": 0.5})})
-    begun = time.monotonic()
+    start = time.monotonic()
     score_ledger(prepared.ledger, prepared.run.scoring, prepared.tasks, other)
-    reweigh = time.monotonic() - begun
+    reweigh = time.monotonic() - start
     return {
         "prompts": scored.total,
         "accepted": scored.accepted,

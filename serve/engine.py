@@ -206,6 +206,7 @@ def build_engine(recipe: Recipe, student: str, context: int) -> Application:
                 "upscale_delay_s": settings.upscale_delay_s,
                 "downscale_delay_s": settings.downscale_delay_s,
                 "downscale_to_zero_delay_s": settings.to_zero_delay_s,
+                # Deprecated, but Ray 2.60.0 does not read the variables that its warning names (tests/unit/test_internals.py).
                 "metrics_interval_s": 1,
                 "look_back_period_s": 5,
             },

@@ -9,7 +9,7 @@ from fakes.fake_episodes import fill_with_episodes
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    """A cluster of this process alone; three CPUs are declared so that two workers leave one for Ray Data."""
+    """Start a cluster of this process only, with three CPUs: two training workers leave one for Ray Data."""
     import ray
 
     from udrl import cluster, internals

@@ -18,7 +18,7 @@ BLOCKS, PER_ACTOR, TASKS_IN_FLIGHT = 16, 2, 2
 
 
 class Engine:
-    """Count the blocks that it has taken, as files."""
+    """Make a file for each block that it starts."""
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
@@ -29,7 +29,7 @@ class Engine:
 
 
 class BlockedWriter:
-    """Wait until the engine has taken every block, or for ``patience`` seconds; the first to end lets all others go."""
+    """Wait until the engine has started every block, or for ``patience`` seconds; the first to end releases all others."""
 
     def __init__(self, folder: str, patience: float) -> None:
         self.folder, self.patience = Path(folder), patience
@@ -37,15 +37,15 @@ class BlockedWriter:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         deadline = time.monotonic() + self.patience
         while not (self.folder / "released").exists():
-            taken = len(list(self.folder.glob("block-*")))
-            if taken == BLOCKS or time.monotonic() > deadline:
-                (self.folder / f"taken-{taken}").touch()
+            started = len(list(self.folder.glob("block-*")))
+            if started == BLOCKS or time.monotonic() > deadline:
+                (self.folder / f"started-{started}").touch()
                 (self.folder / "released").touch()
             time.sleep(0.05)
         return batch
 
 
-def blocks_taken_before_the_first_is_written(folder: Path, patience: float, limited: bool) -> int:
+def count_blocks_started_before_the_first_is_written(folder: Path, patience: float, limited: bool) -> int:
     import ray
 
     folder.mkdir()
@@ -56,16 +56,16 @@ def blocks_taken_before_the_first_is_written(folder: Path, patience: float, limi
     if limited:
         internals.limit_unwritten_blocks(dataset, PER_ACTOR)
     assert sum(len(batch["id"]) for batch in dataset.iter_batches(batch_size=None)) == BLOCKS
-    return max(int(path.name.removeprefix("taken-")) for path in folder.glob("taken-*"))
+    return max(int(path.name.removeprefix("started-")) for path in folder.glob("started-*"))
 
 
 @pytest.mark.usefixtures("local_ray")
 def test_engines_are_held_back_while_their_blocks_wait_to_be_written(tmp_path: Path) -> None:
-    started = time.monotonic()
-    assert blocks_taken_before_the_first_is_written(tmp_path / "unlimited", 120, limited=False) == BLOCKS
-    unlimited_seconds = time.monotonic() - started
-    taken = blocks_taken_before_the_first_is_written(tmp_path / "limited", 2 * unlimited_seconds, limited=True)
-    assert PER_ACTOR <= taken <= PER_ACTOR + TASKS_IN_FLIGHT
+    start = time.monotonic()
+    assert count_blocks_started_before_the_first_is_written(tmp_path / "unlimited", 120, limited=False) == BLOCKS
+    unlimited_seconds = time.monotonic() - start
+    started = count_blocks_started_before_the_first_is_written(tmp_path / "limited", 2 * unlimited_seconds, limited=True)
+    assert PER_ACTOR <= started <= PER_ACTOR + TASKS_IN_FLIGHT
 
 
 def test_a_second_init_in_one_process_leaves_no_remark() -> None:

@@ -172,6 +172,16 @@ def test_serve_knows_the_host_of_its_proxies() -> None:
     assert "host" in HTTPOptions.model_fields
 
 
+def test_serve_reads_the_interval_of_metrics_from_a_deprecated_field_only() -> None:
+    """Why ``serve/engine.py`` sets ``metrics_interval_s``; if this fails, use the variables instead."""
+    import ray.serve
+
+    folder = Path(ray.serve.__file__).parent / "_private"
+    variable = "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S"
+    assert [path.name for path in folder.rglob("*.py") if variable in path.read_text()] == ["constants.py"]
+    assert "autoscaling_config.metrics_interval_s" in (folder / "replica.py").read_text()
+
+
 # ---- Ray Serve LLM; tests/integration/test_serve.py looks at the processes of a real engine
 
 
