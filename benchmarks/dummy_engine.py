@@ -13,7 +13,7 @@ _Stage: Any = internals.stage_class()
 
 
 class DummyEngine(RequestActor, _Stage):
-    """Replace ``udrl.policies.actor.EngineActor``: pass it as ``StageContext(engine_actor=DummyEngine)``."""
+    """Replace ``EngineActor``: ``StageContext(engine_actor=DummyEngine)``."""
 
     def __init__(
         self, data_column: str, expected_input_keys: list[str], *, engine_kwargs: dict[str, Any], **settings: Any

@@ -12,9 +12,10 @@ from udrl.errors import UserError
 
 
 def connect(**options: Any) -> None:
-    """Join the cluster of ``RAY_ADDRESS``, which ``ray job submit`` sets; without it, start one for this process only.
+    """Join the cluster of ``RAY_ADDRESS``, or start one for this process only.
 
-    A bare ``ray.init()`` would attach to any cluster that an earlier program has left running on this machine.
+    ``ray job submit`` sets the variable. A bare ``ray.init()`` would attach to any cluster that an earlier program has left
+    running on this machine.
     """
     ensure_auth_token()
     import ray
@@ -39,10 +40,10 @@ def connect(**options: Any) -> None:
 
 
 def ensure_auth_token() -> None:
-    """Turn on token authentication for a cluster on this machine, with a token file that only this user can read.
+    """Turn on token authentication for a cluster on this machine.
 
-    Ray reads these variables when it is imported. If it has been imported already, nothing changes: Ray then does the same by
-    itself, with a warning.
+    Only this user can read the file with the token. Ray reads RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH when it is imported. If it
+    has been imported already, nothing changes: Ray then does the same by itself, with a warning.
     """
     if "RAY_AUTH_MODE" in os.environ or "RAY_ADDRESS" in os.environ or "ray" in sys.modules:
         return
@@ -55,16 +56,17 @@ def ensure_auth_token() -> None:
 
 
 def set_serve_env() -> None:
-    """Set the variables of :data:`udrl.internals.SERVE_ENV` that are not set; call it before Ray is imported.
+    """Set the variables of :data:`udrl.internals.SERVE_ENV` that are not set.
 
-    It affects a cluster that this process starts. In a cluster that it joins, it affects only this process.
+    Call it before Ray is imported. It affects a cluster that this process starts. In a cluster that it joins, it affects only
+    this process.
     """
     for name, value in internals.SERVE_ENV.items():
         os.environ.setdefault(name, value)
 
 
 def silence_ray_data() -> None:
-    """Turn off Ray Data's progress bars, plan dumps and log lines, in favor of our own progress lines."""
+    """Turn off Ray Data's own progress bars, plan dumps and log lines."""
     from ray.data import DataContext
 
     context = DataContext.get_current()
@@ -78,7 +80,7 @@ def silence_ray_data() -> None:
 
 
 def require_resources(section: str, cpus: float, gpus: float) -> None:
-    """Refuse a placement that this machine can never grant, and for which Ray would wait forever.
+    """Refuse a placement for which Ray would wait forever on this machine.
 
     A cluster that was joined may still grow, so nothing is checked there.
 
@@ -97,10 +99,10 @@ def require_resources(section: str, cpus: float, gpus: float) -> None:
 
 
 def lower_priority_of_other_processes(name: str) -> None:
-    """Lower the CPU priority of all Ray processes except those whose title contains ``name``; only in a cluster of our own.
+    """Lower the CPU priority of all Ray processes without ``name`` in the title.
 
-    The training threads of a CPU wait for each other in every operation: with two threads on two cores, any other process that
-    runs for a moment stops both.
+    Nothing happens in a cluster that was joined. The training threads of a CPU wait for each other in every operation: with two
+    threads on two cores, any other process that runs for a moment stops both.
     """
     import psutil
 

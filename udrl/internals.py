@@ -76,7 +76,7 @@ SERVE_ENV = {
 
 
 def use_own_event_loop(handle: Any) -> None:
-    """Let a deployment handle route requests in a thread of its own, for callers without an event loop.
+    """Let a deployment handle be used without an event loop.
 
     :data:`SERVE_ENV` makes a handle share its caller's loop, and ``handle.options`` has no public argument for it. Serve
     returns the same handle for the same deployment, so it may be initialized already.
@@ -86,7 +86,10 @@ def use_own_event_loop(handle: Any) -> None:
 
 
 def serve_http_host() -> str | None:
-    """Return the address that Ray Serve's HTTP proxies listen on; ``serve.status()`` does not report it."""
+    """Return the address that Ray Serve's HTTP proxies listen on.
+
+    ``serve.status()`` does not report it.
+    """
     from ray.serve.context import _get_global_client
 
     return _get_global_client().http_config.host
@@ -97,7 +100,7 @@ def serve_http_host() -> str | None:
 
 @functools.cache
 def in_process_vllm_engine() -> type:
-    """Return Ray's ``VLLMEngine``, except that a model on one CPU worker runs in the engine's own process.
+    """Return Ray's ``VLLMEngine``, with one CPU worker in the engine's process.
 
     Ray asks for a worker process there and ignores ``engine_kwargs`` (``VLLMEngineConfig.get_initialization_kwargs``). The two
     processes then wait for each other by spinning, on the cores that the model and the server need
@@ -115,17 +118,20 @@ def in_process_vllm_engine() -> type:
 
         @property
         def async_llm(self) -> Any:
-            """vLLM's AsyncLLM. Ray's own methods encode each token as a chunk of JSON, only to parse it in the same process."""
+            """Return vLLM's AsyncLLM.
+
+            Ray's own methods encode each token as a chunk of JSON, only to parse it in the same process.
+            """
             return self._engine_client
 
     return InProcessVLLMEngine
 
 
 def set_model_folder(llm_config: Any, folder: str) -> None:
-    """Let an ``LLMConfig`` load its model from a local folder that this process has just made.
+    """Let an ``LLMConfig`` load its model from a local folder.
 
-    Ray's own download sets the same field (ray/llm/_internal/serve/utils/node_initialization_utils.py), but takes only some
-    URI schemes, caches by model id, and only logs a failed download.
+    Ray's own download sets the same field (ray/llm/_internal/serve/utils/node_initialization_utils.py), but takes only some URI
+    schemes, caches by model id, and only logs a failed download.
     """
     llm_config.get_engine_config().hf_model_id = folder
 
@@ -134,10 +140,11 @@ def set_model_folder(llm_config: Any, folder: str) -> None:
 
 
 def limit_unwritten_blocks(dataset: Any, per_actor: int) -> None:
-    """Hold back the actor pools of a dataset while ``per_actor`` blocks per running actor wait for the next operator.
+    """Hold back a dataset's actor pools while too many blocks wait behind them.
 
-    Ray's own backpressure counts bytes. Completions are so small that a slow storage would let hours of them pile up in memory,
-    and they would be lost with the run. Ray Data has no public way to add a policy.
+    A pool gets no block while ``per_actor`` blocks per running actor wait for the next operator. Ray's own backpressure counts
+    bytes. Completions are so small that a slow storage would let hours of them pile up in memory, and they would be lost with
+    the run. Ray Data has no public way to add a policy.
     """
     from ray.data._internal.execution.backpressure_policy import (
         ENABLED_BACKPRESSURE_POLICIES,
@@ -159,9 +166,10 @@ def limit_unwritten_blocks(dataset: Any, per_actor: int) -> None:
 
 
 def running_datasets(timeout_s: float) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return the operators of each running dataset, with ``progress``, ``total``, ``queued_blocks`` and ``state``.
+    """Return the state of each operator of each running dataset.
 
-    The public API has statistics only for the process that iterates over a dataset, and only once it has ended.
+    It has ``progress``, ``total``, ``queued_blocks`` and ``state``. The public API has statistics only for the process that
+    iterates over a dataset, and only once it has ended.
 
     Raises:
         ray.exceptions.GetTimeoutError: the statistics actor did not answer in time.
@@ -174,10 +182,11 @@ def running_datasets(timeout_s: float) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def end_data_executors(timeout_s: float) -> None:
-    """End the threads of Ray Data that still run in this process; for tests, before they call ``ray.shutdown()``.
+    """End the threads of Ray Data in this process; for tests.
 
-    Ray Data waits two seconds for the thread of an abandoned execution. A slower one calls a Ray that has been shut down, and
-    Ray then aborts the whole process without a message (GetCoreWorker in core_worker_process.cc).
+    Call it before ``ray.shutdown()``. Ray Data waits two seconds for the thread of an abandoned execution. A slower one calls a
+    Ray that has been shut down, and Ray then aborts the whole process without a message (GetCoreWorker in
+    core_worker_process.cc).
     """
     from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
@@ -200,9 +209,10 @@ ENGINE_STAGE = "vLLMEngineStage"
 
 
 def stage_class() -> Any:
-    """Return the base class of Ray Data LLM's stages: ``udf`` gets a batch as rows and yields their new columns.
+    """Return the base class of Ray Data LLM's stages.
 
-    An actor that takes the engine's place in a processor must derive from it.
+    Their ``udf`` gets a batch as rows and yields the rows' new columns. An actor that takes the engine's place in a processor
+    must derive from it.
     """
     from ray.llm._internal.batch.stages.base import StatefulStageUDF
 
@@ -221,12 +231,12 @@ def engine_stage_class() -> Any:
 
 
 def max_num_seqs(stage: Any) -> int:
-    """Return how many sequences the engine of a stage runs at a time, as vLLM has resolved it."""
+    """Return how many sequences the engine of a stage runs at a time."""
     return int(stage.llm.get_scheduler_config().max_num_seqs)
 
 
 async def generate_final_output(stage: Any, row: dict[str, Any]) -> Any:
-    """Return vLLM's ``RequestOutput`` for a row, without the partial outputs before it.
+    """Return vLLM's ``RequestOutput`` for a row, without partial outputs.
 
     The public way through the stage reads every partial output and returns a reduced copy of the last.
     """
@@ -247,9 +257,10 @@ def fatal_engine_errors() -> tuple[type[Exception], ...]:
 
 
 def replace_engine_actor(processor: Any, actor: type) -> None:
-    """Let ``actor`` answer the requests of a Ray Data LLM processor, constructed as its own engine stage would be.
+    """Let ``actor`` answer the requests of a Ray Data LLM processor.
 
-    ``build_processor`` can override a stage's keyword arguments, but not its class.
+    It is constructed with the arguments of the processor's own engine stage. ``build_processor`` can override a stage's keyword
+    arguments, but not its class.
     """
     # A copy, because assigning `fn` would validate the stage again, which then lacks the placement that it has used up.
     processor.stages[ENGINE_STAGE] = processor.get_stage_by_name(ENGINE_STAGE).model_copy(update={"fn": actor})
@@ -269,22 +280,23 @@ TRAIN_WORKER = "RayTrainWorker"
 
 
 def gather_zero3_weights(engine: Any) -> dict[str, Any]:
-    """Return all weights in 16 bits on worker 0, and an empty dictionary on the others; a collective.
+    """Return all weights in 16 bits on worker 0, nothing on the others.
 
-    The public ``save_16bit_model`` writes a file instead, and only if the user's DeepSpeed settings allow it.
+    All workers must call it. The public ``save_16bit_model`` writes a file instead, and only if the user's DeepSpeed settings
+    allow it.
     """
     return engine._zero3_consolidated_16bit_state_dict() or {}
 
 
 def inner_optimizer(engine: Any) -> Any:
-    """Return the PyTorch optimizer inside DeepSpeed's wrapper of it; None if there is no wrapper."""
+    """Return the PyTorch optimizer inside DeepSpeed's wrapper, if there is one."""
     return getattr(engine.optimizer, "optimizer", None)
 
 
 def convert_to_universal(source: str, target: str) -> None:
-    """Convert a checkpoint to DeepSpeed's universal form, which any number of workers can load.
+    """Convert a checkpoint to DeepSpeed's universal form.
 
-    DeepSpeed offers this as a command-line script; its ``main`` takes the parsed options.
+    Any number of workers can load it. DeepSpeed offers this as a command-line script; its ``main`` takes the parsed options.
     """
     from deepspeed.checkpoint import ds_to_universal
 

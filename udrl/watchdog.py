@@ -77,7 +77,7 @@ def iterate_with_watchdog(
 
 
 def describe_cluster() -> list[str]:
-    """Return a line for each node, free resources, this node's memory, and each operator of a running dataset."""
+    """Return one line per node and operator, and the resources that are free."""
     import psutil
     import ray
 

@@ -1,1 +1,1 @@
-"""Policies: who writes prompts. Teacher, student and baselines go through one vLLM stage."""
+"""Policies: the models that write prompts, and the one vLLM stage that teacher, student, baselines and judges share."""

@@ -30,7 +30,7 @@ EMPTY_ANSWER: Row = {
 
 
 class Gate:
-    """Admit ``size`` requests to the engine at a time, those of the oldest shard first.
+    """Admit ``size`` requests to the engine at a time, oldest shard first.
 
     With a first-come semaphore, as Ray's own actor has it, all shards in flight advance together: the first is durable only
     when nearly all of them are complete, and a killed engine loses them all.
@@ -66,7 +66,7 @@ class Gate:
 
 
 class BusyClock:
-    """Measure how long an engine has had at least one request, and how long it has been ready."""
+    """Measure how long an engine has been busy, and how long it has been ready."""
 
     def __init__(self) -> None:
         self._ready = self._last_change = time.monotonic()
@@ -87,9 +87,10 @@ class BusyClock:
 
 
 class RequestActor:
-    """A stage of Ray Data LLM that answers each row by :meth:`answer`; the base of the vLLM actor and of its replacements.
+    """A stage of Ray Data LLM that answers each row by :meth:`answer`.
 
-    A subclass also derives from ``internals.stage_class()`` and calls :meth:`prepare` when it is ready.
+    It is the base of the vLLM actor and of the actors that replace it. A subclass also derives from ``internals.stage_class()``
+    and calls :meth:`prepare` when it is ready.
     """
 
     def prepare(self, capacity: int) -> None:
@@ -102,7 +103,10 @@ class RequestActor:
         """Return the columns of :data:`EMPTY_ANSWER` for one request."""
 
     async def udf(self, batch: list[Row]) -> AsyncIterator[Row]:
-        """Yield answers in order of completion; a row that fails gets an ``error``, and the batch goes on."""
+        """Yield answers in order of completion.
+
+        A row that fails gets an ``error``, and the batch goes on.
+        """
         for answer in asyncio.as_completed([asyncio.create_task(self._answer(row)) for row in batch]):
             yield await answer
 
@@ -129,7 +133,7 @@ class RequestActor:
             "engine": self.engine,
             "busy": seconds.busy,
             "alive": seconds.alive,
-            "began": started,
+            "started": started,
         }
 
 
@@ -137,7 +141,7 @@ _EngineStage: Any = internals.engine_stage_class()
 
 
 class EngineActor(RequestActor, _EngineStage):
-    """Ray Data LLM's vLLM stage, which answers with vLLM's finish reason, cached tokens and times in addition."""
+    """Ray Data LLM's vLLM stage, with finish reasons, cached tokens and times."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -14,7 +14,10 @@ from udrl.commands import CommandVocabulary
 
 
 class BanControlTokens(LogitsProcessor):
-    """Give every control token except ``<|end|>`` probability 0, in all requests of the engine."""
+    """Give all control tokens except ``<|end|>`` probability 0.
+
+    It applies to all requests of the engine.
+    """
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         folder = vllm_config.model_config.model

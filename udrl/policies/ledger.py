@@ -22,7 +22,10 @@ from udrl.run import Document
 
 
 def part_name(shard: int, table: pa.Table) -> str:
-    """Return the file name for some rows of a shard; the same rows get the same name, so that a retried write is idempotent."""
+    """Return the name of the file for some rows of a shard.
+
+    The same rows get the same name, so that a retried write is idempotent.
+    """
     digest = hashlib.blake2b(digest_size=8)
     for name in ("episode_id", "completion"):
         digest.update(repr(table.column(name).to_pylist()).encode())
@@ -30,7 +33,7 @@ def part_name(shard: int, table: pa.Table) -> str:
 
 
 def list_parts(ledger: str) -> dict[int, list[str]]:
-    """Return the file names of each shard that has rows, from one listing; shards in order."""
+    """Return the file names of each shard that has rows, shards in order."""
     parts: dict[int, list[str]] = {}
     for name in storage.list_files(ledger):  # sorted
         if name.startswith("part-"):
@@ -52,7 +55,10 @@ def read_ids(ledger: str, names: Sequence[str]) -> set[int]:
 
 
 def count_rows(ledger: str) -> dict[int, int]:
-    """Return the number of rows of each shard; if a shard has several files, which may overlap, their ids are counted."""
+    """Return the number of rows of each shard that has rows.
+
+    The files of one shard may overlap after a retry; then distinct ids are counted.
+    """
 
     def count(names: list[str]) -> int:
         return int(names[0].removesuffix(".parquet").split("-")[3]) if len(names) == 1 else len(read_ids(ledger, names))
@@ -66,7 +72,10 @@ JOURNAL_SECONDS = 30  # seconds between two writes of a journal entry
 
 
 class Attempt(Document):
-    """The cost of one run of the vLLM stage on a ledger; of a killed run, up to its last entry."""
+    """The cost of one run of the vLLM stage on a ledger.
+
+    That of a killed run is incomplete by up to :data:`JOURNAL_SECONDS`.
+    """
 
     started: str  # ISO 8601, UTC
     rows: int
@@ -87,7 +96,7 @@ def load_attempts(ledger: str) -> list[Attempt]:
 
 
 class AttemptJournal:
-    """Keep this run's :class:`Attempt` up to date, so that the cost of a run survives if it is killed."""
+    """Save this run's :class:`Attempt` while it runs, in case it is killed."""
 
     def __init__(self, ledger: str) -> None:
         self._started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -97,7 +106,7 @@ class AttemptJournal:
         self._last_write = -math.inf
 
     def write(self, statistics: CompletionStatistics, *, ended: bool = False) -> None:
-        """Save the statistics so far; most calls return at once, see :data:`JOURNAL_SECONDS`."""
+        """Save the statistics so far, at most every :data:`JOURNAL_SECONDS`."""
         now = time.monotonic()
         if not ended and now - self._last_write < JOURNAL_SECONDS:
             return

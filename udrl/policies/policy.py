@@ -15,7 +15,7 @@ Row = dict[str, Any]  # a row of a table, or keyword arguments in one
 
 @dataclass(frozen=True)
 class Policy:
-    """A model that writes prompts: the teacher, a student of some round, a baseline; or a judge.
+    """A model that writes prompts: the teacher, a student, a baseline; or a judge.
 
     ``render`` turns a request row (the key columns of ``udrl.episodes.KEYS``) into the engine's input: ``{"prompt": str}`` or
     ``{"tokenized_prompt": [...]}``, with ``{"sampling": {...}}`` if this row overrides :meth:`sampling_params`. ``describe`` is
@@ -96,7 +96,10 @@ def engine_kwargs(engine: Engine, place: Placement) -> dict[str, Any]:
 
 
 def revision_kwargs(policy: Policy) -> dict[str, str]:
-    """Return vLLM's arguments that load a hub model at the revision that is recorded; empty for a local folder."""
+    """Return vLLM's arguments that pin a hub model to the recorded revision.
+
+    Empty for a local folder.
+    """
     is_local = os.path.isdir(policy.path)
     return {} if is_local else {"revision": policy.revision, "tokenizer_revision": policy.revision}
 
@@ -108,7 +111,10 @@ def resource_bundles(engine: Engine, place: Placement) -> list[dict[str, float]]
 
 
 def engine_environment(place: Placement) -> dict[str, str]:
-    """Return the environment variables of an engine process; empty on a GPU, where vLLM's defaults are right."""
+    """Return the environment variables of an engine process.
+
+    Empty on a GPU, where vLLM's defaults are right.
+    """
     if place.gpus:
         return {}
     return {

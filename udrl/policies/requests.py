@@ -14,7 +14,10 @@ from udrl.policies.policy import Policy, Row
 
 @dataclass(frozen=True)
 class Requests:
-    """A sharded set of requests. ``rows(shard)`` runs in a Ray task and yields rows with the key columns of an episode."""
+    """A sharded set of requests.
+
+    ``rows(shard)`` runs in a Ray task and yields rows with the key columns of an episode.
+    """
 
     total: int
     shards: int
@@ -23,7 +26,7 @@ class Requests:
 
     @classmethod
     def of_rows(cls, rows: list[Row], size: int) -> "Requests":
-        """Cut a list that fits in memory, such as an evaluation's requests, into shards of ``size``."""
+        """Cut a list that fits in memory into shards of ``size`` requests."""
         shards = [rows[i : i + size] for i in range(0, len(rows), size)]
         return cls(len(rows), len(shards), lambda shard: iter(shards[shard]), lambda shard: len(shards[shard]))
 
@@ -40,9 +43,9 @@ def key_columns(
     command_reward: int = ANY,
     prompts: int = 1,
 ) -> Row:
-    """Return the key columns of one request that do not come from its policy, and ``prompts``, the number it asks for.
+    """Return the key columns of one request, except those of its policy.
 
-    The id covers everything in which two requests of a run can differ.
+    ``prompts`` is the number of prompts that it asks for. The id covers everything in which two requests of a run can differ.
     """
     structured = ("prompts", prompts) if prompts > 1 else ()
     parts = (policy.fingerprint, intent_id, task, variation, round, command_words, command_reward, *structured)
@@ -67,10 +70,11 @@ def intent_requests(
     shard_size: int,
     structured: Mapping[str, int] | None = None,
 ) -> Requests:
-    """Return requests for every intent of a Parquet file x every task x ``samples`` prompts; nothing is listed in memory.
+    """Return requests for every intent x every task x ``samples`` prompts.
 
-    A task in ``structured`` gets that many prompts from one request, fewer from the last of an intent; ``variation`` is then
-    the number of the first prompt. The result counts requests, not prompts.
+    ``intents`` is a Parquet file; no list of requests is made in memory. A task in ``structured`` gets that many prompts from
+    one request, fewer from the last of an intent; ``variation`` is then the number of the first prompt. The result counts
+    requests, not prompts.
     """
     n_intents = count_intents(intents)
     groups_by_task = {task: _group_samples(samples, (structured or {}).get(task, 1)) for task in tasks}
@@ -99,7 +103,10 @@ def count_intents(uri: str) -> int:
 
 
 def read_intents(uri: str, positions: np.ndarray) -> Iterator[tuple[int, str]]:
-    """Yield (id, text) of the intents at these row numbers, in ascending order; other row groups are not read."""
+    """Yield (id, text) of the intents at these row numbers, in ascending order.
+
+    Row groups without any of them are not read.
+    """
     fs, path = storage.open_filesystem(uri)
     with fs.open_input_file(path) as source:
         file = pq.ParquetFile(source)
@@ -114,5 +121,5 @@ def read_intents(uri: str, positions: np.ndarray) -> Iterator[tuple[int, str]]:
 
 
 def _group_samples(samples: int, group_size: int) -> list[tuple[int, int]]:
-    """Return (first variation, number of prompts) of each request for one intent and task."""
+    """Return (first variation, prompts) of each request for an intent and task."""
     return [(first, min(group_size, samples - first)) for first in range(0, samples, group_size)]

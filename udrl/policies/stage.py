@@ -42,7 +42,7 @@ ENGINE_COLUMNS = (
     "top_logprobs",
 )
 REQUEST_COLUMNS = [name for name in COMPLETIONS.names if name not in POLICY_COLUMNS + ENGINE_COLUMNS]
-MEASUREMENTS = ("shard", "began", "engine", "busy", "alive", "first_token_seconds")
+MEASUREMENTS = ("shard", "started", "engine", "busy", "alive", "first_token_seconds")
 UNWRITTEN_BLOCKS = 2  # per engine; when as many wait for their file, the engine gets no new shard
 MIN_PROMPTS_TO_JUDGE = 256  # prompts; the share of rejects among fewer says little
 
@@ -53,24 +53,25 @@ Inspector = Callable[[Row], list[tuple[str, str]]]
 def complete(
     policy: Policy,
     requests: Requests,
-    out: str,
+    ledger: str,
     label: str,
     *,
     inspect: Inspector | None = None,
     max_rejects: float = 1.0,
     context: StageContext = DEFAULT_CONTEXT,
 ) -> CompletionStatistics:
-    """Write the completions of ``requests`` by ``policy`` as Parquet files of :data:`~udrl.episodes.COMPLETIONS` under ``out``.
+    """Write the completions of ``requests`` by ``policy`` to ``ledger``.
 
-    Requests that have a row there are not completed again; if none is missing, no engine starts. ``inspect`` finds rejects as
-    they are written: progress lines show the share of the others, and the run ends if more than ``max_rejects`` are rejected.
+    The ledger is a folder of Parquet files of :data:`~udrl.episodes.COMPLETIONS`. Requests that have a row there are not
+    completed again; if none is missing, no engine starts. ``inspect`` finds rejects as they are written: progress lines show
+    the share of the others, and the run ends if more than ``max_rejects`` are rejected.
 
     Raises:
         UserError: the placement needs more than this machine has, the engine refuses every request, or too many prompts are
             rejected.
         StalledError: nothing was written for ``context.watchdog_minutes``.
     """
-    rows_by_shard = count_rows(out)
+    rows_by_shard = count_rows(ledger)
     todo = [shard for shard in range(requests.shards) if rows_by_shard.get(shard, 0) < requests.shard_size(shard)]
     reused = sum(min(n, requests.shard_size(shard)) for shard, n in rows_by_shard.items() if shard < requests.shards)
     statistics = CompletionStatistics(reused=reused)
@@ -80,10 +81,10 @@ def complete(
     cluster.silence_ray_data()
     _require_placement(policy)
     partial = {shard for shard in todo if rows_by_shard.get(shard)}
-    dataset = _build_dataset(policy, requests, todo, partial, out, inspect, context.engine_actor)
+    dataset = _build_dataset(policy, requests, todo, partial, ledger, inspect, context.engine_actor)
 
     start = time.monotonic()
-    journal = AttemptJournal(out)
+    journal = AttemptJournal(ledger)
     bar = Progress(label, requests.total, "requests", start=reused)
     bar.update(reused, "starting the engine", force=True)
     first_started = math.inf
@@ -152,7 +153,7 @@ def _build_dataset(
     requests: Requests,
     todo: list[int],
     partial: set[int],
-    out: str,
+    ledger: str,
     inspect: Inspector | None,
     engine_actor: type | None,
 ) -> Any:
@@ -173,17 +174,17 @@ def _build_dataset(
     )
     internals.replace_engine_actor(processor, engine_actor)
     shards = ray.data.range(len(todo), override_num_blocks=len(todo))
-    dataset = shards.flat_map(_ShardRequests(requests, todo, partial, out), num_cpus=BOOKKEEPING_CPUS)
-    writer = _Writer(policy, out, inspect)
+    dataset = shards.flat_map(_ShardRequests(requests, todo, partial, ledger), num_cpus=BOOKKEEPING_CPUS)
+    writer = _Writer(policy, ledger, inspect)
     dataset = processor(dataset).map_batches(writer, batch_size=None, num_cpus=BOOKKEEPING_CPUS, batch_format="pyarrow")
     internals.limit_unwritten_blocks(dataset, UNWRITTEN_BLOCKS)
     return dataset
 
 
 def tasks_in_flight(policy: Policy, shard_size: int) -> int:
-    """Return the number of shards that one engine holds: enough to keep it full while one ends.
+    """Return the number of shards that one engine holds at a time.
 
-    No more than that, because a killed engine loses them.
+    They keep it full while one of them ends. More would be lost with a killed engine.
     """
     rows = min(shard_size, internals.BATCHES_PER_TASK * policy.engine.batch_size)
     return 1 + math.ceil(1.125 * policy.engine.max_num_seqs / rows)
@@ -220,22 +221,25 @@ def _lower_own_priority() -> None:
 
 
 class _ShardRequests:
-    """Map the number of a shard to its requests, without those that have a row in the ledger."""
+    """Map a shard's number to those of its requests that have no completion."""
 
-    def __init__(self, requests: Requests, todo: list[int], partial: set[int], out: str) -> None:
-        self.requests, self.todo, self.partial, self.out = requests, todo, partial, out
+    def __init__(self, requests: Requests, todo: list[int], partial: set[int], ledger: str) -> None:
+        self.requests, self.todo, self.partial, self.ledger = requests, todo, partial, ledger
 
     def __call__(self, row: Row) -> Iterator[Row]:
         _lower_own_priority()
         shard = self.todo[row["id"]]
-        completed = read_ids(self.out, list_parts(self.out).get(shard, [])) if shard in self.partial else set()
+        completed = read_ids(self.ledger, list_parts(self.ledger).get(shard, [])) if shard in self.partial else set()
         for request in self.requests.rows(shard):
             if request["episode_id"] not in completed:
                 yield {"prompts": 1, **request, "shard": shard}
 
 
 class _EngineInput:
-    """Map a request to the engine's input; sampling parameters are JSON, since they differ from row to row of one schema."""
+    """Map a request to the engine's input.
+
+    Sampling parameters are JSON, because they differ from row to row and all rows need one schema.
+    """
 
     def __init__(self, policy: Policy) -> None:
         self.render, self.params = policy.render, policy.sampling_params()
@@ -252,10 +256,10 @@ def _select_columns(row: Row) -> Row:
 
 
 class _Writer:
-    """Write a block of completions, one file per shard, and return its :class:`BlockReport`."""
+    """Write a block of completions, one file per shard; return its report."""
 
-    def __init__(self, policy: Policy, out: str, inspect: Inspector | None) -> None:
-        self.out, self.inspect = out, inspect
+    def __init__(self, policy: Policy, ledger: str, inspect: Inspector | None) -> None:
+        self.ledger, self.inspect = ledger, inspect
         self.policy_columns = {
             "policy": policy.name,
             "model": policy.model,
@@ -269,7 +273,7 @@ class _Writer:
         # If no request has succeeded, the engine or its settings may be at fault, not the requests: the driver then ends the
         # job with the engine's message, and the requests stay open. Once one has succeeded, errors are the requests' own.
         report = _measure(rows)
-        if rows and all(row["error"] for row in rows) and not list_parts(self.out):
+        if rows and all(row["error"] for row in rows) and not list_parts(self.ledger):
             report.engine_error = rows[0]["error"]
         else:
             self._write(rows)
@@ -280,7 +284,7 @@ class _Writer:
         for shard in {row["shard"] for row in rows}:
             shard_rows = [{name: row[name] for name in COMPLETIONS.names} for row in rows if row["shard"] == shard]
             table = pa.Table.from_pylist(shard_rows, schema=COMPLETIONS)
-            storage.write_table(storage.join(self.out, part_name(shard, table)), table)
+            storage.write_table(storage.join(self.ledger, part_name(shard, table)), table)
 
     def _inspect(self, rows: list[Row], report: BlockReport) -> None:
         """Count accepted and rejected prompts."""
@@ -309,7 +313,7 @@ def _measure(rows: list[Row]) -> BlockReport:
         input_tokens=sum(row["input_tokens"] for row in rows),
         cached_tokens=sum(row["cached_tokens"] for row in rows),
         output_tokens=sum(row["output_tokens"] for row in rows),
-        first_started=min((row["began"] for row in rows), default=time.time()),
+        first_started=min((row["started"] for row in rows), default=time.time()),
         engines=engines,
         first_token=Counter(int(bucket) for bucket in np.searchsorted(FIRST_TOKEN_EDGES, first_token_seconds)),
     )

@@ -19,7 +19,10 @@ class EngineSeconds(NamedTuple):
 
 
 class BlockReport(BaseModel):
-    """Counts of one block of completions, which its writer sends to the driver as JSON; small for any size of block."""
+    """Counts of one block of completions.
+
+    Its writer sends it to the driver as JSON; it is small for any size of block.
+    """
 
     engine_error: str = ""  # why all requests of the block failed, if no request had succeeded before; nothing was written
     rows: int = 0
@@ -37,7 +40,10 @@ class BlockReport(BaseModel):
 
 @dataclass
 class CompletionStatistics:
-    """Counts and times of one run; ``seconds`` is from the start of the first request to the last file, without start-up."""
+    """Counts and times of one run of the vLLM stage.
+
+    ``seconds`` is from the start of the first request to the last file; the start-up of the engine comes before it.
+    """
 
     rows: int = 0  # requests completed in this run
     reused: int = 0  # requests completed by earlier runs
@@ -92,7 +98,10 @@ class CompletionStatistics:
         return self.cached_tokens / self.input_tokens if self.input_tokens else 0.0
 
     def first_token_seconds(self, share: float) -> float:
-        """Return the ``share`` quantile (0 to 1) of the seconds to the first token, at most a fifth too large."""
+        """Return a quantile of the seconds to the first token, ``share`` in 0..1.
+
+        It is at most a fifth too large.
+        """
         total = self.first_token.sum()
         if not total:
             return 0.0

@@ -19,7 +19,9 @@ CONTROL_TOKEN_BAN = "udrl.policies.control_token_ban:BanControlTokens"
 
 
 def student_policy(uri: str, sampling: Sampling, engine: Engine, placement: Placement) -> tuple[Policy, CommandVocabulary]:
-    """Return the student in the folder ``uri`` and its command vocabulary; it stops at ``<|end|>``.
+    """Return the student in the folder ``uri``, and its command vocabulary.
+
+    It stops at ``<|end|>``.
 
     Raises:
         UserError: there is no finished export.
@@ -43,7 +45,7 @@ def student_policy(uri: str, sampling: Sampling, engine: Engine, placement: Plac
 
 
 def fetch_student(uri: str) -> str:
-    """Return the local folder of an exported student; a remote one is copied to the cache.
+    """Return the local folder of a student; a remote one is copied to the cache.
 
     Raises:
         UserError: there is no finished export.
@@ -59,7 +61,10 @@ def fetch_student(uri: str) -> str:
 
 
 def engine_for_student(engine: Engine, positions: int) -> Engine:
-    """Return engine settings with at most the student's positions (vLLM refuses more) and all other control tokens banned."""
+    """Return engine settings that a student can run with.
+
+    The context is at most the student's positions, since vLLM refuses more; all control tokens except ``<|end|>`` are banned.
+    """
     return engine.model_copy(
         update={
             "max_model_len": min(engine.max_model_len, positions),

@@ -59,7 +59,7 @@ def _check_structured(structured: dict[str, int], tasks: Sequence[Task]) -> None
 
 @dataclass(frozen=True)
 class _TeacherRequest:
-    """Render a request row as few-shot text or as the token ids of a chat; guide the JSON of several prompts."""
+    """Render a request row as few-shot text, or as the token ids of a chat."""
 
     tasks: dict[str, Task]
     chat: bool
@@ -88,13 +88,13 @@ _LONGEST_WORD = 40  # characters
 
 
 def structured_outputs(task: Task, n: int) -> dict[str, Any]:
-    """Return arguments of ``vllm.sampling_params.StructuredOutputsParams`` for ``{"prompts": [...]}`` with ``n`` strings.
+    """Return the guide for ``{"prompts": [...]}`` with exactly ``n`` strings.
 
-    A regular expression, not a JSON schema: a schema allows any white space unless the whole engine is configured otherwise,
-    and a weak model then fills its budget with it. A string may be one word longer than the task allows, so that a completion
-    that does not end is rejected for its length instead of cut to fit. Repetition bounds apply only to single character classes
-    (here, to the letters of a word): xgrammar then takes 0.1 ms per token, and 150 to 360 ms if a bounded repetition contains
-    alternatives.
+    The result has the arguments of ``vllm.sampling_params.StructuredOutputsParams``. It is a regular expression, not a JSON
+    schema: a schema allows any white space unless the whole engine is configured otherwise, and a weak model then fills its
+    budget with it. A string may be one word longer than the task allows, so that a completion that does not end is rejected for
+    its length instead of cut to fit. Repetition bounds apply only to single character classes (here, to the letters of a word):
+    xgrammar then takes 0.1 ms per token, and 150 to 360 ms if a bounded repetition contains alternatives.
     """
     word = rf'(\\")?[^"\\\x00-\x20]{{1,{_LONGEST_WORD}}}(\\")?[.,;:!?]?'
     text = rf'"{word}( {word}){{0,{task.format.max_words}}}"'
