@@ -1,5 +1,6 @@
 """The plan of a training, DeepSpeed's configuration, checkpoints, and the documents that a training leaves."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -14,6 +15,7 @@ from udrl.recipe import Student, Train
 from udrl.run import TrainingSummary
 from udrl.train import checkpoint
 from udrl.train.gpt2 import Shape
+from udrl.train.progress_actor import TrainingProgress
 from udrl.train.schedule import TrainingPlan, deepspeed_config, rows_of_step
 
 
@@ -150,3 +152,10 @@ def test_summaries_of_older_students_load(tmp_path: Path) -> None:
     assert TrainingSummary.load(str(file)) == summary
     file.write_text(json.dumps({"weights": "w1"}))
     assert TrainingSummary.load(str(file)).weights == "w1"
+
+
+def test_the_progress_line_shows_a_validation_once_there_is_one() -> None:
+    progress = TrainingProgress(steps=20, resumed_at=0, step=10, loss=2.5, tokens_per_second=1234, mfu=0.131)
+    assert progress.describe() == "loss 2.500, 1,234 tokens/s, MFU 13%"
+    validated = dataclasses.replace(progress, validation_loss=2.75, length_error=1.25)
+    assert validated.describe() == "loss 2.500 (validation 2.750, 1.2 words off), 1,234 tokens/s, MFU 13%"

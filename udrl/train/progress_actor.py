@@ -5,6 +5,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +64,7 @@ def start_progress_actor() -> Any:
 
 
 @contextlib.contextmanager
-def show_progress(actor: Any, watchdog_minutes: float) -> Any:
+def show_progress(actor: Any, watchdog_minutes: float) -> Iterator[None]:
     """Show the actor's progress while the block runs; end the process if it does not change for ``watchdog_minutes``."""
     stop = threading.Event()
     thread = threading.Thread(target=_follow, args=(actor, stop, watchdog_minutes), daemon=True)
