@@ -6,6 +6,7 @@ import pyarrow as pa
 from udrl import storage
 from udrl.episodes import COMPONENTS, EPISODES
 from udrl.hashing import stable_id
+from udrl.text import count_words
 
 SYLLABLES = [c + v for c in "bdfghjklmnprstvwz" for v in ("a", "e", "i", "o", "u")]
 
@@ -24,9 +25,9 @@ def write_episodes(uri: str, tasks: list[str], n: int, distinct: int, files: int
         for i in range(file, n, files):
             intent = " ".join(rng.choice(pool, rng.integers(3, 9)))
             prompt = " ".join(rng.choice(pool, rng.integers(3, 41)))
-            said = {"intent": intent, "intent_id": stable_id(intent), "prompt": prompt, "n_words": len(prompt.split())}
+            texts = {"intent": intent, "intent_id": stable_id(intent), "prompt": prompt, "n_words": count_words(prompt)}
             scores = dict(zip((*COMPONENTS, "reward"), rng.random(len(COMPONENTS) + 1).tolist(), strict=True))
-            rows.append({**empty, **said, **scores, "task": tasks[i // files % len(tasks)], "episode_id": i})
+            rows.append({**empty, **texts, **scores, "task": tasks[i // files % len(tasks)], "episode_id": i})
         table = pa.Table.from_pylist(rows, schema=EPISODES)
         storage.write_table(storage.join(uri, "episodes", f"part-{file:08d}.parquet"), table)
     storage.write_json(storage.join(uri, "generate.json"), {"ledger": "made-up", "scoring": "made-up", "accepted": n})

@@ -1,4 +1,4 @@
-"""The ingress deployment: HTTP in front of the engines. It validates requests and reports what each prompt achieved.
+"""The ingress deployment: HTTP in front of the engines. It validates requests and reports the result of each prompt.
 
 It does not import vLLM: a replica starts in seconds and holds no model.
 """

@@ -1,4 +1,4 @@
-"""Failures that are told in one line: the user's, with exit code 2, and a stage that hangs, with 3."""
+"""Failures that are reported as one line: the user's, with exit code 2, and a stage that hangs, with 3."""
 
 import sys
 from collections.abc import Callable, Sequence

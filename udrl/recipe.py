@@ -327,7 +327,7 @@ class Evaluate(Section):
 
 
 class ServeLimits(Section):
-    """What one request, and one key, may ask of the server."""
+    """Limits of one request and of one key."""
 
     body_bytes: int = Field(65_536, ge=1024, description="size of a request's body")
     intent_characters: int = Field(2000, ge=1, description="length of an intent")
@@ -397,7 +397,7 @@ class Recipe(Section):
     intents: Intents = Field(Intents(), description="the users' requests")
     teacher: Teacher = Field(Teacher(), description="the policy of round 0")
     rewards: Rewards = Field(Rewards(), description="scoring")
-    commands: Commands = Field(Commands(), description="what the student can be commanded")
+    commands: Commands = Field(Commands(), description="commands that the student learns")
     student: Student = Field(Student(), description="the model")
     train: Train = Field(Train(), description="the train stage")
     rounds: int = Field(0, ge=0, le=50, description="rounds after the teacher's: explore, score, relabel, retrain")

@@ -4,7 +4,7 @@ Layout under the storage URI::
 
     recipe.yaml                      the resolved recipe
     README.md, card/                 the dataset card and its plots
-    plan.json                        GenerationPlan: what a dry run expected
+    plan.json                        GenerationPlan: the cost expected by a dry run
     intents/<fingerprint>/           train, heldout, rejects and, if the teacher grew them, expanded intents (Parquet)
     expansion/<fingerprint>/         completions of the requests that grew the intents
     completions/<fingerprint>/       the ledger: every completion that was paid for, raw; attempts/ has the cost of each attempt
@@ -211,7 +211,7 @@ class EvaluationPaths:
 
 @dataclass(frozen=True)
 class EvaluatedPolicyPaths:
-    """What one policy wrote in an evaluation, and how fast."""
+    """The outputs of one policy in an evaluation, and its speed."""
 
     folder: str
 
@@ -368,7 +368,7 @@ class Document(BaseModel):
 
 
 class Manifest(Document):
-    """What the rows in a folder depend on, and its fingerprint."""
+    """The inputs of the rows in a folder, and their fingerprint."""
 
     fingerprint: str
     inputs: dict[str, JsonValue]
@@ -478,7 +478,7 @@ class GenerationPlan(Document):
 class EpisodeSource(Document):
     """The episodes of one round in the replay buffer.
 
-    Reward bins are fitted to all of its episodes, and validation is on all of its validation intents, whatever ``keep`` is.
+    Reward bins are fitted to all of its episodes, and validation is on all of its validation intents at any ``keep``.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -601,10 +601,10 @@ class DiversityStatistics(Document):
 
 
 class RoundRecord(Document):
-    """``round.json``: the commands of a round and what they achieved. Dictionaries are by task."""
+    """``round.json``: the commands of a round and their results. Dictionaries are by task."""
 
     round: int
-    origin: str = Field(description="fingerprint of what the round depends on")
+    origin: str = Field(description="fingerprint of the round's inputs")
     ledger: str = ""
     student: str = Field("", description="revision of the student that explored")
     requested: int | None = None

@@ -1,4 +1,4 @@
-"""The plan of an evaluation: what is left to generate and to judge, and how long it will take."""
+"""The plan of an evaluation: the requests left to generate and to judge, and how long it will take."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -23,7 +23,7 @@ SCORED_PER_SECOND = 150.0
 
 
 class JudgeWork(NamedTuple):
-    """What a judge has left to do: an upper bound of texts, and texts/s of its last pass (None: it never ran)."""
+    """The texts that a judge has left: an upper bound of texts, and texts/s of its last pass (None: it never ran)."""
 
     name: str
     texts: int
@@ -37,7 +37,7 @@ def plan_evaluation(
     evaluation: EvaluationPaths,
     tasks: Sequence[Task],
 ) -> list[str]:
-    """Return the lines that tell the user, before the start, what the evaluation will do and how long it takes."""
+    """Return the plan's lines: the requests of each policy and judge, and how long they take."""
     missing = {}
     for evaluated in policies:
         rows_by_shard = count_rows(evaluated.paths(evaluation).completions)

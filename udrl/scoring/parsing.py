@@ -11,7 +11,7 @@ from udrl.scoring import language
 from udrl.scoring import rewards as components
 from udrl.tasks import Task
 
-# Lenient limits: a weak prompt is kept with its low reward, from which the student learns what a low reward looks like.
+# Lenient limits: a weak prompt is kept with its low reward, so that the student learns prompts of low reward.
 MIN_NOVELTY = 0.2  # share of words; below, the prompt adds nothing to the intent
 MIN_DISTINCT_PAIRS = 0.6  # share of word pairs; below, the prompt repeats itself
 CHARACTERS_PER_WORD = 64  # longest text is this times max_words, so that a task's patterns never run on a megabyte

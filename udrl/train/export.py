@@ -17,7 +17,7 @@ from udrl.train.model_card import render_model_card
 
 @dataclass(frozen=True)
 class Lineage:
-    """What the student's card tells of its origin: the recipe as the user wrote it, and the summary of the generate stage."""
+    """The student's origin, for its card: the recipe as the user wrote it, and the summary of the generate stage."""
 
     recipe: Recipe
     generate: GenerateSummary | None

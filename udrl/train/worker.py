@@ -37,7 +37,7 @@ MAX_STEP_SECONDS = 1_000  # step times in training.json: the last ones
 
 @dataclass(frozen=True)
 class WorkerJob:
-    """What the driver sends to every worker."""
+    """The job that the driver sends to every worker."""
 
     recipe: Recipe  # local paths are absolute: Ray Train's workers have another working folder
     data: PackedDataPaths

@@ -1,7 +1,7 @@
 """Rules on a comparison, for CI: how far a run may be from the base, and the values that it must reach.
 
-Bounds are literal: ``max_drop`` bounds how much smaller a number is than the base's, ``max_rise`` how much larger, whichever
-direction is better. A rule that can't be checked is an error, never a pass.
+Bounds are literal: ``max_drop`` bounds how much smaller a number is than the base's, ``max_rise`` how much larger, in
+which direction the metric improves. A rule that can't be checked is an error, never a pass.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """Questions to a judge and its answers in resumable files, and the passes that answer new questions.
 
-Equal texts are one question, and a question is asked once: a rerun asks only what has no answer. The folder's name holds the
-fingerprint of everything an answer depends on, so another model or template never reuses an answer. Files of questions are
-only ever added, and a file keeps its number, which names its shard in a ledger.
+Equal texts are one question, and a question is asked once: a rerun asks only the questions without an answer. The folder's
+name holds the fingerprint of everything an answer depends on, so another model or template never reuses an answer. Files of
+questions are only ever added, and a file keeps its number, which names its shard in a ledger.
 """
 
 import os

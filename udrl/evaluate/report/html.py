@@ -20,7 +20,7 @@ from udrl.evaluate.report.blocks import (
 )
 from udrl.evaluate.report.markdown import NOTHING
 
-# The page may load nothing and run nothing, whatever a prompt in it holds; style attributes are those of the plots.
+# The page may load nothing and run nothing, even if a prompt in it holds markup; style attributes are those of the plots.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
 LONG = 40  # characters of a cell that may wrap; shorter ones stay on one line

@@ -31,7 +31,7 @@ COSTS = (
 
 CAPTIONS = {
     "relevance": "Read: the student's filled square against the others, per task; bars are 95% intervals over intents, the "
-    "dotted line marks 90% of the teacher's mean. Grey crosses are trivial baselines, which show what a metric lets through.",
+    "dotted line marks 90% of the teacher's mean. Grey crosses are trivial baselines, which show how a metric can be fooled.",
     "length_control": "Read: marks on the dashed diagonal mean that the student writes as many words as commanded; in the grey "
     "band the mean is within two. Filled dots lie inside the lengths of training, open squares outside. Bars hold the middle "
     "80% of the prompts.",

@@ -180,7 +180,9 @@ def _scores_table(document: EvaluationDocument, names: Sequence[str]) -> Table:
     units = [f"{name} ({judge.unit})" if judge.unit else name for name, judge in pointwise.items()]
     preferences = [f"{judge}: student preferred" for judge in pairwise]
     header = ["policy", "kind", "relevance", *units, *preferences, "words", "rejected", "outputs"]
-    caption = "Scores of the outputs, over all tasks. * A trivial baseline: it has no model and shows what a score is worth."
+    caption = (
+        "Scores of the outputs, over all tasks. * A trivial baseline: it has no model and shows how easy a score is."
+    )
     return Table(header, lines, caption, 2)
 
 
@@ -269,7 +271,7 @@ def _limits(document: EvaluationDocument) -> list[Text]:
             lines.append(["Judge ", label, " sees whether the subject is kept, not whether the prompt is good."])
     if any(profile.kind == "trivial baseline" for profile in document.policies.values()):
         lines.append(
-            "Trivial baselines show what a metric lets through: echo repeats the intent, shuffled answers another intent,"
+            "Trivial baselines show how a metric can be fooled: echo repeats the intent, shuffled answers another intent,"
             " best-of-N picks by the training reward and pays for N samples."
         )
     if TEACHER not in document.overall.policies:
