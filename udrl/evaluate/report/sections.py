@@ -180,9 +180,7 @@ def _scores_table(document: EvaluationDocument, names: Sequence[str]) -> Table:
     units = [f"{name} ({judge.unit})" if judge.unit else name for name, judge in pointwise.items()]
     preferences = [f"{judge}: student preferred" for judge in pairwise]
     header = ["policy", "kind", "relevance", *units, *preferences, "words", "rejected", "outputs"]
-    caption = (
-        "Scores of the outputs, over all tasks. * A trivial baseline: it has no model and shows how easy a score is."
-    )
+    caption = "Scores of the outputs, over all tasks. * A trivial baseline: it has no model and shows how easy a score is."
     return Table(header, lines, caption, 2)
 
 
