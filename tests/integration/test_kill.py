@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from killing import HERE, WAIT, Killable, gone, wait
+from fakes.killable_job import HERE, WAIT, Killable, gone, wait
 
 from udrl import storage
 from udrl.command_line import load

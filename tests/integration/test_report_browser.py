@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
-import evaluation_made_up as made_up
+from fakes import fake_evaluation as made_up
 
 from udrl.evaluate.report import write_report as report
 from udrl.run import EvaluationPaths

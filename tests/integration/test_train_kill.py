@@ -11,7 +11,7 @@ import psutil
 import pytest
 import yaml
 from fakes.fake_episodes import fill_with_episodes
-from killing import Killable, gone, wait
+from fakes.killable_job import Killable, gone, wait
 
 from udrl.run import Run, TrainingSummary
 from udrl.train import checkpoint

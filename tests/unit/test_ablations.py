@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import evaluation_made_up as made_up
 import numpy as np
 import pyarrow as pa
 import pytest
+from fakes import fake_evaluation as made_up
 from fakes.fake_vocabulary import fake_vocabulary
 
 from udrl import command_line, storage

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from evaluation_made_up import row, table
+from fakes.fake_evaluation import row, table
 
 from udrl.evaluate.document import Accuracy, ClassifierAccuracy
 from udrl.evaluate.metrics import accuracy

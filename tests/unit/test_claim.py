@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from evaluation_made_up import TASKS, document, interval, judge, outputs
+from fakes.fake_evaluation import TASKS, document, interval, judge, outputs
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import evaluation_made_up as made_up
 import pyarrow as pa
 import pytest
+from fakes import fake_evaluation as made_up
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from evaluation_made_up import row, table
+from fakes.fake_evaluation import row, table
 
 from udrl.evaluate.document import LengthControl, RewardControl
 from udrl.evaluate.metrics import control

@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from evaluation_made_up import WORDS, row, table
+from fakes.fake_evaluation import WORDS, row, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

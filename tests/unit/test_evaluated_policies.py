@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from evaluation_made_up import row, table
+from fakes.fake_evaluation import row, table
 
 from udrl import commands
 from udrl.evaluate.evaluated_intents import EvaluatedIntent

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from evaluation_made_up import judge, outputs, row, table
+from fakes.fake_evaluation import judge, outputs, row, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -2,7 +2,7 @@
 
 import pyarrow as pa
 import pytest
-from evaluation_made_up import row, table
+from fakes.fake_evaluation import row, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

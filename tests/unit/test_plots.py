@@ -4,9 +4,9 @@ import io
 import re
 from xml.etree import ElementTree
 
-import evaluation_made_up as made_up
 import numpy as np
 import pytest
+from fakes import fake_evaluation as made_up
 from hypothesis import given
 from hypothesis import strategies as st
 

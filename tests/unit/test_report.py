@@ -6,10 +6,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import evaluation_made_up as made_up
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fakes import fake_evaluation as made_up
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 

@@ -1,4 +1,4 @@
-"""A made-up evaluation for tests: its table of outputs, and its document, in the shape of metrics.json."""
+"""A fake evaluation for tests: its table of outputs, and its document in the shape of metrics.json."""
 
 from typing import Any
 
