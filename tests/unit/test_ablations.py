@@ -23,7 +23,7 @@ from udrl.evaluate.report import write_report as report
 from udrl.policies.requests import key_columns
 from udrl.policies.teacher import teacher_policy
 from udrl.recipe import Recipe, Teacher
-from udrl.run import GenerateSummary, Run
+from udrl.run import EvaluationPaths, GenerateSummary, Run
 from udrl.tasks import load_tasks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,7 +77,7 @@ def test_its_report_is_complete_without_control_curves(tmp_path: Path) -> None:
     measured = evaluate.explain_missing_commands(measured, vocabulary("sft"))
     policies = {name: name for name in ("student", "teacher")}
     document = made_up.document(("image_search",), policies, judges={}, **dict(measured))
-    files = report.write(str(tmp_path / "evaluation"), outputs, document)
+    files = report.write_report(EvaluationPaths(str(tmp_path / "evaluation")), outputs, document)
     told = storage.read_bytes(files["report.md"]).decode()
     assert evaluate.NO_COMMANDS in told
     assert evaluate.NO_COMMANDS in report.short_table(document)
