@@ -46,7 +46,9 @@ def train_by_bare_loop(recipe: Recipe, data: str, precision: str) -> dict[str, A
     rows = load_packed_rows(paths, "train")
     budget_rows = PackedDataSummary.load(paths.summary).budget_rows
     plan = TrainingPlan.of(recipe.student, recipe.train, len(rows), budget_rows, world_size=1)
-    network = gpt2.build_network(recipe.student, recipe.train, tokenizer.load(paths.tokenizer), recipe.seed).to(device)
+    network = gpt2.build_network(recipe.student, recipe.train, tokenizer.load_tokenizer(paths.tokenizer), recipe.seed).to(
+        device
+    )
     if precision == "master":
         network.to(torch.bfloat16)
     weights = list(network.parameters())

@@ -47,7 +47,7 @@ def train_by_hf_trainer(recipe: Recipe, data: str, grouped: bool) -> dict[str, A
     if on_cpu and recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     paths = PackedDataPaths(data)
-    student_tokenizer = tokenizer.load(paths.tokenizer)
+    student_tokenizer = tokenizer.load_tokenizer(paths.tokenizer)
     rows = load_packed_rows(paths, "train")
     budget_rows = PackedDataSummary.load(paths.summary).budget_rows
     plan = TrainingPlan.of(recipe.student, recipe.train, len(rows), budget_rows, world_size=1)

@@ -85,7 +85,7 @@ def export_random_student(folder: str, depth: int, width: int, vocab_size: int) 
     vocabulary = fit_vocabulary(counts, TASKS, max_words=40, reward_bins=5, rank_within="task")
     pool = ["".join(rng.choice(SYLLABLES, rng.integers(2, 5))) for _ in range(2 * vocab_size)]
     texts = (" " + " ".join(rng.choice(pool, 12)) for _ in range(vocab_size))
-    tokenizer = tokenizers.train(texts, vocabulary, vocab_size=vocab_size)
+    tokenizer = tokenizers.train_tokenizer(texts, vocabulary, vocab_size=vocab_size)
     end, pad = tokenizers.control_ids(tokenizer, [commands.END, commands.PAD])
     torch.manual_seed(0)
     shape = {"n_positions": 256, "n_embd": width, "n_layer": depth, "n_head": width // 64}

@@ -86,7 +86,7 @@ def measure_bare_engine(work: dict[str, Any], _: str) -> dict[str, Any]:
 
     student = work["student"]
     positions = json.loads(Path(student, "config.json").read_text())["n_positions"]
-    tokenizer, vocabulary = tokenizers.load(student), CommandVocabulary.load(student)
+    tokenizer, vocabulary = tokenizers.load_tokenizer(student), CommandVocabulary.load(student)
     command = vocabulary.default(next(iter(vocabulary.tasks)))
     end = tokenizers.control_ids(tokenizer, [commands.END])
 

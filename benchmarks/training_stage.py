@@ -42,7 +42,7 @@ def describe_rows(run: str) -> dict[str, Any]:
 
     paths = max(map(Run(run).packed_data, os.listdir(f"{run}/student_data")), key=lambda p: os.path.getmtime(p.folder))
     rows = load_packed_rows(paths, "train")
-    pad = tokenizer.load(paths.tokenizer).pad_token_id
+    pad = tokenizer.load_tokenizer(paths.tokenizer).pad_token_id
     slots = tokens = targets = examples = squares = 0
     for first in range(0, len(rows), 1024):
         batch = rows.take(np.arange(first, min(first + 1024, len(rows))))

@@ -21,7 +21,7 @@ def create_transformers_app(student: str, batch_size: int) -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network: Any = GPT2LMHeadModel.from_pretrained(student, dtype=torch.bfloat16)
     network.to(device).eval()
-    tokenizer, vocabulary = tokenizers.load(student), CommandVocabulary.load(student)
+    tokenizer, vocabulary = tokenizers.load_tokenizer(student), CommandVocabulary.load(student)
     command = vocabulary.default(next(iter(vocabulary.tasks)))
     end, pad = tokenizers.control_ids(tokenizer, [commands.END, commands.PAD])
     queue: asyncio.Queue[tuple[dict[str, Any], asyncio.Future[dict[str, Any]]]] = asyncio.Queue()

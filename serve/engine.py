@@ -50,7 +50,7 @@ class StudentServer(LLMServer):
         internals.set_model_folder(llm_config, folder)
         self.sampling = Sampling(**sampling)
         self.context = int(llm_config.engine_kwargs["max_model_len"])  # tokens
-        self.tokenizer, self.vocabulary = tokenizers.load(folder), CommandVocabulary.load(folder)
+        self.tokenizer, self.vocabulary = tokenizers.load_tokenizer(folder), CommandVocabulary.load(folder)
         self.end_token_id = tokenizers.control_ids(self.tokenizer, [commands.END])[0]
         training = TrainingSummary.load_if_exists(StudentPaths(folder).training)
         self.revision: str | None = (training.weights or None) if training else None

@@ -12,7 +12,7 @@ from udrl.commands import Command, CommandVocabulary
 from udrl.errors import UserError
 
 
-def train(texts: Iterable[str], vocabulary: CommandVocabulary, vocab_size: int) -> Any:
+def train_tokenizer(texts: Iterable[str], vocabulary: CommandVocabulary, vocab_size: int) -> Any:
     """Train a byte-level BPE tokenizer and return it as a ``PreTrainedTokenizerFast``.
 
     Control tokens take the first ids, in the vocabulary's order. ``vocab_size`` includes them; it is an upper bound, because
@@ -43,7 +43,7 @@ def train(texts: Iterable[str], vocabulary: CommandVocabulary, vocab_size: int) 
     )
 
 
-def extend(folder: str, vocabulary: CommandVocabulary) -> Any:
+def extend_tokenizer(folder: str, vocabulary: CommandVocabulary) -> Any:
     """Load a pretrained GPT-2's tokenizer and add the control tokens after its own; ``folder`` may be a Hugging Face id.
 
     Its pieces, their ids and their letter case do not change. ``<|end|>`` and ``<|pad|>`` become its end-of-text and padding
@@ -76,7 +76,7 @@ def extend(folder: str, vocabulary: CommandVocabulary) -> Any:
     return tokenizer
 
 
-def load(folder: str) -> Any:
+def load_tokenizer(folder: str) -> Any:
     """Load the tokenizer of an exported student."""
     from transformers import AutoTokenizer
 

@@ -41,7 +41,7 @@ def export_tiny_student(folder: Path, seed: int = 0) -> str:
     vocabulary = fit_to(TASKS, columns, max_words=MAX_WORDS)
     words = ["watercolor", "dinosaur", "birthday", "card", "poster", "lighthouse", "soft", "morning", "light", "garden"]
     texts = [" " + " ".join(rng.choice(words, 6)) for _ in range(200)]
-    tokenizer = student_tokenizer.train(texts, vocabulary, vocab_size=400)
+    tokenizer = student_tokenizer.train_tokenizer(texts, vocabulary, vocab_size=400)
     end, pad = student_tokenizer.control_ids(tokenizer, [commands.END, commands.PAD])
     torch.manual_seed(seed)
     config = GPT2Config(

@@ -54,7 +54,7 @@ def rows(out: Path, split: Split = "train") -> Batch:
 
 def sequences(out: Path, split: Split = "train") -> list[tuple[int, ...]]:
     """Return the examples of the packed rows, sorted."""
-    pad = tokenizer.load(str(out / "tokenizer")).pad_token_id
+    pad = tokenizer.load_tokenizer(str(out / "tokenizer")).pad_token_id
     batch = rows(out, split)
     examples = []
     for ids, positions in zip(batch.tokens, batch.positions, strict=True):
@@ -112,7 +112,10 @@ def test_every_episode_is_trained_or_validated_on_and_counted(prepared: tuple[st
 def test_the_saved_validation_intents_are_not_trained_on(prepared: tuple[str, Path]) -> None:
     _, out = prepared
     saved = ValidationIntents.load(PackedDataPaths(str(out)).validation_intents).intents
-    student_tokenizer, vocabulary = tokenizer.load(str(out / "tokenizer")), CommandVocabulary.load(str(out / "tokenizer"))
+    student_tokenizer, vocabulary = (
+        tokenizer.load_tokenizer(str(out / "tokenizer")),
+        CommandVocabulary.load(str(out / "tokenizer")),
+    )
     assert {entry.task for entry in saved} == set(TASKS)
     assert len({(entry.task, entry.intent) for entry in saved}) == len(saved)
     assert all(0 < sum(entry.task == task for entry in saved) <= 32 for task in TASKS)
@@ -165,7 +168,7 @@ def test_plain_fine_tuning_has_the_same_texts_and_budget_and_commands_only_the_t
     udrl = PackedDataSummary.load(PackedDataPaths(str(out)).summary)
     plain = prepare(run, tmp_path, train={"objective": objective, "top_share": 0.3})
     vocabulary = CommandVocabulary.load(str(tmp_path / "tokenizer"))
-    student_tokenizer = tokenizer.load(str(tmp_path / "tokenizer"))
+    student_tokenizer = tokenizer.load_tokenizer(str(tmp_path / "tokenizer"))
     any_ids = tuple(tokenizer.control_ids(student_tokenizer, vocabulary.tokens(Command(task=TASKS[0])))[1:])
     assert vocabulary.default(TASKS[0]) == Command(task=TASKS[0], words=ANY, reward=ANY)
     control = set(tokenizer.control_ids(student_tokenizer, vocabulary.control_tokens()))
@@ -228,7 +231,7 @@ def test_a_pretrained_tokenizer_keeps_its_pieces(prepared: tuple[str, Path], tmp
     pretrained.save_pretrained(tmp_path / "gpt2")
     GPT2Config(vocab_size=300).save_pretrained(tmp_path / "gpt2")
     summary = prepare(run, tmp_path / "out", student={"init": str(tmp_path / "gpt2"), "context": 160})
-    student_tokenizer = tokenizer.load(str(tmp_path / "out" / "tokenizer"))
+    student_tokenizer = tokenizer.load_tokenizer(str(tmp_path / "out" / "tokenizer"))
     text = "a fox in the forest"
     assert tokenizer.encode_text(student_tokenizer, [text]) == tokenizer.encode_text(pretrained, [text])
     assert len(sequences(tmp_path / "out")) == summary.trained
@@ -239,7 +242,7 @@ def test_both_passes_rank_alike_within_the_intent(prepared: tuple[str, Path], tm
     run, _ = prepared
     prepare(run, tmp_path, commands={"rank_within": "intent", "reward_bins": 2, "dropout": 0}, train={"validation": 0})
     vocabulary = CommandVocabulary.load(str(tmp_path / "tokenizer"))
-    student_tokenizer = tokenizer.load(str(tmp_path / "tokenizer"))
+    student_tokenizer = tokenizer.load_tokenizer(str(tmp_path / "tokenizer"))
     control = {
         task: tokenizer.control_ids(student_tokenizer, [f"<|task:{task}|>", "<|reward:0|>", "<|reward:1|>"]) for task in TASKS
     }

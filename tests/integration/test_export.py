@@ -40,7 +40,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> str:
     import torch
 
     vocabulary = fake_vocabulary(TASKS)
-    student_tokenizer = tokenizer.train([" a red fox in deep snow", " poster of an owl"] * 9, vocabulary, 400)
+    student_tokenizer = tokenizer.train_tokenizer([" a red fox in deep snow", " poster of an owl"] * 9, vocabulary, 400)
     tokenizer_folder = str(tmp_path_factory.mktemp("tokenizer"))
     student_tokenizer.save_pretrained(tokenizer_folder)
     vocabulary.save(tokenizer_folder)
@@ -70,7 +70,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def requests_of(folder: str) -> list[list[int]]:
-    student_tokenizer, vocabulary = tokenizer.load(folder), CommandVocabulary.load(folder)
+    student_tokenizer, vocabulary = tokenizer.load_tokenizer(folder), CommandVocabulary.load(folder)
     requests = [
         ("a red fox", "text_to_image", 5),
         ("poster of an owl in deep snow", "image_search", 9),
@@ -116,7 +116,7 @@ def test_transformers_and_vllm_generate_the_same_tokens(exported: str) -> None:
     assert process.returncode == 0, process.stderr[-3000:]
     assert json.loads(process.stdout.splitlines()[-1]) == expected
     assert len({tuple(tokens) for tokens in expected}) > 1
-    banned = set(tokenizer.banned_ids(tokenizer.load(exported), CommandVocabulary.load(exported)))
+    banned = set(tokenizer.banned_ids(tokenizer.load_tokenizer(exported), CommandVocabulary.load(exported)))
     assert not banned & {token for tokens in expected for token in tokens}
 
 

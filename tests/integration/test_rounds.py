@@ -151,7 +151,7 @@ def fake_first_student(settings: Recipe) -> str:
     columns = {name: table.column(name).to_numpy() for name in ("task", "intent_id", "n_words", "reward", "relevance")}
     vocabulary = fit_to(settings.tasks, columns, max_words=40)
     os.makedirs(student.folder)
-    tokenizer.train(table.column("prompt").to_pylist(), vocabulary, 500).save_pretrained(student.folder)
+    tokenizer.train_tokenizer(table.column("prompt").to_pylist(), vocabulary, 500).save_pretrained(student.folder)
     vocabulary.save(student.folder)
     storage.write_json(student.config, {"n_positions": 64})
     fingerprint = training_fingerprint(settings, first)

@@ -43,7 +43,7 @@ def test_a_student_loads_in_plain_transformers_and_is_not_trained_twice(
     summary = train(run_with_episodes)
     folder = Run(run_with_episodes).student.folder
     model = AutoModelForCausalLM.from_pretrained(folder)
-    student_tokenizer, vocabulary = tokenizer.load(folder), CommandVocabulary.load(folder)
+    student_tokenizer, vocabulary = tokenizer.load_tokenizer(folder), CommandVocabulary.load(folder)
     assert model.config.vocab_size == len(student_tokenizer)
     assert set(vocabulary.tasks) == {"text_to_image", "image_search"}
     ids = tokenizer.encode_request(

@@ -161,7 +161,7 @@ def test_the_fingerprints_of_a_round_are_those_of_earlier_versions(tmp_path: Pat
     vocabulary = fake_vocabulary(tasks, max_words=12, reward_bins=3)
     student = run.round(0).student
     Path(student.folder).mkdir(parents=True)
-    tokenizer.train([" a red fox in snow"] * 5, vocabulary, 400).save_pretrained(student.folder)
+    tokenizer.train_tokenizer([" a red fox in snow"] * 5, vocabulary, 400).save_pretrained(student.folder)
     vocabulary.save(student.folder)
     storage.write_json(student.config, {"n_positions": 64})
     TrainingSummary(fingerprint="f", weights="w").save(student.training)

@@ -44,7 +44,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def extended(pretrained: str) -> Any:
-    return tokenizer.extend(pretrained, VOCABULARY)
+    return tokenizer.extend_tokenizer(pretrained, VOCABULARY)
 
 
 def student(init: str, **more: Any) -> Student:
@@ -76,7 +76,7 @@ def _load_saved_tokenizer(extended: Any, tmp_path_factory: pytest.TempPathFactor
     """Save and load the tokenizer, as workers and engines do. (Hypothesis can't use a fixture of this scope.)"""
     folder = str(tmp_path_factory.mktemp("extended"))
     extended.save_pretrained(folder)
-    LOADED[:] = [tokenizer.load(folder)]
+    LOADED[:] = [tokenizer.load_tokenizer(folder)]
 
 
 def test_control_tokens_and_the_old_end_token_are_banned(extended: Any) -> None:
@@ -139,4 +139,4 @@ def test_an_unusable_pretrained_model_is_a_user_error(pretrained: str, tmp_path:
     with pytest.raises(UserError, match="reorder_and_upcast_attn"):
         gpt2.Shape.of(student(str(tmp_path / "upcast")), Train())
     with pytest.raises(UserError, match="is not a byte-level BPE"):
-        tokenizer.extend(str(tmp_path / "upcast"), VOCABULARY)
+        tokenizer.extend_tokenizer(str(tmp_path / "upcast"), VOCABULARY)

@@ -31,7 +31,7 @@ def one_thread() -> Iterator[None]:
 
 
 VOCABULARY = fake_vocabulary()
-TOKENIZER = tokenizer.train([" " + t for t in TEXTS * 3], VOCABULARY, 400)
+TOKENIZER = tokenizer.train_tokenizer([" " + t for t in TEXTS * 3], VOCABULARY, 400)
 
 
 def network(dropout: float = 0.0) -> Any:

@@ -19,7 +19,7 @@ TEXTS = ["a red fox in deep snow, soft light", "poster of an owl", "jazz night f
 
 
 VOCABULARY = fake_vocabulary()
-TOKENIZER = tokenizer.train([" " + t for t in TEXTS * 3], VOCABULARY, 400)
+TOKENIZER = tokenizer.train_tokenizer([" " + t for t in TEXTS * 3], VOCABULARY, 400)
 CONTROL = set(tokenizer.control_ids(TOKENIZER, VOCABULARY.control_tokens()))
 
 
@@ -59,7 +59,7 @@ def test_any_text_encodes_without_control_tokens_and_decodes_to_itself(text: str
 
 def test_a_loaded_tokenizer_still_reads_control_tokens_as_text(tmp_path: object) -> None:
     TOKENIZER.save_pretrained(str(tmp_path))
-    loaded = tokenizer.load(str(tmp_path))
+    loaded = tokenizer.load_tokenizer(str(tmp_path))
     text = "fox <|reward:4|> <|end|>"
     assert tokenizer.encode_text(loaded, [text]) == tokenizer.encode_text(TOKENIZER, [text])
     assert not CONTROL & set(tokenizer.encode_text(loaded, [text])[0])
@@ -103,7 +103,7 @@ def test_no_episodes_make_no_rows() -> None:
 
 
 def test_the_tokenizer_folds_case_if_the_vocabulary_says_so() -> None:
-    folded = tokenizer.train([" red fox"] * 3, fake_vocabulary(lowercase=True), 400)
+    folded = tokenizer.train_tokenizer([" red fox"] * 3, fake_vocabulary(lowercase=True), 400)
     assert tokenizer.encode_text(folded, ["Red FOX"]) == tokenizer.encode_text(folded, ["red fox"])
 
 

@@ -21,7 +21,7 @@ class BanControlTokens(LogitsProcessor):
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         folder = vllm_config.model_config.model
-        banned = tokenizers.banned_ids(tokenizers.load(folder), CommandVocabulary.load(folder))
+        banned = tokenizers.banned_ids(tokenizers.load_tokenizer(folder), CommandVocabulary.load(folder))
         self.banned = torch.tensor(banned, device=device)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:

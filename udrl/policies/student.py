@@ -27,7 +27,7 @@ def student_policy(uri: str, sampling: Sampling, engine: Engine, placement: Plac
         UserError: there is no finished export.
     """
     folder = fetch_student(uri)
-    tokenizer, vocabulary = tokenizers.load(folder), CommandVocabulary.load(folder)
+    tokenizer, vocabulary = tokenizers.load_tokenizer(folder), CommandVocabulary.load(folder)
     training = TrainingSummary.load(StudentPaths(folder).training)
     positions = storage.read_json(storage.join(folder, "config.json"))["n_positions"]
     policy = Policy(
@@ -88,4 +88,4 @@ class _StudentRequest:
 @lru_cache(maxsize=2)
 def _load_tokenizer_and_commands(folder: str) -> tuple[Any, CommandVocabulary]:
     """Load once per worker process, not once per task."""
-    return tokenizers.load(folder), CommandVocabulary.load(folder)
+    return tokenizers.load_tokenizer(folder), CommandVocabulary.load(folder)

@@ -59,7 +59,7 @@ def export_student(
         digest.update(weights[name].view(torch.uint8).numpy().tobytes())
     parameters = sum(tensor.numel() for tensor in weights.values())
     summary = summary.model_copy(update={"parameters": parameters, "weights": digest.hexdigest()[:16]})
-    tokenizer, vocabulary = tokenizers.load(tokenizer_folder), CommandVocabulary.load(tokenizer_folder)
+    tokenizer, vocabulary = tokenizers.load_tokenizer(tokenizer_folder), CommandVocabulary.load(tokenizer_folder)
     card = render_model_card(lineage.recipe, summary, vocabulary, lineage.generate)
     finished = StudentPaths(uri).training
     with tempfile.TemporaryDirectory() as folder:

@@ -60,7 +60,7 @@ def build_network(student: Student, train: Train, tokenizer: Any, seed: int, ini
     """Return a ``GPT2LMHeadModel`` in fp32, identical on every worker for the same seed.
 
     Args:
-        tokenizer: for a pretrained model, its own tokenizer with the control tokens added (``tokenizer.extend``).
+        tokenizer: for a pretrained model, its own tokenizer with the control tokens added (``tokenizer.extend_tokenizer``).
         initial_student: folder or URI of an exported student to take the weights from; precedes ``student.init``. Without both
             the weights are random.
 

@@ -155,9 +155,9 @@ def _make_tokenizer(
 ) -> tuple[Any, CommandVocabulary]:
     """Return the tokenizer of ``start``, the pretrained one with control tokens added, or a new one trained on ``sample``."""
     if start is None and recipe.student.init is None:
-        return tokenizers.train(_read_texts(sample), vocabulary, recipe.student.vocab_size), vocabulary
+        return tokenizers.train_tokenizer(_read_texts(sample), vocabulary, recipe.student.vocab_size), vocabulary
     if start is None:
-        return tokenizers.extend(models.resolve(str(recipe.student.init)), vocabulary), vocabulary
+        return tokenizers.extend_tokenizer(models.resolve(str(recipe.student.init)), vocabulary), vocabulary
     with tempfile.TemporaryDirectory() as folder:
         for name in storage.list_files(start):
             if not name.endswith((".safetensors", ".bin")):  # the weights are not needed here
@@ -169,7 +169,7 @@ def _make_tokenizer(
                 f"{start}: the student has other commands than the recipe; to train it further, keep tasks, commands.max_words"
                 " and commands.reward_bins as they were"
             )
-        return tokenizers.load(folder), vocabulary.model_copy(update={"lowercase": start_vocabulary.lowercase})
+        return tokenizers.load_tokenizer(folder), vocabulary.model_copy(update={"lowercase": start_vocabulary.lowercase})
 
 
 def _read_texts(files: list[BufferFile]) -> Iterator[str]:

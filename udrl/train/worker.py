@@ -122,7 +122,7 @@ class _Worker:
         self.rows, self.validation_rows = load_packed_rows(job.data, "train"), load_packed_rows(job.data, "validation")
         self.data_summary = PackedDataSummary.load(job.data.summary)
         self.tokenizer_folder = storage.download_folder(job.data.tokenizer, tempfile.mkdtemp(prefix="udrl-tokenizer-"))
-        self.tokenizer = tokenizer.load(self.tokenizer_folder)
+        self.tokenizer = tokenizer.load_tokenizer(self.tokenizer_folder)
         self.vocabulary = CommandVocabulary.load(self.tokenizer_folder)
 
         self.shape = gpt2.Shape.of(student, train)
