@@ -1,4 +1,4 @@
-"""Runs on another run's episodes, and students that take no commands."""
+"""Runs on another run's episodes, and students that follow no commands."""
 
 import subprocess
 import sys
@@ -29,9 +29,9 @@ from udrl.tasks import load_tasks
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def values(tmp_path: Path, **more: Any) -> Recipe:
-    given = {"name": "x", "storage": str(tmp_path / "mine"), "tasks": ["image_search"], "intents": {"limit": 5}}
-    return Recipe.model_validate({**given, "evaluate": {"intents": 3, "samples": 2}, **more})
+def make_recipe(tmp_path: Path, **more: Any) -> Recipe:
+    required = {"name": "x", "storage": str(tmp_path / "mine"), "tasks": ["image_search"], "intents": {"limit": 5}}
+    return Recipe.model_validate({**required, "evaluate": {"intents": 3, "samples": 2}, **more})
 
 
 def vocabulary(objective: str) -> CommandVocabulary:
@@ -43,9 +43,9 @@ def test_held_out_intents_come_from_the_run_whose_episodes_are_used(tmp_path: Pa
     table = pa.table({"intent_id": [1, 2], "intent": ["an owl", "a fox"], "subject": ["owl", "fox"]})
     storage.write_table(Run(other).intents("here").heldout, table)
     GenerateSummary(accepted=0, intents="here", ledger="", scoring="").save(Run(other).generate_summary)
-    assert select_intents(values(tmp_path, episodes_from=other))[0] == [(1, "an owl"), (2, "a fox")]
+    assert select_intents(make_recipe(tmp_path, episodes_from=other))[0] == [(1, "an owl"), (2, "a fox")]
     with pytest.raises(UserError, match="mine: no finished generate stage"):
-        select_intents(values(tmp_path))
+        select_intents(make_recipe(tmp_path))
 
 
 def test_a_plainly_fine_tuned_student_gets_no_commands(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_a_plainly_fine_tuned_student_gets_no_commands(tmp_path: Path) -> None:
     tasks = load_tasks(["image_search"])
     policy = teacher_policy(Teacher(model=str(tmp_path)), tasks)
     requests = {
-        objective: student_requests(policy, vocabulary(objective), tasks, [EvaluatedIntent(1, "an owl")], values(tmp_path))
+        objective: student_requests(policy, vocabulary(objective), tasks, [EvaluatedIntent(1, "an owl")], make_recipe(tmp_path))
         for objective in ("udrl", "sft")
     }
     assert {row["probe"] for row in requests["udrl"]} == {"default", "length", "reach", "reward"}
@@ -66,10 +66,10 @@ def test_its_report_is_complete_without_control_curves(tmp_path: Path) -> None:
     tasks = load_tasks(["image_search"])
     policy = teacher_policy(Teacher(model=str(tmp_path)), tasks)
     rows = []
-    for who in ("student", "teacher"):
+    for policy_name in ("student", "teacher"):
         for i in range(12):
             row = {f.name: None for f in OUTPUTS} | key_columns(policy, i // 2, f"owl {i // 2}", "image_search", i % 2)
-            row |= {"policy": who, "model": "m", "probe": "default", "reason": ""}
+            row |= {"policy": policy_name, "model": "m", "probe": "default", "reason": ""}
             row |= {"prompt": f"soft owl {i} in light", "n_words": 5, "relevance": 0.5, "reward": 0.5}
             rows.append({name: row[name] for name in OUTPUTS.names})
     outputs = pa.Table.from_pylist(rows, schema=OUTPUTS)
@@ -78,8 +78,8 @@ def test_its_report_is_complete_without_control_curves(tmp_path: Path) -> None:
     policies = {name: name for name in ("student", "teacher")}
     document = made_up.document(("image_search",), policies, judges={}, **dict(measured))
     files = report.write_report(EvaluationPaths(str(tmp_path / "evaluation")), outputs, document)
-    told = storage.read_bytes(files["report.md"]).decode()
-    assert evaluate.NO_COMMANDS in told
+    text = storage.read_bytes(files["report.md"]).decode()
+    assert evaluate.NO_COMMANDS in text
     assert evaluate.NO_COMMANDS in report.short_table(document)
     assert not [name for name in files if "control" in name]
 
@@ -87,8 +87,8 @@ def test_its_report_is_complete_without_control_curves(tmp_path: Path) -> None:
 def test_intents_of_another_source_can_be_evaluated(tmp_path: Path) -> None:
     (tmp_path / "requests.tsv").write_text("category\tprompt\nred\ta red bench\nred\ta green car\n")
     source = str(tmp_path / "requests.tsv")
-    by_intents = values(tmp_path, intents={"source": source, "column": "prompt"})
-    by_evaluate = values(tmp_path, evaluate={"source": source, "column": "prompt", "intents": 1})
+    by_intents = make_recipe(tmp_path, intents={"source": source, "column": "prompt"})
+    by_evaluate = make_recipe(tmp_path, evaluate={"source": source, "column": "prompt", "intents": 1})
     storage.write_bytes(storage.join(by_intents.storage, "recipe.yaml"), b"intents: {source: 'builtin:composer'}")
     intents, origin = select_intents(by_intents)
     assert [text for _, text in intents] == ["a red bench", "a green car"]
