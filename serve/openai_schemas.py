@@ -80,8 +80,11 @@ class ResponseFormat(BaseModel):
 
 
 class ChatRequest(OpenAIRequest):
-    """Body of ``POST /v1/chat/completions``. The last user message is the intent; other messages are ignored, because a
-    student understands neither instructions nor a history."""
+    """Body of ``POST /v1/chat/completions``.
+
+    The last user message is the intent; other messages are ignored, because a student understands neither instructions nor a
+    history.
+    """
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, strict=True, ge=1)

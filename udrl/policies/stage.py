@@ -115,8 +115,10 @@ def complete(
 
 
 def _require_placement(policy: Policy) -> None:
-    """Raises:
-    UserError: a cluster of this process only lacks the CPUs or GPUs of all replicas.
+    """Check that a cluster of this process only has the CPUs and GPUs of all replicas.
+
+    Raises:
+        UserError: it has not.
     """
     bundles = resource_bundles(policy.engine, policy.placement)
     cpus, gpus = (sum(bundle[kind] for bundle in bundles) * policy.placement.replicas for kind in ("CPU", "GPU"))

@@ -1,0 +1,1 @@
+"""Finished evaluations side by side, and thresholds for CI."""
