@@ -12,7 +12,7 @@ import yaml
 
 from udrl import logs
 from udrl.errors import UserError
-from udrl.recipe import Recipe, dump, validate
+from udrl.recipe import Recipe, dump, from_values
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -32,7 +32,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"recipe {path}: expected keys and values, found {type(values).__name__}")
     for override in overrides:
         _apply_override(values, override)
-    return validate(values, path)
+    return from_values(values, path)
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

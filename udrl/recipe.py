@@ -457,7 +457,7 @@ class Recipe(Section):
             )
 
 
-def validate(values: dict[str, Any], origin: str) -> Recipe:
+def from_values(values: dict[str, Any], origin: str) -> Recipe:
     """Build a recipe from plain values; error lines name ``origin``.
 
     Raises:

@@ -13,7 +13,7 @@ from fakes.fake_episodes import fill_with_episodes
 from udrl import tokenizer
 from udrl.commands import ANY, Command, CommandVocabulary
 from udrl.errors import UserError
-from udrl.recipe import Recipe, validate
+from udrl.recipe import Recipe, from_values
 from udrl.run import EpisodeSource, PackedDataPaths, PackedDataSummary, Run, ValidationIntents
 from udrl.train import packed_data
 from udrl.train.packing import Batch
@@ -30,7 +30,7 @@ def recipe(run: str, **sections: dict[str, Any]) -> Recipe:
     student = {"depth": 1, "vocab_size": 500, "context": 96, "lowercase": True}
     train = {"validation": 0.2, "batch_tokens": 192}
     values |= {"student": student | sections.pop("student", {}), "train": train | sections.pop("train", {})}
-    return validate(values | sections, "test")
+    return from_values(values | sections, "test")
 
 
 def prepare(

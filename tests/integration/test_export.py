@@ -44,7 +44,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> str:
     tokenizer_folder = str(tmp_path_factory.mktemp("tokenizer"))
     student_tokenizer.save_pretrained(tokenizer_folder)
     vocabulary.save(tokenizer_folder)
-    config = recipe.validate(
+    config = recipe.from_values(
         {
             "name": "tiny",
             "storage": tokenizer_folder,

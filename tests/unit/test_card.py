@@ -20,7 +20,7 @@ TASKS = ["text_to_image", "image_search"]
 
 def a_recipe(folder: str, **values: Any) -> recipe.Recipe:
     base = {"name": "made-up", "storage": folder, "tasks": TASKS, "intents": {"limit": 10}}
-    return recipe.validate({**base, **values}, "test")
+    return recipe.from_values({**base, **values}, "test")
 
 
 def rows(schema: pa.Schema, n: int, **values: Any) -> pa.Table:

@@ -117,8 +117,8 @@ def test_both_renderings_hold_the_same_numbers_in_the_same_cells() -> None:
     tables = [b for block in blocks for b in (block.blocks if isinstance(block, Details) else [block]) if isinstance(b, Table)]
     cells = [plain(cell) for table in tables for line in (table.heads, *table.lines) for cell in line]
     assert len(cells) > 500
-    assert Page(html.render(blocks, {})).cells == cells
-    text = re.sub(r"[\\*`]", "", markdown.render(blocks))
+    assert Page(html.render_html(blocks, {})).cells == cells
+    text = re.sub(r"[\\*`]", "", markdown.render_markdown(blocks))
     for cell in cells:
         assert re.sub(r"[\\*`]", "", cell) in text
 
@@ -178,7 +178,7 @@ def test_text_keeps_its_contrast_in_light_and_dark() -> None:
 
 
 def test_what_is_said_of_judges_and_intervals_is_how_they_are_made() -> None:
-    text = markdown.render(sections.build_report(made_up.document(), made_up.outputs(), [])).replace("\\", "")
+    text = markdown.render_markdown(sections.build_report(made_up.document(), made_up.outputs(), [])).replace("\\", "")
     for said in (
         "for a judge as a prompt for another intent",
         f"at least {MIN_AUC} on shuffled, from at least {MIN_PAIRS} scored pairs",
@@ -230,7 +230,7 @@ def test_without_a_teacher_the_student_is_compared_with_the_first_baseline() -> 
     policies = {"student": "student", "qwen3-8b": "baseline", "llama3-8b": "baseline", "echo": "trivial baseline"}
     document = made_up.document(made_up.TASKS, policies)
     assert reference_policy(document) == "llama3-8b"
-    text = markdown.render(sections.build_report(document, made_up.outputs(policies=policies), []))
+    text = markdown.render_markdown(sections.build_report(document, made_up.outputs(policies=policies), []))
     assert "student / llama3-8b" in text
     assert "The teacher did not write" in text
     assert reference_policy(made_up.bare()) is None
@@ -279,9 +279,9 @@ texts = st.text(max_size=40)
 @example("\x00\x1b\ufffe", "\u202e|\u2028#")
 def test_any_text_stays_one_cell(first: str, second: str) -> None:
     table = Table(["a", "b"], [[first, [Span(second, "code"), " ", Span(first, "soft")]]])
-    page = Page(html.render([table], {}))
+    page = Page(html.render_html([table], {}))
     assert page.cells == ["a", "b", _held(first), _held(f"{second} {first}")]
-    row = markdown.render([table]).splitlines()
+    row = markdown.render_markdown([table]).splitlines()
     assert len(row) == 3
     assert len(re.findall(r"(?<!\\)(?:\\\\)*\|", row[2])) == 3  # bars that end a cell
 
@@ -292,10 +292,10 @@ def _held(text: str) -> str:
 
 
 def test_figures_in_brackets_stay_readable_and_links_do_not_come_to_life() -> None:
-    assert markdown.escape("0.41 [0.38, 0.44]") == "0.41 [0.38, 0.44]"
-    assert markdown.escape("95% [-1%, +2%]") == "95% [-1%, +2%]"
-    assert markdown.escape("[1](http://x)") == "\\[1\\](http://x)"
-    assert markdown.escape("\\[1]") == "\\\\\\[1\\]"
+    assert markdown.escape_markdown("0.41 [0.38, 0.44]") == "0.41 [0.38, 0.44]"
+    assert markdown.escape_markdown("95% [-1%, +2%]") == "95% [-1%, +2%]"
+    assert markdown.escape_markdown("[1](http://x)") == "\\[1\\](http://x)"
+    assert markdown.escape_markdown("\\[1]") == "\\\\\\[1\\]"
 
 
 def test_an_unknown_number_is_a_dash() -> None:
@@ -318,17 +318,17 @@ def test_blocks_render_as_their_kind() -> None:
         Details("More", [Code("k: <v>", "yaml")]),
         Heading(2, "One & two"),
     ]
-    assert markdown.render(blocks) == (
+    assert markdown.render_markdown(blocks) == (
         "# Title\n\nIt is **so**.\n\n## One \\& two\n\n- a\n- b\n\nWhat it is\n\n| x | n |\n| --- | ---: |\n| y | 1 |\n\n"
         "![A line](p.png)\n\n*Read: up.*\n\n### More\n\n```yaml\nk: <v>\n```\n\n## One \\& two\n"
     )
-    page = html.render(blocks, {"p": "<svg viewBox='0 0 1 1'></svg>"})
+    page = html.render_html(blocks, {"p": "<svg viewBox='0 0 1 1'></svg>"})
     assert "<title>Title</title>" in page
     assert '<a href="#one-two">One &amp; two</a>' in page
     assert 'id="one-two-1"' in page
     assert "<figcaption>Read: up.</figcaption>" in page
     assert "<summary>More</summary>\n<pre><code>k: &lt;v&gt;</code></pre>" in page
-    assert "<figure>" not in html.render(blocks, {})
+    assert "<figure>" not in html.render_html(blocks, {})
 
 
 def _examples(*scores: float | None, judge: str | None = "likelihood") -> list[str]:

@@ -27,7 +27,7 @@ GENERATE = GenerateSummary(requested=1680, accepted=1414, rejected=266, ledger="
 
 def make_recipe(**values: Any) -> Recipe:
     defaults = {"name": "tiny", "storage": "s3://key:secret@bucket/x", "tasks": ["text_to_image"], "intents": {"limit": 3}}
-    return recipe.validate({**defaults, **values}, "test")
+    return recipe.from_values({**defaults, **values}, "test")
 
 
 def render(teacher: str = "bundled:smollm2-135m-instruct", **values: Any) -> str:

@@ -15,7 +15,7 @@ from udrl.train import tracking
 
 def a_recipe(folder: Path, *trackers: str) -> recipe.Recipe:
     values = {"name": "made-up", "storage": str(folder), "tasks": ["text_to_image"], "intents": {"limit": 3}}
-    return recipe.validate({**values, "train": {"trackers": list(trackers)}}, "test")
+    return recipe.from_values({**values, "train": {"trackers": list(trackers)}}, "test")
 
 
 def events(folder: Path) -> list[Any]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from udrl.evaluate.compare.comparison import ALL, ComparedRun, Comparison, MetricComparison, Verdict
 from udrl.evaluate.document import Interval
 from udrl.evaluate.report.formatting import number
-from udrl.evaluate.report.markdown import escape
+from udrl.evaluate.report.markdown import escape_markdown
 from udrl.tables import markdown_table, text_table
 
 WIDTH = 120  # columns of the plain text
@@ -36,21 +36,24 @@ def plain_text(comparison: Comparison) -> str:
 
 def markdown(comparison: Comparison, verdict_lines: Sequence[str] = ()) -> str:
     """Return the same as Markdown, with all intervals and the lines of the thresholds."""
-    runs = [[run.label, escape(run.name), f"`{run.uri}`", f"{run.intents:,}"] for run in comparison.runs]
+    runs = [[run.label, escape_markdown(run.name), f"`{run.uri}`", f"{run.intents:,}"] for run in comparison.runs]
     parts = [
-        f"# Comparison of {' and '.join(escape(run.name) for run in comparison.runs)}",
+        f"# Comparison of {' and '.join(escape_markdown(run.name) for run in comparison.runs)}",
         markdown_table(["", "run", "evaluation", "intents"], runs, left_columns=3),
         f"Policy {comparison.policy}; {comparison.intents:,} shared intents. Brackets hold 95% intervals, paired by intent. A "
         "difference is marked better or worse if all of its bracket is on that side.",
     ]
     if comparison.warnings:
-        parts.append("\n".join(f"- {escape(warning)}" for warning in comparison.warnings))
+        parts.append("\n".join(f"- {escape_markdown(warning)}" for warning in comparison.warnings))
     if verdict_lines:
         parts += ["## Thresholds", "\n".join(f"- {line}" for line in verdict_lines)]
     for title, scope in _titled_scopes(comparison):
         cells = _rows(comparison, scope, comparison.candidates, SIDES, intervals=True)
         header = ["metric", *_header(comparison, comparison.candidates)]
-        parts += [f"## {escape(title)}", markdown_table(header, [[f"`{name}`", *row] for name, row in cells], left_columns=1)]
+        parts += [
+            f"## {escape_markdown(title)}",
+            markdown_table(header, [[f"`{name}`", *row] for name, row in cells], left_columns=1),
+        ]
     return "\n\n".join(parts) + "\n"
 
 

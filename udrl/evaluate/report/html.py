@@ -93,13 +93,13 @@ summary { cursor: pointer; font-weight: 600; padding: .2rem 0; }
 """.strip()
 
 
-def render(blocks: Sequence[Block], plots: Mapping[str, str]) -> str:
+def render_html(blocks: Sequence[Block], plots: Mapping[str, str]) -> str:
     """Return the blocks as a whole page. ``plots``: name -> SVG; a plot block without its SVG is left out."""
     names = _anchors(blocks)
     title = next((plain(block.text) for block in blocks if isinstance(block, Heading)), "Report")
     first = next((i for i, block in enumerate(blocks) if id(block) in names), len(blocks))
     contents = "\n".join(
-        f'<li><a href="#{names[id(block)]}">{escape(plain(block.text))}</a></li>'
+        f'<li><a href="#{names[id(block)]}">{escape_html(plain(block.text))}</a></li>'
         for block in blocks
         if isinstance(block, Heading) and id(block) in names
     )
@@ -119,7 +119,7 @@ def render(blocks: Sequence[Block], plots: Mapping[str, str]) -> str:
             '<meta charset="utf-8">',
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(title)}</title>",
+            f"<title>{escape_html(title)}</title>",
             '<link rel="icon" href="data:,">',
             f"<style>\n{STYLE}\n</style>",
             "</head>",
@@ -138,20 +138,20 @@ def render(blocks: Sequence[Block], plots: Mapping[str, str]) -> str:
     )
 
 
-def escape(text: object) -> str:
+def escape_html(text: object) -> str:
     """Escape a text; control characters, which HTML must not hold, become the replacement character."""
     return _escape(re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff]", "\ufffd", str(text)))
 
 
-def inline(text: Text) -> str:
+def inline_html(text: Text) -> str:
     """Return a text, escaped, with its spans marked."""
     return "".join(_piece(piece) for piece in pieces(text))
 
 
 def _piece(piece: str | Span) -> str:
     if isinstance(piece, str):
-        return escape(piece)
-    text = escape(piece.text)
+        return escape_html(piece)
+    text = escape_html(piece.text)
     match piece.style:
         case "code" | "strong":
             return f"<{piece.style}>{text}</{piece.style}>"
@@ -173,20 +173,20 @@ def _block(block: Block, plots: Mapping[str, str], names: Mapping[int, str]) -> 
     match block:
         case Heading(level, text):
             anchor = f' id="{names[id(block)]}"' if id(block) in names else ""
-            return f"<h{level}{anchor}>{inline(text)}</h{level}>"
+            return f"<h{level}{anchor}>{inline_html(text)}</h{level}>"
         case Paragraph(text):
-            return f"<p>{inline(text)}</p>"
+            return f"<p>{inline_html(text)}</p>"
         case Bullets(items):
-            return "<ul>\n" + "\n".join(f"<li>{inline(item)}</li>" for item in items) + "\n</ul>"
+            return "<ul>\n" + "\n".join(f"<li>{inline_html(item)}</li>" for item in items) + "\n</ul>"
         case Table():
             return _table(block)
         case Plot(name, read, alt):
             return _figure(plots[name], read, alt) if name in plots else ""
         case Code(text):
-            return f"<pre><code>{escape(text.strip())}</code></pre>"
+            return f"<pre><code>{escape_html(text.strip())}</code></pre>"
         case Details(summary, inner):
             content = "\n".join(_block(one, plots, names) for one in inner)
-            return f"<details>\n<summary>{escape(summary)}</summary>\n{content}\n</details>"
+            return f"<details>\n<summary>{escape_html(summary)}</summary>\n{content}\n</details>"
 
 
 def _table(block: Table) -> str:
@@ -199,8 +199,8 @@ def _table(block: Table) -> str:
         row = _cell('th scope="row"', line[0], True)
         row += "".join(_cell("td", cell, word) for cell, word in zip(line[1:], words[1:], strict=True))
         rows.append(f"<tr>{row}</tr>")
-    caption = f"<caption><span>{escape(block.caption)}</span></caption>\n" if block.caption else ""
-    label = escape(block.caption or ", ".join(filter(None, block.heads)))
+    caption = f"<caption><span>{escape_html(block.caption)}</span></caption>\n" if block.caption else ""
+    label = escape_html(block.caption or ", ".join(filter(None, block.heads)))
     # A narrow first column stays visible while the rest scrolls.
     pinned = all(len(plain(line[0])) <= LONG // 2 for line in block.lines)
     names = " ".join(["prose"] * block.prose + ["pinned"] * pinned)
@@ -213,7 +213,7 @@ def _table(block: Table) -> str:
 
 def _header_cell(head: str, word: bool) -> str:
     """Return a column's head, which wraps only between words, not at a hyphen."""
-    text = re.sub(r"\S+-\S+", r'<span class="whole">\g<0></span>', escape(head))
+    text = re.sub(r"\S+-\S+", r'<span class="whole">\g<0></span>', escape_html(head))
     return f'<th scope="col" class="word">{text}</th>' if word else f'<th scope="col">{text}</th>'
 
 
@@ -221,9 +221,9 @@ def _cell(tag: str, text: Text, word: bool) -> str:
     """Return one cell: words are aligned left, numbers right."""
     names = ["word"] * word + ["long"] * (len(plain(text)) > LONG)
     looks = f' class="{" ".join(names)}"' if names else ""
-    return f"<{tag}{looks}>{inline(text)}</{tag.split()[0]}>"
+    return f"<{tag}{looks}>{inline_html(text)}</{tag.split()[0]}>"
 
 
 def _figure(svg: str, read: str, alt: str) -> str:
-    labeled = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(alt)}" ', 1)
-    return f"<figure>\n<div>{labeled}</div>\n<figcaption>{escape(read)}</figcaption>\n</figure>"
+    labeled = svg.replace("<svg ", f'<svg role="img" aria-label="{escape_html(alt)}" ', 1)
+    return f"<figure>\n<div>{labeled}</div>\n<figcaption>{escape_html(read)}</figcaption>\n</figure>"

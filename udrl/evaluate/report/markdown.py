@@ -9,7 +9,7 @@ from udrl.tables import markdown_table
 NOTHING = "Nothing was measured."
 
 
-def escape(text: object) -> str:
+def escape_markdown(text: object) -> str:
     """Return a text on one line in which Markdown reads no markup; numbers in brackets, which can't be a link, stay."""
     escaped = re.sub(r"([\\`*_\[\]<>|#~$&])", r"\\\1", " ".join(str(text).split()))
     return re.sub(r"(?<!\\)\\\[([-+.,%\d ]+)\\\](?!\()", r"[\1]", escaped)
@@ -17,10 +17,10 @@ def escape(text: object) -> str:
 
 def code(name: str) -> str:
     """Return a name in code style; a bar would end the table cell even there."""
-    return f"`{name}`" if name and not re.search(r"[`|\s]", name) else escape(name)
+    return f"`{name}`" if name and not re.search(r"[`|\s]", name) else escape_markdown(name)
 
 
-def render(blocks: Sequence[Block]) -> str:
+def render_markdown(blocks: Sequence[Block]) -> str:
     """Return the blocks as one Markdown file; plots are PNG files next to it."""
     return "\n\n".join(_block(block) for block in blocks) + "\n"
 
@@ -28,28 +28,30 @@ def render(blocks: Sequence[Block]) -> str:
 def _block(block: Block) -> str:
     match block:
         case Heading(level, text):
-            return f"{'#' * level} {inline(text)}"
+            return f"{'#' * level} {inline_markdown(text)}"
         case Paragraph(text):
-            return inline(text)
+            return inline_markdown(text)
         case Bullets(items):
-            return "\n".join(f"- {inline(item)}" for item in items)
+            return "\n".join(f"- {inline_markdown(item)}" for item in items)
         case Table(heads, lines, caption, left, prose):
-            cells = [[inline(cell) for cell in line] for line in lines]
+            cells = [[inline_markdown(cell) for cell in line] for line in lines]
             if not cells:
                 body = f"*{NOTHING}*"
             else:
-                body = markdown_table([escape(head) for head in heads], cells, len(heads) if prose else left, escaped=True)
-            return f"{escape(caption)}\n\n{body}" if caption else body
+                body = markdown_table(
+                    [escape_markdown(head) for head in heads], cells, len(heads) if prose else left, escaped=True
+                )
+            return f"{escape_markdown(caption)}\n\n{body}" if caption else body
         case Plot(name, read, alt):
-            return f"![{escape(alt)}]({name}.png)\n\n*{escape(read)}*"
+            return f"![{escape_markdown(alt)}]({name}.png)\n\n*{escape_markdown(read)}*"
         case Code(text, language):
             fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
             return f"{fence}{language}\n{text.strip()}\n{fence}"
         case Details(summary, inner):
-            return "\n\n".join([f"### {escape(summary)}", *(_block(one) for one in inner)])
+            return "\n\n".join([f"### {escape_markdown(summary)}", *(_block(one) for one in inner)])
 
 
-def inline(text: Text) -> str:
+def inline_markdown(text: Text) -> str:
     """Return a text on one line, escaped, with its spans marked."""
     return "".join(_piece(piece) for piece in pieces(text))
 
@@ -58,13 +60,13 @@ def _piece(piece: str | Span) -> str:
     if isinstance(piece, str):
         return _escape_between_spans(piece)
     marks = {"code": "", "soft": "*", "strong": "**", "bad": "**", "good": "", "open": ""}
-    mark, text = marks[piece.style], code(piece.text) if piece.style == "code" else escape(piece.text)
+    mark, text = marks[piece.style], code(piece.text) if piece.style == "code" else escape_markdown(piece.text)
     return f"{mark}{text}{mark}" if text else ""
 
 
 def _escape_between_spans(text: str) -> str:
     """Escape a text but keep one space at either end if it has one there: a span may follow."""
-    inner = escape(text)
+    inner = escape_markdown(text)
     if not inner:
         return " " if text else ""
     return (" " if text[0].isspace() else "") + inner + (" " if text[-1].isspace() else "")

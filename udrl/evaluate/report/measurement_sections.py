@@ -26,7 +26,7 @@ LengthProbe = Literal["length", "reach"]
 LENGTH_PROBES: dict[LengthProbe, str] = {"length": "usual", "reach": "outside"}
 
 
-def judges(document: EvaluationDocument) -> list[Block]:
+def judges_section(document: EvaluationDocument) -> list[Block]:
     """Return the section that says who judged, and whether each judge is validated."""
     heading = Heading(2, "Judges and their validation")
     if not document.judges:
@@ -81,7 +81,7 @@ def judges(document: EvaluationDocument) -> list[Block]:
     return blocks
 
 
-def control(document: EvaluationDocument, plot_names: Sequence[str]) -> list[Block]:
+def control_section(document: EvaluationDocument, plot_names: Sequence[str]) -> list[Block]:
     """Return the section that compares commands with achievements."""
     heading = Heading(2, "Control")
     if not any(task.length.levels or task.reach.levels or task.reward.levels for task in document.tasks.values()):
@@ -164,7 +164,7 @@ def _levels(document: EvaluationDocument, task: TaskScope) -> list[Block]:
     return blocks or [Paragraph("Not swept.")]
 
 
-def diversity(document: EvaluationDocument) -> list[Block]:
+def diversity_section(document: EvaluationDocument) -> list[Block]:
     """Return the section on how much the prompts vary, at equal length and number."""
     *by_task, whole = scopes(document)
     caption = (
@@ -188,7 +188,7 @@ def _diversity_table(scoped: Iterable[tuple[Span, Scope]], document: EvaluationD
     return Table(["task", "policy", "prompts", "words each", *DIVERSITY.values()], lines, caption, 2)
 
 
-def novelty(document: EvaluationDocument) -> list[Block]:
+def novelty_section(document: EvaluationDocument) -> list[Block]:
     """Return the section on copies from training, and on whether a prompt serves its task."""
     overall, copied = document.overall, document.novelty.policies
     lines: list[Sequence[Text]] = []

@@ -22,7 +22,13 @@ from udrl.evaluate.report.formatting import (
     signed,
     yes_no,
 )
-from udrl.evaluate.report.measurement_sections import control, diversity, judges, novelty, or_any
+from udrl.evaluate.report.measurement_sections import (
+    control_section,
+    diversity_section,
+    judges_section,
+    novelty_section,
+    or_any,
+)
 from udrl.evaluate.report.selection import (
     best_judge,
     order_policies,
@@ -44,10 +50,10 @@ def build_report(document: EvaluationDocument, outputs: pa.Table, plot_names: Se
         *plots.block("relevance", plot_names),
         *_policies(document),
         *_targets(document),
-        *judges(document),
-        *control(document, plot_names),
-        *diversity(document),
-        *novelty(document),
+        *judges_section(document),
+        *control_section(document, plot_names),
+        *diversity_section(document),
+        *novelty_section(document),
         *_plot_section("Quality against cost", "quality_cost", plot_names, "fewer than two policies have a measured cost"),
         Heading(2, "Examples"),
         *examples.side_by_side(outputs, _writers(document), best_judge(document), document.seed),

@@ -44,9 +44,9 @@ def write_report(
         else:
             storage.remove(paths.plot(name))  # of an earlier report
     files |= {"report.html": paths.report_html, "report.md": paths.report_markdown}
-    page = html.render(blocks, {name: drawing.svg for name, drawing in drawings.items()})
+    page = html.render_html(blocks, {name: drawing.svg for name, drawing in drawings.items()})
     storage.write_bytes(paths.report_html, page.encode())
-    storage.write_bytes(paths.report_markdown, markdown.render(blocks).encode())
+    storage.write_bytes(paths.report_markdown, markdown.render_markdown(blocks).encode())
     return files
 
 
