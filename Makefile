@@ -1,4 +1,4 @@
-# Every target but help and clean sets the project up first; where nothing has changed, that costs a tenth of a second.
+# Every target but help and clean sets the project up first; if nothing has changed, that costs a tenth of a second.
 
 PYTHON := $(or $(PYTHON),$(shell command -v python3.11 || command -v python3))
 BIN := $(CURDIR)/.venv/bin
