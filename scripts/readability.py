@@ -26,6 +26,8 @@ PARTICIPLES = frozenset(
 )
 MAY_REPEAT = frozenset({"__init__", "stage", "conftest"})
 WHAT_CLAUSE = re.compile(r"\b[Ww]hat(?:'s)? (?:is|was|are|were|has|have|had|it|they|a|an|the|its|each|every|no|one)\b")
+# Fenced blocks and code spans quote programs, some of them of earlier versions.
+QUOTED = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 WHERE = re.compile(r"\b[Ww]here\b")
 
 
@@ -108,7 +110,8 @@ def all_prose(root: Path) -> Iterator[tuple[str, str]]:
         place = root / name
         for path in sorted(place.rglob("*.md")) if place.is_dir() else [place]:
             if path.exists():
-                yield str(path.relative_to(root)), path.read_text(encoding="utf-8")
+                text = QUOTED.sub("", path.read_text(encoding="utf-8"))
+                yield str(path.relative_to(root)), text
 
 
 def import_graph(root: Path) -> dict[str, set[str]]:
