@@ -25,7 +25,7 @@ from typing import Any
 from udrl import command_line
 from udrl import recipe as recipes
 from udrl.recipe import Recipe
-from udrl.tables import text_table
+from udrl.text import text_table
 
 PARTS = ("engine", "rows", "scoring")
 HERE = str(Path(__file__).parents[1])

@@ -28,7 +28,7 @@ from typing import Any
 
 from benchmarks.generation import child, machine
 from benchmarks.serving_load import Phase
-from udrl.tables import text_table
+from udrl.text import text_table
 
 PARTS = ("speed", "variants")
 TASKS = ["text_to_image", "image_search"]

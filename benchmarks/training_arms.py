@@ -13,7 +13,7 @@ from benchmarks.generation import HERE, child
 from udrl import cluster, command_line
 from udrl import recipe as recipes
 from udrl.recipe import Recipe
-from udrl.tables import text_table
+from udrl.text import text_table
 from udrl.train.gpt2 import Shape
 
 HEADER = ["", "tokens/s", "step ms", "tokens", "input", "padding", "loss", "peak MiB, host; gpu"]

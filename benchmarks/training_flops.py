@@ -7,7 +7,7 @@ the rate of a bf16 matrix product on this device in an otherwise idle process.
 import argparse
 import json
 
-from udrl.train import flops
+from udrl.train import monitor
 
 
 def main() -> None:
@@ -23,8 +23,8 @@ def main() -> None:
     on_gpu = torch.cuda.is_available()
     result = {
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-        "flops_per_token": [flops.train_flops_per_token(config, t, arguments.target_share) for t in arguments.lengths],
-        "matmul_flops_per_second": flops.matmul_flops_per_second("cuda" if on_gpu else "cpu", torch.bfloat16, 2.0),
+        "flops_per_token": [monitor.train_flops_per_token(config, t, arguments.target_share) for t in arguments.lengths],
+        "matmul_flops_per_second": monitor.matmul_flops_per_second("cuda" if on_gpu else "cpu", torch.bfloat16, 2.0),
     }
     print(json.dumps(result))
 

@@ -25,22 +25,22 @@ def main(argv: Sequence[str]) -> None:
     options = parser.parse_intermixed_args(argv)
 
     from udrl import storage
-    from udrl.evaluate.compare import side_by_side, thresholds
-    from udrl.evaluate.compare.comparison import compare
+    from udrl.evaluate.compare import thresholds
+    from udrl.evaluate.compare.comparison import compare, markdown, plain_text, verdict_line
     from udrl.evaluate.compare.evaluated_runs import load_runs
 
     rules = thresholds.load_rules(options.thresholds) if options.thresholds else []
     comparison = compare(load_runs([options.base, *options.candidates]), options.policy)
     for warning in [*comparison.warnings, *thresholds.doubtful_rules(rules, comparison)]:
         print(f"warning: {warning}", file=sys.stderr)
-    print(side_by_side.plain_text(comparison))
+    print(plain_text(comparison))
     comparison.thresholds = thresholds.check(rules, comparison)
-    lines = [side_by_side.verdict_line(comparison, verdict) for verdict in comparison.thresholds]
+    lines = [verdict_line(comparison, verdict) for verdict in comparison.thresholds]
     failures = [line for line, verdict in zip(lines, comparison.thresholds, strict=True) if not verdict.holds]
     if rules:
         print("\n".join(["", *failures, f"thresholds: {len(lines) - len(failures)} of {len(lines)} hold"]))
     if options.out:
-        storage.write_bytes(storage.join(options.out, "compare.md"), side_by_side.markdown(comparison, lines).encode())
+        storage.write_bytes(storage.join(options.out, "compare.md"), markdown(comparison, lines).encode())
         comparison.save(storage.join(options.out, "compare.json"))
     if options.json:
         print(comparison.model_dump_json())

@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from udrl.recipe import Engine, Placement, Recipe, Sampling, Section
-from udrl.tables import markdown_table
+from udrl.text import markdown_table
 
 TARGET = Path(__file__).parents[1] / "docs" / "recipe.md"
 # Sections that occur in many places; each place lists only the defaults in which it differs.

@@ -549,7 +549,7 @@ class TrainingSummary(Document):
     rows_per_step: int = 0
     seconds: float = 0
     tokens_per_second: float = 0
-    mfu: float = Field(0, description="model FLOPs utilization, see udrl.train.flops")
+    mfu: float = Field(0, description="model FLOPs utilization, see udrl.train.monitor")
     step_seconds: list[float] = Field(default_factory=list, description="of the last 1,000 steps")
     input_share: float = Field(0, description="share of the time that the loop waited for its input")
     memory: list[WorkerMemory] = Field(default_factory=list)

@@ -34,12 +34,17 @@ def recipe(run: str, **sections: dict[str, Any]) -> Recipe:
 
 
 def prepare(
-    run: str, out: Path, start: str | None = None, keep: Sequence[float] = (1.0,), **sections: Any
+    run: str,
+    out: Path,
+    start: str | None = None,
+    keep: Sequence[float] = (1.0,),
+    pack_together: int = packed_data.PACK_TOGETHER,
+    **sections: Any,
 ) -> PackedDataSummary:
     """Write rows under ``out``; the run's episodes are in the buffer as often as ``keep`` has entries."""
     paths = PackedDataPaths(str(out))
     sources = [EpisodeSource(folder=Run(run).scoring.episodes, keep=share) for share in keep]
-    packed_data.prepare_packed_data(recipe(run, **sections), sources, paths, TASKS, start)
+    packed_data.prepare_packed_data(recipe(run, **sections), sources, paths, TASKS, start, pack_together)
     return PackedDataSummary.load(paths.summary)
 
 
@@ -86,11 +91,11 @@ def test_rows_are_the_same_to_the_byte_however_many_tasks_run_at_once(
     from ray.data import DataContext, ExecutionResources
 
     run, _ = prepared
-    monkeypatch.setattr(packed_data, "PACK_TOGETHER", 200)  # three tasks, which end in any order on three CPUs
     options = DataContext.get_current().execution_options
     for cpus in (1, 3):
         monkeypatch.setattr(options, "resource_limits", ExecutionResources.for_limits(cpu=cpus))
-        prepare(run, tmp_path / str(cpus), train={"swapped_copies": 1})
+        # Three tasks, which end in any order on three CPUs.
+        prepare(run, tmp_path / str(cpus), pack_together=200, train={"swapped_copies": 1})
     assert len(list((tmp_path / "1" / "train").iterdir())) == 3
     assert read_files(tmp_path / "1") == read_files(tmp_path / "3")
 

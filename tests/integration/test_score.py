@@ -18,8 +18,7 @@ from udrl.hashing import stable_id
 from udrl.policies.ledger import list_parts, part_name
 from udrl.recipe import Deduplicate, Rewards
 from udrl.run import Manifest, ScoringPaths
-from udrl.scoring import filtering
-from udrl.scoring.filtering import filter_completions, filter_inputs, shard_file
+from udrl.scoring.filtering import filter_completions, filter_inputs, filter_shards, shard_file, start_deduplicator
 from udrl.scoring.score import ScoringResult, score
 from udrl.tasks import Example, Format, Task
 
@@ -212,9 +211,10 @@ def test_when_the_deduplicator_dies_finished_shards_are_kept(tmp_path: Path) -> 
     parts, config = list_parts(ledger), Deduplicate()
     filter_completions(ledger, whole, TASKS, config)
     Manifest.of(filter_inputs(ledger, parts, TASKS, config, [])).claim(cut.filtered)
-    steps = filtering._filter_shards(ledger, cut.filtered, parts, set(parts), TASKS, config, [])
+    deduplicator = start_deduplicator(ledger, parts, [], config)
+    steps = filter_shards(ledger, cut.filtered, parts, set(parts), TASKS, deduplicator, config.near, [])
     next(steps)
-    ray.kill(steps.gi_frame.f_locals["deduplicator"])  # type: ignore[attr-defined]
+    ray.kill(deduplicator)
     with pytest.raises(UserError, match="deduplication: the actor died"):
         list(steps)
     finished = list(Path(cut.filtered).glob("part-*"))

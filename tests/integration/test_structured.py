@@ -8,8 +8,7 @@ import pyarrow as pa
 import pytest
 
 from udrl import intents, storage
-from udrl.generate.expand import expand_intents
-from udrl.generate.intent_lines import HeldOutSubjects
+from udrl.generate.expand import HeldOutSubjects, expand_intents
 from udrl.intents.intent import INTENT_SCHEMA
 from udrl.policies.ledger import list_parts, read_shard
 from udrl.policies.requests import intent_requests

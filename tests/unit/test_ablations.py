@@ -15,8 +15,7 @@ from udrl import command_line, storage
 from udrl.commands import ANY, CommandVocabulary
 from udrl.errors import UserError
 from udrl.evaluate import stage as evaluate
-from udrl.evaluate.evaluated_intents import EvaluatedIntent, sample_stream, select_intents
-from udrl.evaluate.evaluated_policies import student_requests
+from udrl.evaluate.evaluated_policies import EvaluatedIntent, sample_stream, select_intents, student_requests
 from udrl.evaluate.metrics import compute as metrics
 from udrl.evaluate.outputs import OUTPUTS
 from udrl.evaluate.report import write_report as report

@@ -8,7 +8,7 @@ import pytest
 from fakes.fake_evaluation import row, table
 
 from udrl.evaluate.document import Accuracy, ClassifierAccuracy
-from udrl.evaluate.metrics import accuracy
+from udrl.evaluate.metrics import control
 from udrl.evaluate.outputs import columns
 from udrl.tasks import load_task
 
@@ -21,8 +21,8 @@ def prompt_of(task: str, noun: str) -> str:
     return f"a watercolor painting of {noun} in soft light" if task == IMAGE else f"stock photo {noun} white background"
 
 
-def shares(rows: list[dict[str, Any]], training: accuracy.Texts | None = None) -> Accuracy:
-    return accuracy.accuracy_by_policy(accuracy.add_accuracy_columns(columns(table(*rows)), TASKS, training or {}))
+def shares(rows: list[dict[str, Any]], training: control.Texts | None = None) -> Accuracy:
+    return control.accuracy_by_policy(control.add_accuracy_columns(columns(table(*rows)), TASKS, training or {}))
 
 
 def outputs(policy: str, swap: bool = False) -> list[dict[str, Any]]:
@@ -89,20 +89,20 @@ def stream(n: int, parts: int) -> list[pa.Table]:
 
 
 def test_sampling_passes_all_tables_on_and_keeps_a_bounded_sample_of_the_teacher_s() -> None:
-    sample: accuracy.Texts = {}
+    sample: control.Texts = {}
     parts = stream(100, 4)
-    assert list(accuracy.sample_teacher_prompts(parts, sample, limit=60)) == parts
+    assert list(control.sample_teacher_prompts(parts, sample, limit=60)) == parts
     assert len(set(sample[IMAGE])) == 60
     assert all(int(prompt.split()[1]) % 2 == 0 for prompt in sample[IMAGE])  # the student's have odd numbers
-    again: accuracy.Texts = {}
-    list(accuracy.sample_teacher_prompts(stream(100, 4), again, limit=60))
+    again: control.Texts = {}
+    list(control.sample_teacher_prompts(stream(100, 4), again, limit=60))
     assert again == sample
 
 
 def test_the_sample_is_drawn_evenly_from_the_whole_stream() -> None:
     counts = np.zeros(4)
     for seed in range(30):
-        sample: accuracy.Texts = {}
-        list(accuracy.sample_teacher_prompts(stream(100, 4), sample, limit=40, seed=seed))
+        sample: control.Texts = {}
+        list(control.sample_teacher_prompts(stream(100, 4), sample, limit=40, seed=seed))
         counts += np.bincount([int(prompt.split()[0]) for prompt in sample[IMAGE]], minlength=4)
     assert counts / counts.sum() == pytest.approx([0.25] * 4, abs=0.05)

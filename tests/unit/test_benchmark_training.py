@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.hf_trainer import IGNORED, unpack
-from udrl.train.packed_rows import PackedRows, write_rows
-from udrl.train.packing import Examples, pack
+from udrl.train.packing import Examples, PackedRows, pack, write_rows
 
 PAD = 1
 

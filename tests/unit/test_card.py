@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from udrl import licenses, recipe, storage
+from udrl import models, recipe, storage
 from udrl.episodes import COMPONENTS, EPISODES, REJECTS, Reason
 from udrl.generate.dataset_card import COLUMNS, REASONS, size_category, write_card
 from udrl.generate.histograms import BINS, CAPTIONS, collect_statistics, median_of_bins
@@ -181,12 +181,12 @@ def test_keys_in_a_source_uri_do_not_reach_the_card(folder: str) -> None:
     ],
 )
 def test_licenses_by_name(model: str, license: str) -> None:
-    assert licenses.license_of(model).id == license
+    assert models.license_of(model).id == license
 
 
 def test_llama_3_forbids_what_llama_3_1_allows() -> None:
-    assert "may not be used to improve" in licenses.describe_license("meta-llama/Meta-Llama-3-8B")
-    assert "may not be used to improve" not in licenses.describe_license("meta-llama/Meta-Llama-3.1-8B")
+    assert "may not be used to improve" in models.describe_license("meta-llama/Meta-Llama-3-8B")
+    assert "may not be used to improve" not in models.describe_license("meta-llama/Meta-Llama-3.1-8B")
 
 
 def test_the_summary_of_an_older_version_keeps_its_license() -> None:

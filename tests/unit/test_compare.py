@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from jobs import compare as job
 from udrl import storage
 from udrl.errors import UserError, exit_code
-from udrl.evaluate.compare import side_by_side, thresholds
-from udrl.evaluate.compare.comparison import Comparison, compare
+from udrl.evaluate.compare import thresholds
+from udrl.evaluate.compare.comparison import Comparison, compare, markdown, plain_text
 from udrl.evaluate.compare.evaluated_runs import EvaluatedRun, load_runs
 from udrl.evaluate.document import Environment, EvaluationDocument, Interval, JudgeProfile, PolicyProfile
 from udrl.evaluate.outputs import columns
@@ -373,7 +373,7 @@ def big(folder: Path, seed: int) -> str:
 @pytest.mark.parametrize("number", [2, 3, 4])
 def test_the_plain_table_fits_120_columns_and_holds_all_runs(tmp_path: Path, number: int) -> None:
     comparison = compared(*(big(tmp_path, seed) for seed in range(number)))
-    text = side_by_side.plain_text(comparison)
+    text = plain_text(comparison)
     assert max(len(line) for line in text.splitlines()) <= 120
     assert f"name-{number - 1}/evaluation" in text  # the end of a long path tells runs apart
     assert "-0.000" not in text
@@ -381,18 +381,18 @@ def test_the_plain_table_fits_120_columns_and_holds_all_runs(tmp_path: Path, num
         assert words in text
     for label in "BCD"[: number - 1]:
         assert f"{label} - A" in text
-        assert f"{label} - A" in side_by_side.markdown(comparison)
+        assert f"{label} - A" in markdown(comparison)
 
 
 def test_better_and_worse_are_marked_only_if_the_whole_interval_is(tmp_path: Path) -> None:
     comparison = two(tmp_path, EVEN, dict.fromkeys(range(4), 0.5))
-    lines = {line.split()[0]: line for line in side_by_side.plain_text(comparison).splitlines() if line}
+    lines = {line.split()[0]: line for line in plain_text(comparison).splitlines() if line}
     assert lines["relevance"].endswith("*")
     assert lines["length.mae"].endswith("!")  # a larger error is worse
     assert lines["rejected"].endswith("+0.000 [+0.000, +0.000]")
-    markdown = side_by_side.markdown(comparison)
-    assert "+0.100 [+0.100, +0.100] better" in markdown
-    assert "+2.000 [+2.000, +2.000] **worse**" in markdown
+    document = markdown(comparison)
+    assert "+0.100 [+0.100, +0.100] better" in document
+    assert "+2.000 [+2.000, +2.000] **worse**" in document
 
 
 def test_the_job_exits_0_1_and_2_and_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -429,6 +429,6 @@ def test_unknown_numbers_are_null_in_json(tmp_path: Path, capsys: pytest.Capture
 def test_text_of_an_evaluation_is_not_read_as_markup(tmp_path: Path) -> None:
     hostile = [{**row, "intent": "<script>x</script> *y*"} for row in rows({9: 0.4})]
     a = write(tmp_path / "a", *rows(EVEN), *hostile, name="a|b <i>")
-    markdown = side_by_side.markdown(compared(a, write(tmp_path / "b", *rows(EVEN))))
-    assert "\\<script\\>x\\</script\\> \\*y\\*" in markdown
-    assert "<i>" not in markdown
+    document = markdown(compared(a, write(tmp_path / "b", *rows(EVEN))))
+    assert "\\<script\\>x\\</script\\> \\*y\\*" in document
+    assert "<i>" not in document

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from udrl.evaluate.document import UNKNOWN, Diversity, DiversityFigures, Interval
-from udrl.evaluate.metrics import diversity, text_diversity
+from udrl.evaluate.metrics import diversity
 from udrl.evaluate.outputs import Columns, columns
 
 texts = st.lists(st.lists(st.sampled_from(WORDS), min_size=4, max_size=4), min_size=2, max_size=12)
@@ -31,28 +31,28 @@ def letters(*lines: str) -> list[list[str]]:
 
 
 def test_distinct_and_compression_against_hand_counts() -> None:
-    assert text_diversity.distinct(letters("abab"), 2) == pytest.approx(2 / 3)  # ab ba ab
-    assert text_diversity.distinct(letters("abab"), 1) == pytest.approx(1 / 2)
-    assert text_diversity.distinct(letters("ab", "cd"), 2) == 1
-    assert math.isnan(text_diversity.distinct(letters("a"), 2))
+    assert diversity.distinct(letters("abab"), 2) == pytest.approx(2 / 3)  # ab ba ab
+    assert diversity.distinct(letters("abab"), 1) == pytest.approx(1 / 2)
+    assert diversity.distinct(letters("ab", "cd"), 2) == 1
+    assert math.isnan(diversity.distinct(letters("a"), 2))
     raw = b"soft light\nsoft light"
-    assert text_diversity.compression_ratio(["soft light", "soft light"]) == len(raw) / len(zlib.compress(raw, 9))
+    assert diversity.compression_ratio(["soft light", "soft light"]) == len(raw) / len(zlib.compress(raw, 9))
 
 
 def test_self_bleu_against_hand_counts() -> None:
     # 4 of 5 words, 3 of 4 pairs, 2 of 3 triples, 1 of 2 fours stand in the other
-    assert text_diversity.self_bleu(letters("abcde", "abcdf")) == pytest.approx((4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
+    assert diversity.self_bleu(letters("abcde", "abcdf")) == pytest.approx((4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
     # a stands three times in one and twice in the other: two count; no triple and no four in common: 0.1 of 2, 0.1 of 1
-    assert text_diversity.self_bleu(letters("aaab", "aacd")) == pytest.approx((2 / 4 * 1 / 3 * 0.1 / 2 * 0.1) ** 0.25)
-    assert text_diversity.self_bleu(letters("abcd", "efgh")) == 0
-    assert text_diversity.self_bleu(letters("abcd", "abcd", "abcd")) == pytest.approx(1)
-    assert math.isnan(text_diversity.self_bleu(letters("abcd")))
+    assert diversity.self_bleu(letters("aaab", "aacd")) == pytest.approx((2 / 4 * 1 / 3 * 0.1 / 2 * 0.1) ** 0.25)
+    assert diversity.self_bleu(letters("abcd", "efgh")) == 0
+    assert diversity.self_bleu(letters("abcd", "abcd", "abcd")) == pytest.approx(1)
+    assert math.isnan(diversity.self_bleu(letters("abcd")))
 
 
 def test_self_bleu_makes_a_text_pay_for_being_shorter_than_its_references() -> None:
     short = math.exp(1 - 4 / 2) * (0.1 * 0.1) ** 0.25  # all of its word and pair match
     long = (2 / 4 * 1 / 3 * 0.1 / 2 * 0.1) ** 0.25
-    assert text_diversity.self_bleu(letters("ab", "abcd")) == pytest.approx((short + long) / 2)
+    assert diversity.self_bleu(letters("ab", "abcd")) == pytest.approx((short + long) / 2)
 
 
 def plain_self_bleu(lines: list[list[str]]) -> float:
@@ -75,26 +75,26 @@ def plain_self_bleu(lines: list[list[str]]) -> float:
 @settings(deadline=None, max_examples=60)
 @given(uneven)
 def test_self_bleu_is_its_definition(lines: list[list[str]]) -> None:
-    assert text_diversity.self_bleu(lines) == pytest.approx(plain_self_bleu(lines))
+    assert diversity.self_bleu(lines) == pytest.approx(plain_self_bleu(lines))
 
 
 def test_vendi_score_against_hand_counts() -> None:
-    assert text_diversity.vendi(np.eye(5)) == pytest.approx(5)
-    assert text_diversity.vendi(np.ones((5, 5))) == pytest.approx(1)
-    two = text_diversity.vendi(np.array([[1, 0.6], [0.6, 1]]))  # eigenvalues of half of it: 0.8 and 0.2
+    assert diversity.vendi(np.eye(5)) == pytest.approx(5)
+    assert diversity.vendi(np.ones((5, 5))) == pytest.approx(1)
+    two = diversity.vendi(np.array([[1, 0.6], [0.6, 1]]))  # eigenvalues of half of it: 0.8 and 0.2
     assert two == pytest.approx(math.exp(-(0.8 * math.log(0.8) + 0.2 * math.log(0.2))))
-    assert text_diversity.vendi(np.kron(np.eye(3), np.ones((2, 2)))) == pytest.approx(3)  # three texts, twice each
-    assert math.isnan(text_diversity.vendi(np.zeros((0, 0))))
+    assert diversity.vendi(np.kron(np.eye(3), np.ones((2, 2)))) == pytest.approx(3)  # three texts, twice each
+    assert math.isnan(diversity.vendi(np.zeros((0, 0))))
 
 
 def test_without_embeddings_texts_are_as_alike_as_their_word_pairs() -> None:
-    similar = text_diversity.similarities(letters("abc", "abd", "xyz"))
+    similar = diversity.similarities(letters("abc", "abd", "xyz"))
     assert similar == pytest.approx(np.array([[1, 0.5, 0], [0.5, 1, 0], [0, 0, 1]]))
 
 
 def test_with_embeddings_texts_are_as_alike_as_their_vectors() -> None:
     vectors = {"a b": [1.0, 0.0], "b a": [0.6, 0.8]}
-    similar = text_diversity.similarities(letters("ab", "ba", "ab"), lambda lines: np.array([vectors[line] for line in lines]))
+    similar = diversity.similarities(letters("ab", "ba", "ab"), lambda lines: np.array([vectors[line] for line in lines]))
     assert similar == pytest.approx(np.array([[1, 0.6, 1], [0.6, 1, 0.6], [1, 0.6, 1]]))
 
 
@@ -102,25 +102,25 @@ def test_with_embeddings_texts_are_as_alike_as_their_vectors() -> None:
 @given(texts)
 def test_copies_are_the_least_varied_texts(words: list[list[str]]) -> None:
     copies = [words[0]] * len(words)
-    of_copies, of_words = (text_diversity.figures_across(t, text_diversity.similarities(t)) for t in (copies, words))
+    of_copies, of_words = (diversity.figures_across(t, diversity.similarities(t)) for t in (copies, words))
     for higher in ("distinct_1", "distinct_2", "vendi"):
         assert of_copies[higher] <= of_words[higher] + 1e-9
     assert of_copies["vendi"] == pytest.approx(1)
     assert of_words["vendi"] <= len(words) + 1e-9
     assert of_copies["self_bleu"] == pytest.approx(1)
     assert of_words["self_bleu"] <= 1 + 1e-9
-    same, mixed = text_diversity.figures_within([copies]), text_diversity.figures_within([words])
+    same, mixed = diversity.figures_within([copies]), diversity.figures_within([words])
     assert (same["within_distance"], same["within_vendi"]) == (0, pytest.approx(1))
     assert mixed["within_distance"] >= 0
     assert mixed["within_vendi"] >= 1 - 1e-9
 
 
 def test_within_an_intent_only_its_own_prompts_are_compared() -> None:
-    figures = text_diversity.figures_within([letters("abc", "bcd"), letters("xyz", "uvw"), letters("abc")])
+    figures = diversity.figures_within([letters("abc", "bcd"), letters("xyz", "uvw"), letters("abc")])
     assert figures["within_distance"] == pytest.approx((0.5 + 1) / 2)  # 2 of 4 words in common; none
-    half = text_diversity.vendi(np.array([[1, 0.5], [0.5, 1]]))  # one of two word pairs in common
+    half = diversity.vendi(np.array([[1, 0.5], [0.5, 1]]))  # one of two word pairs in common
     assert figures["within_vendi"] == pytest.approx((half + 2) / 2)
-    assert all(math.isnan(value) for value in text_diversity.figures_within([letters("abc")]).values())
+    assert all(math.isnan(value) for value in diversity.figures_within([letters("abc")]).values())
 
 
 def test_diversity_compares_equal_lengths_and_equal_numbers() -> None:
@@ -245,12 +245,12 @@ def test_a_writer_with_nearly_everything_rejected_leaves_the_others_comparable()
 @given(texts, st.integers(0, 9))
 def test_figures_of_a_subset_are_those_of_its_texts(lines: list[list[str]], seed: int) -> None:
     subsets = np.random.default_rng(seed).random((5, len(lines))) < 0.5
-    pairs = text_diversity.distinct_of_subsets(lines, 2, subsets)
-    scores = text_diversity.vendi_of_subsets(text_diversity.similarities(lines), subsets)
+    pairs = diversity.distinct_of_subsets(lines, 2, subsets)
+    scores = diversity.vendi_of_subsets(diversity.similarities(lines), subsets)
     for i, subset in enumerate(subsets):
         texts = [line for line, keep in zip(lines, subset, strict=True) if keep]
-        assert pairs[i] == pytest.approx(text_diversity.distinct(texts, 2), nan_ok=True)
-        assert scores[i] == pytest.approx(text_diversity.vendi(text_diversity.similarities(texts)), nan_ok=True)
+        assert pairs[i] == pytest.approx(diversity.distinct(texts, 2), nan_ok=True)
+        assert scores[i] == pytest.approx(diversity.vendi(diversity.similarities(texts)), nan_ok=True)
 
 
 def measure_with_groups(prompts: dict[str, list[str]]) -> diversity.TaskDiversity:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from udrl.hashing import stable_id
-from udrl.train.diversity_guard import measure_diversity, reason_to_refuse, share_to_train_on
+from udrl.train.round_statistics import measure_diversity, reason_to_refuse, share_to_train_on
 
 
 def text(intent: int, salt: str, words: int = 8) -> str:

@@ -7,12 +7,11 @@ import numpy as np
 from fakes.fake_evaluation import row, table
 
 from udrl import commands
-from udrl.evaluate.evaluated_intents import EvaluatedIntent
-from udrl.evaluate.evaluated_policies import EvaluatedPolicy, student_requests, unusual_lengths, usual_lengths
-from udrl.evaluate.evaluation_plan import JudgeWork, plan_lines
+from udrl.evaluate.evaluated_policies import EvaluatedIntent, EvaluatedPolicy, student_requests, unusual_lengths, usual_lengths
 from udrl.evaluate.outputs import columns
+from udrl.evaluate.policy_outputs import trivial_baseline_outputs
 from udrl.evaluate.speed import PolicySpeed
-from udrl.evaluate.trivial_baselines import trivial_baseline_outputs
+from udrl.evaluate.stage import JudgeWork, plan_lines
 from udrl.policies.teacher import teacher_policy
 from udrl.recipe import Recipe, Teacher
 from udrl.tasks import load_tasks

@@ -8,8 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from udrl.generate.expand import ExpansionSummary, IntentExpander, expansion_policy
-from udrl.generate.intent_lines import HeldOutSubjects, LineProblem, find_problem, parse_lines
+from udrl.generate.expand import (
+    ExpansionSummary,
+    HeldOutSubjects,
+    IntentExpander,
+    LineProblem,
+    expansion_policy,
+    find_problem,
+    parse_lines,
+)
 from udrl.hashing import stable_id
 from udrl.intents import composer
 from udrl.intents.intent import INTENT_SCHEMA
@@ -112,14 +119,18 @@ def write(folder: Path, name: str, rows: list[tuple[str, str]]) -> None:
 SEEDS = [(f"{kind} for a {thing}", thing) for kind in ("poster", "card") for thing in ("lion", "barn", "piano", "castle")]
 
 
+def make_expander(folder: Path, heldout_subject: str) -> IntentExpander:
+    (folder / "config.json").write_text("{}")
+    config = Expand(target=3, shown=4, per_request=4)
+    policy = expansion_policy(Teacher(model=str(folder)), config)
+    write(folder, "train", SEEDS)
+    write(folder, "heldout", [("a quiet card with one white feather on soft grey paper", heldout_subject)])
+    return IntentExpander(policy, config, 0, IntentPaths(str(folder)))
+
+
 @pytest.fixture
 def expander(tmp_path: Path) -> IntentExpander:
-    (tmp_path / "config.json").write_text("{}")
-    config = Expand(target=3, shown=4, per_request=4)
-    policy = expansion_policy(Teacher(model=str(tmp_path)), config)
-    write(tmp_path, "train", SEEDS)
-    write(tmp_path, "heldout", [("a quiet card with one white feather on soft grey paper", "feather")])
-    return IntentExpander(policy, config, 0, IntentPaths(str(tmp_path)))
+    return make_expander(tmp_path, "feather")
 
 
 def accept(expander: IntentExpander, completion: str, error: str = "", finish: str = "stop") -> list[str]:
@@ -136,11 +147,14 @@ def test_only_new_intents_are_accepted(expander: IntentExpander) -> None:
     assert expander.reasons[LineProblem.DUPLICATE] == 2
 
 
-def test_lines_near_a_known_or_a_held_out_intent_are_dropped(expander: IntentExpander) -> None:
+def test_a_line_near_a_known_intent_is_dropped(expander: IntentExpander) -> None:
     assert accept(expander, " the night train to the sea with all its lamps lit and friends aboard") != []
     assert accept(expander, " night train to the sea with all its lamps lit and friends aboard") == []
     assert expander.reasons[LineProblem.NEAR_DUPLICATE] == 1
-    expander.heldout_subjects = HeldOutSubjects()  # so that only the similarity can reject the line
+
+
+def test_a_line_near_a_held_out_intent_is_dropped_whatever_its_subject(tmp_path: Path) -> None:
+    expander = make_expander(tmp_path, "")  # a source without subjects: only the similarity can reject the line
     assert accept(expander, " quiet card with one white feather on soft grey paper") == []
     assert expander.reasons[LineProblem.NEAR_HELD_OUT] == 1
 
@@ -167,7 +181,7 @@ def test_requests_show_known_intents_and_are_deterministic(expander: IntentExpan
     assert [first.shard_size(s) for s in range(first.shards)] == [256, 44]
     shown = [row["intent"].split("\n") for row in rows]
     assert all(len(set(texts)) == 4 and set(texts) <= {t for t, _ in SEEDS} for texts in shown)
-    expander.new_pool = ["a boat race on a lake"]
+    assert accept(expander, " a boat race on a lake") == ["a boat race on a lake"]
     later = [row["intent"] for row in expander.pass_requests(1, 20).rows(0)]
     assert all(text.count("a boat race on a lake") == 1 for text in later)
 

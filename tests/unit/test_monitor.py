@@ -13,7 +13,7 @@ from udrl import tokenizer
 from udrl.commands import ANY
 from udrl.recipe import Student, Train
 from udrl.run import ValidationIntent
-from udrl.train import flops, gpt2, monitor
+from udrl.train import gpt2, monitor
 
 TEXTS = ["a red fox in deep snow, soft light", "poster of an owl", "jazz night flyer, bold type"]
 INTENTS = [
@@ -133,12 +133,12 @@ def test_samples_form_a_markdown_table() -> None:
 def test_flops_per_token_equal_a_count_by_hand() -> None:
     config = GPT2Config(vocab_size=1000, n_embd=64, n_layer=2, n_head=2, n_positions=128)
     weights = 2 * 12 * 64**2 + 1000 * 64
-    assert flops.train_flops_per_token(config, 128) == 6 * weights + 12 * 2 * 64 * 128
-    half = flops.train_flops_per_token(config, 128, target_share=0.5)
-    assert flops.train_flops_per_token(config, 128) - half == 6 * 500 * 64
+    assert monitor.train_flops_per_token(config, 128) == 6 * weights + 12 * 2 * 64 * 128
+    half = monitor.train_flops_per_token(config, 128, target_share=0.5)
+    assert monitor.train_flops_per_token(config, 128) - half == 6 * 500 * 64
 
 
 def test_the_matmul_rate_is_plausible_and_leaves_the_random_state_alone() -> None:
     before = torch.get_rng_state()
-    assert 1e8 < flops.matmul_flops_per_second("cpu", torch.float32, seconds=0.02) < 1e14
+    assert 1e8 < monitor.matmul_flops_per_second("cpu", torch.float32, seconds=0.02) < 1e14
     assert torch.equal(before, torch.get_rng_state())

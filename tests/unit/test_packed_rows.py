@@ -10,8 +10,7 @@ import pytest
 from fakes.tiny_student import in_object_store
 
 from udrl import storage
-from udrl.train.packed_rows import PackedRows, fetch_files, local_files, write_rows
-from udrl.train.packing import Batch
+from udrl.train.packing import Batch, PackedRows, fetch_files, local_files, write_rows
 
 CONTEXT = 48
 

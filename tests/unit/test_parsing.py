@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from udrl.episodes import KEYS, Reason
 from udrl.hashing import stable_id
 from udrl.scoring.filtering import filter_row
-from udrl.scoring.language import foreign_script, scripts
-from udrl.scoring.parsing import clean, extract_strings, parse, parse_row, reject_reasons
+from udrl.scoring.parsing import clean, extract_strings, foreign_script, parse, parse_row, reject_reasons, scripts
 from udrl.tasks import LANGUAGES, Example, Format, Task
 
 TASK = Task(

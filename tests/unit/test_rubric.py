@@ -90,7 +90,7 @@ def test_each_candidate_is_one_request_and_a_reject_is_none(tmp_path: Path, judg
     write_filtered(str(tmp_path), 3, ["empty"])
     write_filtered(str(tmp_path), 7, [""])
     names = storage.list_files(str(tmp_path))
-    requests = rubric._make_requests(judge, str(tmp_path), names, rubric.JUDGED_COLUMNS)
+    requests = rubric.judgment_requests(judge, str(tmp_path), names, rubric.JUDGED_COLUMNS)
     rows = [list(requests.rows(s)) for s in range(requests.shards)]
     assert [len(r) for r in rows] == [requests.shard_size(s) for s in range(requests.shards)] == [2, 0, 1]
     assert requests.total == 3
@@ -105,14 +105,14 @@ def test_answers_become_one_file_per_shard_in_the_order_of_the_candidates(tmp_pa
     answers = [(["9"], logs(1.0)), (["5", "x"], logs(0.4, 0.6)), (["x"], logs(1.0))]
     blank = {f.name: BLANK.get(str(f.type), []) for f in COMPLETIONS} | {"request_fingerprint": judge.fingerprint}
     rows = [
-        blank | {"episode_id": rubric._judgment_id(judge.fingerprint, i), "top_tokens": tokens, "top_logprobs": probs}
+        blank | {"episode_id": rubric.judgment_id(judge.fingerprint, i), "top_tokens": tokens, "top_logprobs": probs}
         for i, (tokens, probs) in zip((0, 2, 3), answers, strict=True)
     ]
     table = pa.Table.from_pylist(rows[::-1], schema=COMPLETIONS)
     name = part_name(0, table)
     storage.write_table(storage.join(ledger, name), table)
     work = [(shard_file(0), [name]), (shard_file(1), [])]
-    collect = rubric._CollectAnswers(filtered, ledger, out, partial(relevance, top=9), "relevance", work)
+    collect = rubric.CollectAnswers(filtered, ledger, out, partial(relevance, top=9), "relevance", work)
     assert collect({"id": np.array([0, 1])})["rows"].tolist() == [3, 0]
     judgments = storage.read_table(storage.join(out, shard_file(0)))
     assert judgments.drop_columns("mass").to_pydict() == {"episode_id": [0, 2, 3], "relevance": [1.0, 0.5, 0.0]}

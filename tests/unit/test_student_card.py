@@ -8,7 +8,7 @@ from test_monitor import VOCABULARY
 from udrl import recipe
 from udrl.recipe import Recipe
 from udrl.run import GenerateSummary, TrainingSummary
-from udrl.train.model_card import render_model_card
+from udrl.train.export import render_model_card
 
 SUMMARY = TrainingSummary(
     parameters=6_400_000,

@@ -5,7 +5,7 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from udrl.tables import markdown_table, name_value_table, text_table
+from udrl.text import markdown_table, name_value_table, text_table
 
 CELL = st.text(st.characters(codec="ascii", exclude_categories=["Cc"]) | st.sampled_from("|\n狐"), max_size=8)
 LINE = st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), max_size=8)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes.tiny_student import in_object_store
 
 from udrl import recipe, storage
 from udrl.errors import UserError
@@ -59,14 +60,18 @@ def test_a_resumed_training_continues_its_curve(tmp_path: Path) -> None:
     assert texts == [[b"| a |"]]
 
 
-def test_a_flush_uploads_the_files_to_remote_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "is_local", lambda uri: False)
-    trackers = tracking.Trackers(a_recipe(tmp_path), str(tmp_path / "far"), "abc")
-    trackers.scalars(1, {"loss": 1.0})
-    assert not (tmp_path / "far").exists()
-    trackers.flush()
-    assert curve(tmp_path / "far" / "tensorboard" / "abc", "loss") == [(1, 1.0)]
-    trackers.close()
+def test_a_flush_uploads_the_files_to_remote_storage(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with in_object_store(tmp_path / "empty") as uri:
+        trackers = tracking.Trackers(a_recipe(tmp_path), uri, "abc")
+        trackers.scalars(1, {"loss": 1.0})
+        folder = storage.join(uri, "tensorboard", "abc")
+        assert not storage.exists(folder)
+        trackers.flush()
+        for name in storage.list_files(folder):
+            (tmp_path / name).write_bytes(storage.read_bytes(storage.join(folder, name)))
+        trackers.close()
+    assert curve(tmp_path, "loss") == [(1, 1.0)]
 
 
 def test_a_missing_package_or_address_is_an_error_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """The two tables that metrics are computed from: one row per output, and one row per pair that a pairwise judge compared.
 
 One rule holds everywhere: a rejected or empty output counts as relevance 0, and for a judge as a prompt for another intent, for
-every policy, so that refusing never pays. Trivial baselines (:mod:`udrl.evaluate.trivial_baselines`) are never rejected.
+every policy, so that refusing never pays. Trivial baselines (:mod:`udrl.evaluate.policy_outputs`) are never rejected.
 """
 
 from typing import Any

@@ -4,7 +4,7 @@ from udrl.policies.statistics import CompletionStatistics
 from udrl.progress import duration
 from udrl.recipe import Placement
 from udrl.run import GenerationPlan
-from udrl.tables import name_value_table
+from udrl.text import name_value_table
 
 
 def describe_cost(statistics: CompletionStatistics, placement: Placement, accepted: int, devices: int = 1) -> list[str]:

@@ -13,13 +13,13 @@ import yaml
 from udrl import storage
 from udrl.episodes import COMPONENTS, Reason
 from udrl.generate.histograms import BINS, CAPTIONS, CardStatistics, collect_statistics, draw_plots, median_of_bins
-from udrl.licenses import License, license_of, license_section
+from udrl.models import License, license_of, license_section
 from udrl.policies.policy import sampling_kwargs
 from udrl.recipe import Deduplicate, Recipe, Rewards
 from udrl.run import GenerateSummary, IntentPaths, Run
 from udrl.storage import without_credentials
-from udrl.tables import markdown_table
 from udrl.tasks import Task, load_tasks, shipped_tasks
+from udrl.text import markdown_table
 
 COLUMNS = {
     "episode_id": "63-bit hash of everything in which two requests of a run differ; unique",

@@ -23,9 +23,8 @@ from udrl.policies.statistics import CompletionStatistics
 from udrl.progress import duration
 from udrl.recipe import Recipe, Rewards, Teacher
 from udrl.run import Basis, Figure, GenerationPlan, Run
-from udrl.tables import name_value_table
 from udrl.tasks import Task
-from udrl.text import count_words
+from udrl.text import count_words, name_value_table
 
 log = logging.getLogger(__name__)
 

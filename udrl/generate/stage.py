@@ -14,7 +14,7 @@ from udrl.generate.dataset_card import write_card
 from udrl.generate.expand import expand_intents
 from udrl.hashing import fingerprint
 from udrl.intents import IntentSplit, split_intents
-from udrl.licenses import describe_license
+from udrl.models import describe_license
 from udrl.policies.ledger import load_attempts
 from udrl.policies.policy import Policy, Row, resource_bundles
 from udrl.policies.requests import Requests, count_intents, intent_requests
@@ -26,8 +26,8 @@ from udrl.recipe import Recipe, dump
 from udrl.run import Attempts, GenerateSummary, GenerationPlan, Manifest, Run
 from udrl.scoring.parsing import reject_reasons
 from udrl.scoring.score import ScoringResult, score
-from udrl.tables import name_value_table
 from udrl.tasks import Task, load_tasks
+from udrl.text import name_value_table
 
 log = logging.getLogger(__name__)
 

@@ -73,7 +73,9 @@ def filter_completions(
         done, rows = len(parts) - len(missing), 0
         progress = Progress(label, len(parts), "shards", start=done)
         files = [uri for folder in earlier for uri in storage.parquet_files(folder)] if deduplicate else []
-        steps = _filter_shards(ledger, paths.filtered, parts, set(missing), list(tasks), deduplicate, files)
+        deduplicator = start_deduplicator(ledger, parts, files, deduplicate) if deduplicate else None
+        near = deduplicate.near if deduplicate else None
+        steps = filter_shards(ledger, paths.filtered, parts, set(missing), list(tasks), deduplicator, near, files)
         for n in iterate_with_watchdog(steps, context.watchdog_minutes, label):
             if n is not None:
                 done, rows = done + 1, rows + n
@@ -116,24 +118,29 @@ def _identify_episodes(folder: str) -> str:
     return str((manifest.inputs if manifest else {}).get("sifted", folder))
 
 
-def _filter_shards(
+def filter_shards(
     ledger: str,
     out: str,
     parts: Mapping[int, list[str]],
     missing: set[int],
     tasks: list[Task],
-    deduplicate: Deduplicate | None,
+    deduplicator: Any,
+    near: float | None,
     earlier: list[str],
 ) -> Iterator[int | None]:
-    """Yield the number of rows of each shard when it is written, and None when earlier prompts were added to the filters."""
+    """Yield the number of rows of each shard when it is written, and None when earlier prompts were added to the filters.
+
+    The ``deduplicator`` is that of :func:`start_deduplicator`, and is ended; None keeps duplicates.
+
+    Raises:
+        UserError: the deduplicator died.
+    """
     import ray
 
     by_name = ray.put({t.name: t for t in tasks})
-    near = deduplicate.near if deduplicate else None
     parse = ray.remote(num_cpus=1, num_returns=2)(_parse_shard)
     read_keys = ray.remote(num_cpus=1)(_read_candidate_keys)
     write = ray.remote(num_cpus=0.1)(_write_shard)
-    deduplicator = _start_deduplicator(ledger, parts, earlier, deduplicate) if deduplicate else None
 
     def steps() -> Iterator[tuple[Any, bool]]:
         # The actor sees earlier rounds first, then the shards in order. Finished shards only add their prompts; those behind
@@ -142,7 +149,7 @@ def _filter_shards(
         files += [(storage.join(out, shard_file(shard)), shard) for shard in parts if shard <= max(missing)]
         for order, (uri, shard) in enumerate(files):
             if shard is not None and shard in missing:
-                table, keys = parse.remote(ledger, parts[shard], by_name, deduplicate is not None, near)
+                table, keys = parse.remote(ledger, parts[shard], by_name, deduplicator is not None, near)
                 verdicts = deduplicator.check_and_add.remote(order, keys) if deduplicator else None
                 yield write.remote(table, verdicts, uri), True
             elif deduplicator:
@@ -180,7 +187,7 @@ def _run_calls(calls: Iterator[tuple[Any, bool]], in_flight: int) -> Iterator[in
             yield result if running.pop(done[0]) else None
 
 
-def _start_deduplicator(ledger: str, parts: Mapping[int, list[str]], earlier: list[str], config: Deduplicate) -> Any:
+def start_deduplicator(ledger: str, parts: Mapping[int, list[str]], earlier: list[str], config: Deduplicate) -> Any:
     """Start the actor that holds the Bloom filters, sized for every prompt that the ledger can contain."""
     import ray
 

@@ -228,20 +228,20 @@ def judge_candidates(
     # Finished shards are included, because a shard's number in the ledger must not depend on which are finished.
     names, unjudged = _shard_names(filtered), unjudged_files(filtered, out)
     ledger = storage.join(out, f"ledger-{policy.fingerprint}")
-    complete(policy, _make_requests(policy, filtered, names, columns), ledger, policy.name, context=context)
+    complete(policy, judgment_requests(policy, filtered, names, columns), ledger, policy.name, context=context)
 
     import ray
 
     parts = list_parts(ledger)
     work = [(name, parts.get(names.index(name), [])) for name in unjudged]
-    collect = _CollectAnswers(filtered, ledger, out, read, column, work)
+    collect = CollectAnswers(filtered, ledger, out, read, column, work)
     dataset = ray.data.range(len(work), override_num_blocks=len(work)).map_batches(collect, batch_size=None, num_cpus=0.5)
     batches = dataset.iter_batches(batch_size=None)
     for _ in iterate_with_watchdog(batches, context.watchdog_minutes, f"{policy.name}: collect answers"):
         pass
 
 
-def _make_requests(policy: Policy, filtered: str, names: Sequence[str], columns: Mapping[str, str]) -> Requests:
+def judgment_requests(policy: Policy, filtered: str, names: Sequence[str], columns: Mapping[str, str]) -> Requests:
     """Return one request per candidate and one shard per file."""
     sizes = [len(_read_candidates(filtered, name, ["reason"])) for name in names]
     candidate_columns = ["reason", "episode_id", "intent_id", "intent", "task", *columns.values()]
@@ -250,12 +250,12 @@ def _make_requests(policy: Policy, filtered: str, names: Sequence[str], columns:
         for row in _read_candidates(filtered, names[shard], candidate_columns):
             keys = key_columns(policy, row["intent_id"], row["intent"], row["task"], 0)
             texts = {name: row[source] for name, source in columns.items()}
-            yield {**keys, **texts, "episode_id": _judgment_id(policy.fingerprint, row["episode_id"])}
+            yield {**keys, **texts, "episode_id": judgment_id(policy.fingerprint, row["episode_id"])}
 
     return Requests(sum(sizes), len(names), rows, lambda shard: sizes[shard])
 
 
-def _judgment_id(fingerprint: str, episode_id: int) -> int:
+def judgment_id(fingerprint: str, episode_id: int) -> int:
     return stable_id(fingerprint, "judge", episode_id)
 
 
@@ -265,7 +265,7 @@ def _read_candidates(filtered: str, name: str, columns: list[str]) -> list[Row]:
 
 
 @dataclass(frozen=True)
-class _CollectAnswers:
+class CollectAnswers:
     """Writes a shard's file of values from the judge's ledger."""
 
     filtered: str
@@ -283,7 +283,7 @@ class _CollectAnswers:
         by_id = {row["episode_id"]: row for row in answers}
         fingerprint = answers[0]["request_fingerprint"] if answers else ""
         ids = [row["episode_id"] for row in _read_candidates(self.filtered, name, ["reason", "episode_id"])]
-        rows = [by_id[_judgment_id(fingerprint, episode_id)] for episode_id in ids]
+        rows = [by_id[judgment_id(fingerprint, episode_id)] for episode_id in ids]
         judgments = [self.read(row["top_tokens"], row["top_logprobs"]) for row in rows]
         values, masses = (np.array([judgment[i] for judgment in judgments], dtype=np.float32) for i in (0, 1))
         table = pa.table({"episode_id": pa.array(ids, pa.int64()), self.column: values, "mass": masses})

@@ -23,7 +23,7 @@ from udrl.recipe import Recipe
 from udrl.run import EpisodeSource, PackedDataPaths, PackedDataSummary, ValidationIntent, ValidationIntents
 from udrl.train import hindsight
 from udrl.train.augment import rare_words
-from udrl.train.packed_rows import PackedRows, local_files
+from udrl.train.packing import PackedRows, local_files
 from udrl.train.packing_task import PackedCounts, PackingJob, pack_files
 from udrl.train.replay_buffer import BufferFile, list_buffer_files
 from udrl.watchdog import iterate_with_watchdog
@@ -37,7 +37,12 @@ PACK_TOGETHER = 5_000
 
 
 def prepare_packed_data(
-    recipe: Recipe, sources: Sequence[EpisodeSource], paths: PackedDataPaths, tasks: list[str], start: str | None = None
+    recipe: Recipe,
+    sources: Sequence[EpisodeSource],
+    paths: PackedDataPaths,
+    tasks: list[str],
+    start: str | None = None,
+    pack_together: int = PACK_TOGETHER,
 ) -> None:
     """Write tokenizer, ``commands.json``, packed rows, validation intents and, last, the summary.
 
@@ -50,6 +55,7 @@ def prepare_packed_data(
         paths: the folder to fill.
         tasks: names of the tasks to train on.
         start: folder of an exported student to continue from; its tokenizer is kept, the reward bins are fitted again.
+        pack_together: sequences that one task packs, about.
 
     Raises:
         UserError: there are no episodes, or none of a task; or the student at ``start`` has other commands than the recipe.
@@ -79,7 +85,7 @@ def prepare_packed_data(
     thresholds = hindsight.top_share_thresholds(counts, tasks, recipe.train.top_share) if is_top_only else {}
     swap_pool = rare_words(_read_intents(sample)) if recipe.train.swapped_copies else []
     job = PackingJob(recipe, paths, tokenizer, vocabulary, thresholds, swap_pool)
-    group_size = max(1, round(PACK_TOGETHER * len(files) / (n_episodes * (1 + recipe.train.swapped_copies))))
+    group_size = max(1, round(pack_together * len(files) / (n_episodes * (1 + recipe.train.swapped_copies))))
     totals = _pack_all(job, [files[i : i + group_size] for i in range(0, len(files), group_size)])
     context = recipe.student.context
     _require_rows(totals, context)

@@ -13,8 +13,7 @@ from udrl.recipe import Recipe
 from udrl.run import PackedDataPaths
 from udrl.train import hindsight
 from udrl.train.augment import shared_words, swap_words
-from udrl.train.packed_rows import SUFFIX, write_rows
-from udrl.train.packing import Examples, assign_to_rows, encode_examples, pack
+from udrl.train.packing import SUFFIX, Examples, assign_to_rows, encode_examples, pack, write_rows
 from udrl.train.replay_buffer import BufferFile, hash_ids, select_share, select_validation
 
 SAMPLE_INTENTS = 32  # validation intents of each task that are saved to sample from during training

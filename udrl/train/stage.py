@@ -18,7 +18,7 @@ from udrl.recipe import Recipe, Rewards, dump
 from udrl.run import EpisodeSource, GenerateSummary, RoundRecord, RoundsSummary, Run, StudentPaths, TrainingSummary
 from udrl.scoring.score import score
 from udrl.tasks import Task, load_tasks
-from udrl.train import diversity_guard
+from udrl.train import round_statistics
 from udrl.train.explore import Exploration, explore, plan_exploration
 from udrl.train.fit import Training, describe_training, first_training, fit, training_fingerprint
 from udrl.train.gpt2 import Shape
@@ -164,7 +164,9 @@ def _explore_and_score(recipe: Recipe, k: int, tasks: Sequence[Task], context: S
         reasons=scored.reasons,
         commands=command_statistics(paths.scoring.episodes, paths.scoring.rejects),
         achieved=reward_statistics(paths.scoring.episodes),
-        diversity=diversity_guard.measure_diversity(_episodes_folder(recipe, 0), paths.scoring.episodes, exploration.n_intents),
+        diversity=round_statistics.measure_diversity(
+            _episodes_folder(recipe, 0), paths.scoring.episodes, exploration.n_intents
+        ),
     )
     # Written before the training, so that a driver that is killed during it need not read the episodes again.
     record.save(paths.record)
@@ -182,9 +184,9 @@ def round_fingerprint(exploration: Exploration, rewards: Rewards, tasks: Sequenc
 
 def _decide_on_training(recipe: Recipe, earlier: Sequence[RoundRecord], record: RoundRecord) -> RoundRecord:
     """Add to a round's record whether it is trained on, and with which share of its episodes."""
-    refused = diversity_guard.reason_to_refuse(record.accepted, record.diversity, recipe.explore.min_diversity)
+    refused = round_statistics.reason_to_refuse(record.accepted, record.diversity, recipe.explore.min_diversity)
     n_earlier = sum(one.accepted for one in earlier)
-    keep = None if refused else diversity_guard.share_to_train_on(n_earlier, record.accepted, recipe.explore.replay)
+    keep = None if refused else round_statistics.share_to_train_on(n_earlier, record.accepted, recipe.explore.replay)
     return record.model_copy(update={"before": earlier[-1].achieved, "refused": refused, "keep": keep})
 
 

@@ -21,9 +21,9 @@ from udrl.commands import CommandVocabulary
 from udrl.policies.student import fetch_student
 from udrl.recipe import Recipe
 from udrl.run import PackedDataPaths, PackedDataSummary, TrainingSummary, ValidationIntent, ValidationIntents, WorkerMemory
-from udrl.train import checkpoint, deepspeed_engine, export, flops, gpt2, monitor
+from udrl.train import checkpoint, deepspeed_engine, export, gpt2, monitor
 from udrl.train.packed_data import load_packed_rows
-from udrl.train.packed_rows import PackedRows
+from udrl.train.packing import PackedRows
 from udrl.train.progress_actor import TrainingProgress
 from udrl.train.schedule import TrainingPlan, deepspeed_config, rows_of_step
 from udrl.train.tracking import Trackers
@@ -197,9 +197,9 @@ class _Worker:
         import torch
 
         dtype = next(self.engine.module.parameters()).dtype
-        rate = torch.tensor(flops.matmul_flops_per_second(self.engine.device, dtype), device=self.engine.device)
+        rate = torch.tensor(monitor.matmul_flops_per_second(self.engine.device, dtype), device=self.engine.device)
         target_share = float(self.rows.target_counts.mean()) / self.rows.context
-        flops_per_token = flops.train_flops_per_token(self.network.config, self.rows.context, target_share)
+        flops_per_token = monitor.train_flops_per_token(self.network.config, self.rows.context, target_share)
         return float(self._sum_over_workers(rate)) / flops_per_token
 
     @property

@@ -21,10 +21,10 @@ from udrl.evaluate.document import (
     Scope,
     TaskScope,
 )
-from udrl.evaluate.metrics import accuracy, claim, control, diversity, novelty
+from udrl.evaluate.metrics import claim, control, diversity, novelty
 from udrl.evaluate.metrics.control import average
+from udrl.evaluate.metrics.diversity import Embed
 from udrl.evaluate.metrics.intervals import Bootstrap, Sample
-from udrl.evaluate.metrics.text_diversity import Embed
 from udrl.evaluate.outputs import JUDGE, STUDENT, Columns, columns, select
 from udrl.tasks import Task
 
@@ -53,10 +53,10 @@ def compute(
     rows = columns(outputs)
     resampling = Bootstrap(bootstrap, seed)
     default = select(rows, rows["probe"] == "default")
-    sample: accuracy.Texts = {}
-    stream = None if training is None else accuracy.sample_teacher_prompts(training, sample, seed=seed)
+    sample: control.Texts = {}
+    stream = None if training is None else control.sample_teacher_prompts(training, sample, seed=seed)
     copied = novelty.copied_shares(default, stream)  # reads the stream to its end, which completes the sample
-    default = accuracy.add_accuracy_columns(default, tasks, sample, seed=seed)
+    default = control.add_accuracy_columns(default, tasks, sample, seed=seed)
     pairs = _pairs(pairwise, default)
     groups = diversity.IntentGroups.of(default["intent_id"], seed)
     writers = [policy for policy in sorted(set(default["policy"])) if not claim.is_trivial_baseline(policy)]
@@ -68,7 +68,7 @@ def compute(
         by_task[task] = TaskScope(
             policies=_score_policies(task_default, resampling),
             comparisons=_compare_with_student(task_default, select(pairs, pairs["task"] == task), judges, resampling),
-            accuracy=accuracy.accuracy_by_policy(task_default),
+            accuracy=control.accuracy_by_policy(task_default),
             diversity=diversity.with_ratios(diversities[-1]),
             length=control.length_control(_student(task_rows, "length")),
             reach=control.length_control(_student(task_rows, "reach")),
@@ -77,7 +77,7 @@ def compute(
     overall = Scope(
         policies=_score_policies(default, resampling),
         comparisons=_compare_with_student(default, pairs, judges, resampling),
-        accuracy=accuracy.accuracy_by_policy(default),
+        accuracy=control.accuracy_by_policy(default),
         diversity=diversity.average_over_tasks(diversities),
         length=control.length_control_over_tasks(_student(rows, "length"), [task.length for task in by_task.values()]),
         reach=control.length_control_over_tasks(_student(rows, "reach"), [task.reach for task in by_task.values()]),

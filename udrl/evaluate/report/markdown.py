@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from udrl.evaluate.report.blocks import Block, Bullets, Code, Details, Heading, Paragraph, Plot, Span, Table, Text, pieces
-from udrl.tables import markdown_table
+from udrl.text import markdown_table
 
 NOTHING = "Nothing was measured."
 

@@ -12,7 +12,7 @@ from udrl.evaluate.report.formatting import interval, number, parameters, percen
 from udrl.evaluate.report.sections import build_report
 from udrl.evaluate.report.selection import best_judge, order_policies, reference_policy, scopes, validated_judges
 from udrl.run import EvaluationPaths
-from udrl.tables import text_table
+from udrl.text import text_table
 
 WIDTH = 110  # columns of the short table
 VERDICTS = {True: "met", False: "MISSED", None: "-"}
