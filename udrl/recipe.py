@@ -16,6 +16,7 @@ from udrl.errors import UserError
 log = logging.getLogger(__name__)
 
 MODEL = "bundled:NAME, Hugging Face id, local folder or storage URI"
+JUDGE_MODELS = "bundled:wordllama for gated judges, else bundled:smollm2-135m-instruct"
 REVISION = "revision of a Hugging Face model; default: main"
 
 
@@ -261,17 +262,24 @@ class Baseline(Section):
 
 
 class Judge(Section):
-    """A model that scores outputs for the report; never the scorer that made the training reward."""
+    """Who scores outputs for the report, next to the scorer that made the training reward."""
 
-    kind: Literal["likelihood", "embedding", "rubric", "pairwise"] = Field(
-        description="mutual information of prompt and intent; cosine; a language model's score of 1-10; two prompts compared"
+    kind: Literal["gated", "coverage", "likelihood", "embedding", "rubric", "pairwise"] = Field(
+        description="cosine of static word embeddings, or share of the intent's words, each with gates against echoes; "
+        "mutual information of prompt and intent; cosine; a language model's score of 1-10; two prompts compared"
     )
     name: str | None = Field(None, pattern=r"^[a-z0-9][a-z0-9_-]*$", description="its name in the report; default: its kind")
-    model: str = Field("bundled:smollm2-135m-instruct", description=MODEL)
+    model: str = Field("", description=f"{MODEL}; default: {JUDGE_MODELS}")
     revision: str | None = Field(None, description=REVISION)
     style: Literal["completion", "chat"] = Field("chat", description="of rubric and pairwise judges")
     engine: Engine = Field(Engine(), description="of the judge")
     placement: Placement = Field(Placement(), description="of the judge")
+
+    @model_validator(mode="after")
+    def _choose_model(self) -> "Judge":
+        if not self.model:
+            self.model = "bundled:wordllama" if self.kind in ("gated", "coverage") else "bundled:smollm2-135m-instruct"
+        return self
 
     @property
     def display_name(self) -> str:
@@ -303,7 +311,9 @@ class Evaluate(Section):
         ["echo", "shuffled", "best_of"],
         description="policies that cost nothing: the intent; the teacher's prompts for other intents; the best of its samples",
     )
-    judges: list[Judge] = Field(default_factory=lambda: [Judge(kind="likelihood")], description="who scores the outputs")
+    judges: list[Judge] = Field(
+        default_factory=lambda: [Judge(kind="gated"), Judge(kind="coverage")], description="who scores the outputs"
+    )
     pairs: int = Field(50, ge=1, description="pairs per task and policy that a pairwise judge compares")
     bootstrap: int = Field(1000, ge=100, description="resamples of the confidence intervals")
     folder: str = Field(

@@ -1,11 +1,19 @@
 """Text: its number of words, the one definition of a prompt's length, and tables as Markdown or for a terminal."""
 
+import re
 from collections.abc import Sequence
+
+_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 
 
 def count_words(text: str) -> int:
     """Return the number of whitespace-separated words, the unit of every length in the project."""
     return len(text.split())
+
+
+def words(text: str) -> list[str]:
+    """Return case-folded words without punctuation, to compare texts; lengths are :func:`count_words`."""
+    return _WORD.findall(text.casefold())
 
 
 def markdown_table(

@@ -103,7 +103,7 @@ def test_a_job_submitted_to_a_cluster_finds_the_run_finished(
     assert " 0 made now" in said  # generation was reused, not paid for again
     assert "is there already" in said  # so was the student
     assert "evaluate: nothing left to generate or judge" in said  # and no policy and no judge was asked again
-    assert "judge likelihood: all scores exist already" in said
+    assert "judge gated: all scores exist already" in said
     assert "pairs/s" not in said
 
 

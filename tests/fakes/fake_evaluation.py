@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from udrl.evaluate.document import EvaluationDocument, Interval, JudgeProfile
+from udrl.evaluate.judges.controls import CONTROL_KINDS
 from udrl.evaluate.outputs import OUTPUTS
 from udrl.hashing import stable_id
 
@@ -108,9 +109,14 @@ def interval(value: float | None, half: float = 0.02) -> Interval:
     return Interval(value=None) if value is None else Interval(value=value, low=value - half, high=value + half)
 
 
+def areas(area: float, **others: float) -> dict[str, Any]:
+    """An AUC against every kind of control: ``area``, except for ``others``."""
+    return {kind: interval(others.get(kind, area), 0.03) for kind in CONTROL_KINDS}
+
+
 def judge(**values: Any) -> JudgeProfile:
-    """A validated judge with a ratio scale, except for ``values``."""
-    fit = {"kind": "likelihood", "model": "hub/judge-1b", "validated": True, "ratio_scale": True, "auc": {"shuffled": 0.9}}
+    """A validated, independent judge with a ratio scale, except for ``values``."""
+    fit = {"kind": "likelihood", "model": "hub/judge-1b", "validated": True, "ratio_scale": True, "gold": areas(0.9)}
     return JudgeProfile.model_validate({**fit, "unrelated_score": UNRELATED, **values})
 
 
@@ -170,7 +176,6 @@ def bare() -> EvaluationDocument:
         "policies": {"student": student},
         "comparisons": {},
         "diversity": {"words": 4, "n": 2, "policies": {"student": {}}},
-        "accuracy": {"classifier": {"teacher_holdout": None, "policies": {}}, "format": {"policies": {}}},
         "length": unknown,
         "reach": unknown,
     }
@@ -227,12 +232,12 @@ def _profile(name: str, kind: str) -> dict[str, Any]:
 
 
 def _judges(tasks: tuple[str, ...]) -> dict[str, JudgeProfile]:
-    good = {"shuffled": 0.93, "echo": 0.35, "stuffed": 0.71, "truncated": 0.64}
-    bad = {"shuffled": 0.66, "echo": 0.5, "stuffed": 0.52, "truncated": 0.51}
-    trusted = {"pairs": 150, "auc": good, "tasks": dict.fromkeys(tasks, good)}
-    doubted = {"pairs": 150, "auc": bad, "tasks": dict.fromkeys(tasks, bad), "validated": False, "ratio_scale": False}
+    good, bad = areas(0.93, echo=0.85), areas(0.66, echo=0.5)
+    pairs = {"pairs": 150, "gold_pairs": 480}
+    trusted = {**pairs, "gold": good, "auc": good, "tasks": dict.fromkeys(tasks, good)}
+    doubted = {**pairs, "gold": bad, "auc": bad, "tasks": dict.fromkeys(tasks, bad), "validated": False, "ratio_scale": False}
     no_zero = {"ratio_scale": False, "unrelated_score": None, "position_bias": 0.21, "parse_failures": 0.0}
-    rubric = {"model": "hub/teacher", "unit": "0..1", "is_teacher": True, "parse_failures": 0.02, "unrelated_score": 0.4}
+    rubric = {"model": "hub/teacher", "unit": "0..1", "relation": "teacher", "parse_failures": 0.02, "unrelated_score": 0.4}
     return {
         "likelihood": judge(**trusted, unit="nats"),
         "rubric": judge(**doubted, **rubric, kind="rubric"),
@@ -248,10 +253,14 @@ def _scope(policies: dict[str, str], shift: float) -> dict[str, Any]:
         judges = {"likelihood": interval(2 * quality, 0.05), "rubric": interval(quality, 0.03)}
         rejected = 0.0 if policies[name] == "trivial baseline" else 0.05
         scores[name] = {"n": 120, "rejected": rejected, "words": 13.2, "relevance": interval(quality), "judges": judges}
+        scores[name] |= {"coverage": interval(0.6), "clean": interval(0.8), "copied_8": interval(0.01, 0.005)}
+        scores[name]["accepted"] = {"coverage": interval(0.63), "clean": interval(0.84), "relevance": interval(quality)}
+        scores[name]["repetition"] = {"doubled_word": 0.05, "repeated_pair": 0.16, "repeated_trigram": 0.07}
         if name != "student":
             relevance = {"difference": interval(student - quality, 0.01), "ratio": interval(student / quality, 0.02)}
             comparisons[name] = {
                 "relevance": {**relevance, "ratio_accepted": interval(student / quality + 0.01)},
+                **{name: {"difference": interval(0.0), "ratio": interval(1.0)} for name in ("coverage", "clean", "copied_8")},
                 "judges": {
                     "likelihood": {"difference": interval(2 * (student - quality), 0.05), "ratio": interval(student / quality)},
                     "rubric": {"difference": relevance["difference"], "ratio": interval(None)},
@@ -262,10 +271,8 @@ def _scope(policies: dict[str, str], shift: float) -> dict[str, Any]:
             **{"distinct_1": 0.4, "distinct_2": 0.8 - 0.01 * len(figures), "compression": 2.1, "self_bleu": 0.3},
             **{"vendi": 41.5, "within_distance": 0.7, "within_vendi": 1.6},
         }
-    accuracy = {
-        "classifier": {"teacher_holdout": 0.97, "policies": dict.fromkeys(policies, 0.95)},
-        "format": {"policies": dict.fromkeys(policies, 0.93)},
-    }
+    shares = {"recognized": 0.95, "well_formed": 0.93, "recognized_accepted": 0.97, "well_formed_accepted": 1.0}
+    accuracy = dict.fromkeys(policies, shares)
     ratios = {
         name: {figure: interval(figures["student"][figure] / values[figure]) for figure in ("distinct_2", "vendi")}
         for name, values in figures.items()
@@ -278,9 +285,11 @@ def _scope(policies: dict[str, str], shift: float) -> dict[str, Any]:
 def _length(levels: bool, worse: float = 1.0) -> dict[str, Any]:
     def errors(mean: float) -> dict[str, Any]:
         shares = {"exact": 0.4 / worse, "within_1": 0.8 / worse, "within_2": 0.93 / worse, "within_10pct": 0.7 / worse}
-        return {"n": 60, "mean": mean, "mae": 0.8 * worse, "bias": -0.1 * worse, **shares}
+        accepted = {name: min(1.0, share / 0.95) for name, share in shares.items()}
+        words = {"mean": mean, "mae": 0.8 * worse, "bias": -0.1 * worse}
+        return {"n": 60, "rejected": 0.05, **words, **shares, "accepted": accepted}
 
-    control = {**errors(12.0), "spearman": 0.97 / worse, "rises": True}
+    control = {**errors(12.0), "within_2_interval": interval(0.93 / worse), "spearman": 0.97 / worse, "rises": True}
     if levels:
         commanded = (6, 9, 12, 15, 18) if worse == 1 else (3, 24, 32, 40)
         means = {words: words + (0.1 if worse == 1 else 0.12 * (14 - words)) for words in commanded}

@@ -8,8 +8,9 @@ import pytest
 
 from udrl import storage
 from udrl.evaluate.judges.answers import load_embedder
+from udrl.evaluate.judges.controls import Pair, make_controls, shuffle_intents
 from udrl.evaluate.judges.judging import JudgedOutputs, ask_judges, compare_pairs, score_pairs
-from udrl.evaluate.judges.validation import make_controls, shuffle_intents, validate
+from udrl.evaluate.judges.validation import areas_by_task, is_validated
 from udrl.evaluate.outputs import OUTPUTS, columns, select
 from udrl.recipe import Judge, Recipe
 from udrl.run import EvaluationPaths, JudgePaths, Run
@@ -17,7 +18,8 @@ from udrl.tasks import load_tasks
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
-TASKS = load_tasks(["text_to_image"])
+# Without gold: the pairs below validate.
+TASKS = [load_tasks(["text_to_image"])[0].model_copy(update={"name": "own_images"})]
 PAIRS = [
     ("a lighthouse in a storm", "Lighthouse on black rocks, huge waves, beam of light through rain, oil painting."),
     ("birthday card with a hedgehog", "Smiling hedgehog with a party hat and a cupcake, pastel balloons, soft watercolor."),
@@ -99,22 +101,17 @@ def test_the_mean_score_rises_as_better_prompts_are_mixed_in(judged: JudgedOutpu
 
 def test_every_judge_is_validated_on_true_pairs_and_controls(judged: JudgedOutputs) -> None:
     profiles = judged.judges
-    assert {name: profile.is_teacher for name, profile in profiles.items()} == {
-        "likelihood": True,
-        "embedding": False,
-        "rubric": True,
-        "pairwise": True,
-    }
+    relations = {"likelihood": "scorer", "embedding": "independent", "rubric": "scorer", "pairwise": "scorer"}
+    assert {name: profile.relation for name, profile in profiles.items()} == relations  # one model made the reward here
     for profile in profiles.values():
         assert profile.pairs == len(PAIRS)
-        assert set(profile.tasks) == {"text_to_image"}
-        assert all(area is not None and 0 <= area <= 1 for area in profile.auc.values())
+        assert set(profile.tasks) == {TASKS[0].name}
+        assert all(0 <= area.value <= 1 for area in profile.auc.values())
     for name in ("likelihood", "embedding"):
         profile = profiles[name]
-        assert profile.auc["shuffled"] > 0.95
-        assert profile.validated
-        assert profile.auc["echo"] < 0.5, "neither sees that an echo adds nothing"
-        assert profile.ratio_scale
+        assert profile.auc["shuffled"].low > 0.8
+        assert profile.auc["echo"].value < 0.5, "neither sees that an echo adds nothing"
+        assert (profile.validated, profile.ratio_scale) == (False, False)
         mean = scores_of(judged, "teacher", name).mean()
         assert 0 < profile.unrelated_score < mean / 2, "it is low, but nothing makes it 0"
     assert profiles["rubric"].parse_failures < 0.1
@@ -173,11 +170,12 @@ def test_a_killed_pass_asks_only_what_is_missing(judged: JudgedOutputs, recipe: 
 
 
 def test_cosines_of_a_language_model_s_mean_states_do_not_validate() -> None:
-    intents, prompts, tasks = [i for i, _ in PAIRS], [p for _, p in PAIRS], ["t"] * len(PAIRS)
-    controls = make_controls(intents, prompts, tasks, 0)
+    intents, prompts = [i for i, _ in PAIRS], [p for _, p in PAIRS]
+    controls = make_controls([Pair(intent, "t", prompt) for intent, prompt in PAIRS], 0)
     embedder = load_embedder("bundled:smollm2-135m-instruct", 32)
     true = embedder.relevance(intents, prompts).astype(float)
     scores = embedder.relevance(controls["intent"].to_pylist(), controls["prompt"].to_pylist()).astype(float)
     assert min(np.median(true), np.median(scores)) > 0.85, "all cosines are high"
-    validation = validate(true, scores, controls, tasks)
-    assert (validation.validated, validation.ratio_scale) == (False, False)
+    areas = areas_by_task(true, scores, controls, ["t"] * len(PAIRS))[None]
+    assert areas["shuffled"].value < 0.9
+    assert not is_validated(areas)

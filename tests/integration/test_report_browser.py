@@ -65,7 +65,7 @@ def shot(page: Path, *options: str) -> np.ndarray:
     from matplotlib.image import imread
 
     file = page.parent / "shot.png"
-    browse(page, f"--screenshot={file}", "--window-size=1200,1000", *options)
+    browse(page, f"--screenshot={file}", "--window-size=1200,2600", *options)
     return np.asarray(imread(io.BytesIO(file.read_bytes()))[..., :3])
 
 
@@ -74,7 +74,7 @@ def test_the_headline_stands_and_the_console_is_quiet(page: Path) -> None:
     assert errors == []
     told = html.unescape(re.sub(r"<[^>]+>", "", dom))
     assert "Is the claim met?" in told
-    assert "Results by task" in told
+    assert "Appendix" in told
     assert dom.count("<svg") == len(list(page.parent.glob("*.png")))
 
 
@@ -105,5 +105,6 @@ def test_the_page_is_light_or_dark_as_the_reader_likes_and_plots_stay_on_white(p
     light, dark = shot(page), shot(page, DARK)
     assert light[2, 2].min() > 0.9
     assert dark[2, 2].max() < 0.2
-    assert (dark.min(axis=-1) > 0.99).mean() > 0.1  # the card of the first plot
+    if "<svg" in page.read_text().split(">Appendix</h2>")[0]:  # plots of the appendix are folded
+        assert (dark.min(axis=-1) > 0.99).mean() > 0.1  # the cards of the plots
     assert len(np.unique(light.mean(axis=-1).round(2))) > 20

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 from fakes.fake_evaluation import row, table
 
-from udrl.evaluate.document import Accuracy, ClassifierAccuracy
+from udrl.evaluate.document import TaskAccuracy
 from udrl.evaluate.metrics import control
 from udrl.evaluate.outputs import columns
 from udrl.tasks import load_task
@@ -21,8 +21,12 @@ def prompt_of(task: str, noun: str) -> str:
     return f"a watercolor painting of {noun} in soft light" if task == IMAGE else f"stock photo {noun} white background"
 
 
-def shares(rows: list[dict[str, Any]], training: control.Texts | None = None) -> Accuracy:
+def shares(rows: list[dict[str, Any]], training: control.Texts | None = None) -> dict[str, TaskAccuracy]:
     return control.accuracy_by_policy(control.add_accuracy_columns(columns(table(*rows)), TASKS, training or {}))
+
+
+def recognized(accuracy: dict[str, TaskAccuracy]) -> dict[str, float | None]:
+    return {policy: shares.recognized for policy, shares in accuracy.items()}
 
 
 def outputs(policy: str, swap: bool = False) -> list[dict[str, Any]]:
@@ -31,24 +35,23 @@ def outputs(policy: str, swap: bool = False) -> list[dict[str, Any]]:
 
 
 def test_prompts_that_read_like_their_task_are_recognized_and_those_of_another_are_not() -> None:
-    classifier = shares([*outputs("teacher"), *outputs("student"), *outputs("llama", swap=True)]).classifier
-    assert classifier == ClassifierAccuracy(teacher_holdout=1, policies={"teacher": 1, "student": 1, "llama": 0})
+    accuracy = shares([*outputs("teacher"), *outputs("student"), *outputs("llama", swap=True)])
+    assert recognized(accuracy) == {"teacher": 1, "student": 1, "llama": 0}
 
 
 def test_the_classifier_is_trained_on_training_prompts_if_they_cover_the_tasks() -> None:
     training = {task: [prompt_of(task, f"thing {i}") for i in range(30)] for task in (IMAGE, SEARCH, "unused")}
-    classifier = shares([*outputs("student"), *outputs("llama", swap=True)], training).classifier
-    assert classifier.policies == {"student": 1, "llama": 0}
-    assert classifier.teacher_holdout is None  # not trained on outputs, of which the teacher has none here
-    one_task = shares(outputs("teacher"), {IMAGE: ["a"]}).classifier
-    assert one_task.teacher_holdout == 1  # training does not cover the other: the teacher's outputs are used
+    assert recognized(shares([*outputs("student"), *outputs("llama", swap=True)], training)) == {"student": 1, "llama": 0}
+    # Training does not cover the other task: the teacher's outputs are used.
+    assert recognized(shares(outputs("teacher"), {IMAGE: ["a"]})) == {"teacher": 1}
 
 
 def test_a_rejected_output_is_neither_recognized_nor_well_formed() -> None:
     rows = [*outputs("teacher"), row(IMAGE, 0, prompt=prompt_of(IMAGE, "owl")), row(IMAGE, 1, prompt="", reason="echo")]
     measured = shares(rows)
-    assert measured.classifier.policies["student"] == 0.5
-    assert measured.format.policies["student"] == 0.5
+    student = measured["student"]
+    assert (student.recognized, student.well_formed) == (0.5, 0.5)
+    assert (student.recognized_accepted, student.well_formed_accepted) == (1, 1)
 
 
 def test_no_prompt_is_judged_by_a_classifier_that_saw_one_for_its_intent() -> None:
@@ -57,10 +60,9 @@ def test_no_prompt_is_judged_by_a_classifier_that_saw_one_for_its_intent() -> No
         return [row(t, i, policy, prompt=f"{t}{i}a {t}{i}b {t}{i}c {t}{i}d") for t in (IMAGE, SEARCH) for i in range(50)]
 
     elsewhere = [{**r, "intent_id": s["intent_id"], "policy": "shuffled"} for r, s in zip(rows(""), rows("")[1:], strict=False)]
-    classifier = shares([*rows("teacher"), *rows("student"), *elsewhere]).classifier
-    assert classifier.teacher_holdout < 0.7
-    assert classifier.policies["student"] == classifier.teacher_holdout
-    assert classifier.policies["shuffled"] < 0.7
+    by_policy = recognized(shares([*rows("teacher"), *rows("student"), *elsewhere]))
+    assert by_policy["student"] == by_policy["teacher"] < 0.7
+    assert by_policy["shuffled"] < 0.7
 
 
 @pytest.mark.parametrize(
@@ -69,14 +71,13 @@ def test_no_prompt_is_judged_by_a_classifier_that_saw_one_for_its_intent() -> No
     ids=["one task", "no teacher", "one row"],
 )
 def test_without_two_tasks_of_the_teacher_recognition_is_unknown(rows: list[dict[str, Any]]) -> None:
-    classifier = shares(rows).classifier
-    assert {classifier.teacher_holdout, *classifier.policies.values()} == {None}
+    assert set(recognized(shares(rows)).values()) == {None}
 
 
 def test_well_formed_prompts_keep_the_task_s_rules() -> None:
     rows = [row(IMAGE, 0, prompt="a soft golden owl at night"), row(IMAGE, 1, prompt="owl"), row("unknown", 2, prompt="owl")]
-    assert shares(rows[:2]).format.policies["student"] == 0.5
-    assert shares(rows[2:]).format.policies["student"] is None
+    assert shares(rows[:2])["student"].well_formed == 0.5
+    assert shares(rows[2:])["student"].well_formed is None
 
 
 def stream(n: int, parts: int) -> list[pa.Table]:

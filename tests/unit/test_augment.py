@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from udrl.scoring.rewards import words
+from udrl.text import words
 from udrl.train.augment import rare_words, shared_words, swap_words
 
 INTENTS = [f"poster of a {w}" for w in ["owl", "fox", "lynx", "otter", "heron", "newt"]] * 5 + ["poster of a dog"] * 40

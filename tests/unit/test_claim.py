@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
-from fakes.fake_evaluation import TASKS, document, interval, judge, outputs
+from fakes.fake_evaluation import TASKS, areas, document, interval, judge, outputs, row, table
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,15 +15,24 @@ from udrl.evaluate.document import (
     DiversityRatios,
     Interval,
     JudgeComparison,
+    JudgeProfile,
     RelevanceComparison,
     Scope,
     Target,
 )
 from udrl.evaluate.metrics import claim
 from udrl.evaluate.metrics import compute as metrics
+from udrl.evaluate.metrics.control import reward_control
+from udrl.evaluate.metrics.intervals import Bootstrap
+from udrl.evaluate.outputs import columns
 
 RUBRIC = judge(kind="rubric")
-FIT = {"rubric": RUBRIC}
+FIT = {"rubric": RUBRIC, "gated": judge(kind="gated", gold=areas(0.85))}
+INTENTS = 40
+
+
+def decide(overall: Scope, judges: dict[str, JudgeProfile], intents: int = INTENTS) -> Claim:
+    return claim.decide_claim(overall, judges, intents)
 
 
 def scope(
@@ -31,11 +42,12 @@ def scope(
     rivals: tuple[str, ...] = ("llama3-8b",),
     fewest: int = 20,
 ) -> Scope:
-    """All tasks together: the same ratios to each of ``rivals``; by the rubric judge only if it has one."""
+    """All tasks together: the same ratios to each of ``rivals``; by both judges, the same, only if ``rubric`` is given."""
     whole = document(TASKS, dict.fromkeys(("student", *rivals), "baseline")).overall
     for comparison in whole.comparisons.values():
         comparison.relevance = RelevanceComparison(difference=relevance, ratio=relevance, ratio_accepted=relevance)
-        comparison.judges = {"rubric": JudgeComparison(difference=rubric, ratio=rubric)} if rubric else {}
+        judged = JudgeComparison(difference=rubric, ratio=rubric) if rubric else None
+        comparison.judges = {"rubric": judged, "gated": judged.model_copy()} if judged else {}
     ratio = diversity or interval(1)
     whole.diversity.ratios = {name: DiversityRatios(distinct_2=ratio, vendi=ratio) for name in rivals}
     whole.diversity.fewest = fewest
@@ -58,7 +70,7 @@ def verdicts(decided: Claim) -> list[bool | None]:
     ],
 )
 def test_the_whole_interval_decides(ratio: Interval, verdict: bool | None) -> None:
-    assert verdicts(claim.decide_claim(scope(interval(1), ratio, ratio), FIT)) == [verdict] * 3
+    assert verdicts(decide(scope(interval(1), ratio, ratio), FIT)) == [verdict] * 4
 
 
 @given(st.lists(st.sampled_from([0.8, 0.94, 0.99]), min_size=1, max_size=3))
@@ -67,12 +79,13 @@ def test_the_claim_is_met_by_all_parts_and_missed_by_one(ratios: list[float]) ->
     overall = scope(interval(1, 0), interval(1, 0), rivals=names)
     for name, ratio in zip(names, ratios, strict=True):
         overall.comparisons[name].judges["rubric"].ratio = interval(ratio, 0)
-    assert claim.decide_claim(overall, FIT).met is (min(ratios) >= claim.BOUND)
+        overall.comparisons[name].judges["gated"].ratio = interval(1, 0)
+    assert decide(overall, FIT).met is (min(ratios) >= claim.BOUND)
 
 
 def test_diversity_counts_by_its_interval() -> None:
-    decided = claim.decide_claim(scope(interval(1), interval(1), interval(0.9)), FIT)
-    assert verdicts(decided) == [True, False, False]
+    decided = decide(scope(interval(1), interval(1), interval(0.9)), FIT)
+    assert verdicts(decided) == [True, True, False, False]
     assert decided.met is False
     assert "diversity (Vendi) against llama3-8b is 90.0% (88.0% to 92.0%)" in decided.text
     assert "relevance (" not in decided.text  # only the parts that missed
@@ -80,72 +93,129 @@ def test_diversity_counts_by_its_interval() -> None:
 
 @pytest.mark.parametrize("ratio", [0.5, 0.95, 2.0])
 def test_diversity_of_few_prompts_decides_nothing(ratio: float) -> None:
-    decided = claim.decide_claim(scope(interval(1), interval(1), interval(ratio, 0), fewest=19), FIT)
-    assert (verdicts(decided), decided.met) == ([True, None, None], None)
+    decided = decide(scope(interval(1), interval(1), interval(ratio, 0), fewest=19), FIT)
+    assert (verdicts(decided), decided.met) == ([True, True, None, None], None)
     assert "diversity (Vendi, of 19 prompts only) against llama3-8b is " in decided.text
 
 
 def test_a_policy_without_diversity_figures_leaves_the_claim_open() -> None:
     overall = scope(interval(1), interval(1), fewest=0)
     overall.diversity.ratios = {}
-    decided = claim.decide_claim(overall, FIT)
-    assert verdicts(decided) == [True, None, None]
+    decided = decide(overall, FIT)
+    assert verdicts(decided) == [True, True, None, None]
     assert "diversity (distinct-2) against llama3-8b was not measured" in decided.text
 
 
-def test_an_independent_judge_decides_before_the_training_s_scorer() -> None:
-    decided = claim.decide_claim(scope(interval(1.0), interval(0.8)), FIT)
+def test_the_judges_with_the_best_worst_control_decide() -> None:
+    blind = judge(gold=areas(0.99, echo=0.2))  # the best on most controls; an echo wins it
+    assert claim.deciding_judges({"blind": blind, **FIT}) == ["rubric", "gated", "blind"]
+    decided = decide(scope(interval(1.0), interval(0.8)), FIT)
     name = "relevance (judge rubric) against llama3-8b"
     assert decided.parts[0] == ClaimPart(name=name, interval=interval(0.8), met=False)
 
 
+def test_two_judges_must_agree_that_the_claim_is_met_and_one_can_convict() -> None:
+    overall = scope(interval(1), interval(1))
+    assert decide(overall, FIT).met is True
+    alone = decide(overall, {"rubric": RUBRIC})
+    assert (alone.met, verdicts(alone)) == (None, [True, None, True, True])
+    assert "1 judge is validated and independent; two must agree" in alone.text
+    overall.comparisons["llama3-8b"].judges["gated"].ratio = interval(0.8)
+    assert decide(overall, FIT).met is False
+    overall.comparisons["llama3-8b"].judges["gated"].ratio = interval(0.95, 0.1)
+    assert decide(overall, FIT).met is None
+
+
 @pytest.mark.parametrize(("ratio", "verdict"), [(1.0, None), (0.94, None), (0.8, False)])
 def test_the_scorer_of_the_training_can_miss_the_claim_but_never_meet_it(ratio: float, verdict: bool | None) -> None:
-    for judges, by_rubric in ((FIT, None), ({}, interval(1))):  # a fit judge that did not score this policy, or none
-        decided = claim.decide_claim(scope(interval(ratio), by_rubric), judges)
-        assert decided.parts[0].name.startswith("relevance (the scorer that made the training reward, because ")
-        assert (decided.parts[0].met, decided.met) == (verdict, verdict)
-        assert "relevance (the scorer that made the training reward, because " in decided.text
-        assert ("can be missed, but not met" in decided.text) is (verdict is None)
-        assert "embedder" not in decided.text
+    decided = decide(scope(interval(ratio)), {})
+    assert decided.parts[0].name == "relevance (the scorer that made the training reward) against llama3-8b"
+    assert (decided.parts[0].met, decided.met) == (verdict, verdict)
+    acquitted = decide(scope(interval(ratio), interval(1)), FIT)  # both judges say met
+    assert acquitted.met is (verdict is None)
 
 
-@pytest.mark.parametrize("flaw", [{"validated": False}, {"ratio_scale": False}, {"is_teacher": True}])
-def test_a_judge_that_is_not_fit_does_not_decide(flaw: dict[str, bool]) -> None:
-    assert claim.judge_of_claim(FIT) == "rubric"
-    assert claim.judge_of_claim({"rubric": judge(kind="rubric", **flaw)}) is None
-    sharper = {"kind": "rubric", "auc": {"shuffled": 0.95}}
-    assert claim.judge_of_claim({"rubric": RUBRIC, "sharper": judge(**sharper)}) == "sharper"
-    assert claim.judge_of_claim({"rubric": RUBRIC, "sharper": judge(**sharper, **flaw)}) == "rubric"
+@pytest.mark.parametrize(
+    "flaw",
+    [{"validated": False}, {"ratio_scale": False}]
+    + [{"relation": relation} for relation in ("scorer", "teacher", "teacher's family", "baseline")],
+)
+def test_a_judge_that_is_not_fit_does_not_decide(flaw: dict[str, Any]) -> None:
+    sharper = {"kind": "rubric", "gold": areas(0.99)}
+    assert claim.deciding_judges({"sharper": judge(**sharper), **FIT})[0] == "sharper"
+    assert claim.deciding_judges({"sharper": judge(**sharper, **flaw), **FIT}) == ["rubric", "gated"]
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.5])
+def test_too_few_intents_decide_nothing_and_say_so(ratio: float) -> None:
+    decided = decide(scope(interval(ratio), interval(ratio)), FIT, intents=19)
+    assert decided.parts[0].met is decided.parts[1].met is None
+    assert decided.met is None
+    assert "Too few intents for a verdict: 19, at least 20 are needed." in decided.text
 
 
 def test_the_claim_is_about_the_baselines_and_the_teacher() -> None:
     assert claim.rivals(["echo", "best-of-4", "llama3-8b", "shuffled", "student", "teacher"]) == ["llama3-8b", "teacher"]
     assert claim.rivals(["echo", "best-of-4", "student", "teacher"]) == ["teacher"]
-    without_rival = claim.decide_claim(scope(interval(1), rivals=("echo",)), FIT)
+    without_rival = decide(scope(interval(1), rivals=("echo",)), FIT)
     assert (without_rival.met, without_rival.parts) == (None, [])
     three = scope(interval(1), interval(1), rivals=("llama3-8b", "qwen3-8b", "teacher"))
-    decided = claim.decide_claim(three, FIT)
-    assert (decided.met, len(decided.parts)) == (True, 9)
+    decided = decide(three, FIT)
+    assert (decided.met, len(decided.parts)) == (True, 12)
     assert "within 6% of llama3-8b, qwen3-8b and the teacher in" in decided.text
     three.comparisons["teacher"].judges["rubric"].ratio = interval(0.8)
-    assert claim.decide_claim(three, FIT).met is False
-    teacher_only = claim.decide_claim(scope(interval(1), interval(1), rivals=("teacher",)), FIT)
+    assert decide(three, FIT).met is False
+    teacher_only = decide(scope(interval(1), interval(1), rivals=("teacher",)), FIT)
     assert "within 6% of the teacher (no baseline wrote) in" in teacher_only.text
 
 
-def targets(policies: tuple[str, ...], **changes: Any) -> list[Target]:
-    table = outputs(policies={name: name for name in policies})
-    rows = [{**r, **changes} if r["policy"] == "student" and r["task"] == "image_search" else r for r in table.to_pylist()]
-    nothing: dict[str, Any] = {"tasks": [], "judges": {}, "pairwise": None, "training": None, "embed": None}
-    return metrics.compute(type(table).from_pylist(rows, schema=table.schema), **nothing, bootstrap=100).targets
+def targets(policies: tuple[str, ...], intents: int = 80, **changes: Any) -> list[Target]:
+    made_up = outputs(policies={name: name for name in policies}, intents=intents)
+    rows = [{**r, **changes} if r["policy"] == "student" and r["task"] == "image_search" else r for r in made_up.to_pylist()]
+    nothing: dict[str, Any] = {
+        "tasks": [],
+        "judges": {},
+        "pairwise": None,
+        "training": None,
+        "embed": None,
+        "subject_words": {},
+    }
+    return metrics.compute(pa.Table.from_pylist(rows, schema=made_up.schema), **nothing, bootstrap=200).targets
 
 
-def test_targets_are_met_missed_or_not_measured() -> None:
-    assert [t.met for t in targets(("teacher", "student"))] == [True] * 6
+def verdict_of(some: list[Target], words: str) -> bool | None:
+    (target,) = [target for target in some if words in target.name]
+    return target.met
+
+
+def test_targets_are_met_missed_or_open_by_their_intervals() -> None:
+    good = targets(("teacher", "student"))
+    for words in ("over all tasks", "within two words", "achieved words rises", "relevance rises"):
+        assert verdict_of(good, words) is True, words
+    assert verdict_of(good, "from training") is None  # training is unknown
     without_teacher = targets(("student",))
-    assert [t.met for t in without_teacher] == [None, None, None, True, True, True]
-    assert [t.measured for t in without_teacher][:3] == ["-"] * 3
+    assert [t.measured for t in without_teacher if "teacher" in t.name] == ["-"] * 5
+    assert verdict_of(without_teacher, "within two words") is True
     bad = targets(("teacher", "student"), relevance=0.1, n_words=40)
-    assert [t.met for t in bad] == [False, False, False, False, False, False]
-    assert bad[2].measured == "2 of 3 tasks; missed by image_search"
+    (every,) = [target for target in bad if "relevance is at least" in target.name and "every task" in target.name]
+    assert every.met is False
+    assert "missed by image_search" in every.measured
+    assert verdict_of(bad, "within two words") is False
+
+
+def test_no_target_is_met_or_missed_with_too_few_intents() -> None:
+    assert {target.met for target in targets(("teacher", "student"), intents=19)} == {None}
+
+
+def test_a_student_without_control_does_not_meet_a_rising_curve() -> None:
+    """By point estimates it would rise on one task in half of the runs."""
+    rng = np.random.default_rng(0)
+    met = 0
+    for seed in range(40):
+        rows = [
+            row(intent=i, probe="reward", command_reward=level, relevance=float(rng.normal(0.5, 0.1)))
+            for i in range(20)
+            for level in (0, 4)
+        ]
+        met += reward_control(columns(table(*rows)), Bootstrap(200, seed)).rises is True
+    assert met <= 4  # about one in forty

@@ -12,23 +12,34 @@ from udrl.evaluate.outputs import columns
 
 
 def lengths(achieved: dict[int, list[int]], probe: str = "length") -> list[dict[str, Any]]:
-    return [row(probe=probe, command_words=c, n_words=n) for c, all_n in achieved.items() for n in all_n]
+    return [
+        row(probe=probe, intent=i, command_words=c, n_words=n) for c, all_n in achieved.items() for i, n in enumerate(all_n)
+    ]
 
 
 def measure(rows: list[dict[str, Any]]) -> LengthControl:
-    return control.length_control(columns(table(*rows)))
+    return control.length_control(columns(table(*rows)), Bootstrap(100))
 
 
 def test_length_control_against_hand_counts() -> None:
     rows = lengths({6: [6, 7, 9], 12: [12, 12, 10]})
-    rows.append(row(probe="length", command_words=12, n_words=0, prompt="", reason="empty"))  # a refusal is a miss
+    # A refusal is a miss, however many words it had.
+    rows.append(row(probe="length", intent=3, command_words=12, n_words=12, prompt="", reason="repetitive"))
     measured = measure(rows)
     six, twelve = measured.levels or ()
     assert (six.words, six.n, six.mean, six.mae) == (6, 3, pytest.approx(22 / 3), pytest.approx(4 / 3))
     assert [six.exact, six.within_1, six.within_2] == pytest.approx([1 / 3, 2 / 3, 2 / 3])
     assert [twelve.exact, twelve.within_1, twelve.within_2] == pytest.approx([2 / 4, 2 / 4, 3 / 4])
-    assert measured.within_2 == pytest.approx(5 / 7)
+    assert (twelve.n, twelve.rejected, twelve.mean, twelve.mae) == (4, 0.25, pytest.approx(34 / 3), pytest.approx(2 / 3))
+    assert twelve.accepted is not None
+    assert [twelve.accepted.exact, twelve.accepted.within_2] == pytest.approx([2 / 3, 1])
+    assert [measured.within_2, measured.within_2_interval.value] == pytest.approx([5 / 7, 5 / 7])
     assert measured.rises is True
+
+
+def test_an_output_that_is_always_rejected_has_no_length() -> None:
+    measured = measure([row(probe="length", command_words=6, n_words=6, prompt="", reason="echo")])
+    assert (measured.within_2, measured.exact, measured.mean, measured.rejected) == (0, 0, None, 1)
 
 
 def test_bias_has_the_sign_of_the_error() -> None:
@@ -46,10 +57,17 @@ def test_within_ten_per_cent_is_of_the_commanded_words() -> None:
 def test_over_tasks_the_length_rises_only_if_it_does_on_every_task() -> None:
     up, down = measure(lengths({6: [6], 12: [12]})), measure(lengths({6: [9], 12: [8]}))
     rows = columns(table(*lengths({6: [6, 9], 12: [12, 8]})))
-    assert control.length_control_over_tasks(rows, [up, up]).rises is True
-    assert control.length_control_over_tasks(rows, [up, down]).rises is False
-    assert control.length_control_over_tasks(rows, []).rises is None
-    assert control.length_control_over_tasks(rows, [up]).levels is None
+    assert control.length_control_over_tasks(rows, [up, up], Bootstrap(100)).rises is True
+    assert control.length_control_over_tasks(rows, [up, down], Bootstrap(100)).rises is False
+    assert control.length_control_over_tasks(rows, [], Bootstrap(100)).rises is None
+    assert control.length_control_over_tasks(rows, [up], Bootstrap(100)).levels is None
+
+
+def test_a_rise_that_half_of_the_intents_contradict_is_open() -> None:
+    rows = [
+        row(intent=i, probe="length", command_words=c, n_words=10 + (c if i % 2 else -c)) for i in range(20) for c in (1, 2)
+    ]
+    assert measure(rows).rises is None
 
 
 def rewards(*means: float, **by_judge: list[float]) -> RewardControl:
@@ -88,9 +106,9 @@ def test_a_judge_sees_a_reward_curve_of_its_own() -> None:
 
 
 def test_a_top_bin_that_refuses_does_not_rise() -> None:
-    rows = [row(intent=i, probe="reward", command_reward=0, relevance=0.4, judge_x=0.4) for i in range(4)]
-    rows += [row(intent=i, probe="reward", command_reward=1, prompt="", reason="echo") for i in range(3)]
-    rows += [row(intent=3, probe="reward", command_reward=1, relevance=0.9, judge_x=0.9)]
+    rows = [row(intent=i, probe="reward", command_reward=0, relevance=0.4, judge_x=0.4) for i in range(40)]
+    rows += [row(intent=i, probe="reward", command_reward=1, prompt="", reason="echo") for i in range(30)]
+    rows += [row(intent=i, probe="reward", command_reward=1, relevance=0.9, judge_x=0.9) for i in range(30, 40)]
     measured = control.reward_control(columns(table(*rows, judges=("x",))), Bootstrap(100))
     assert measured.levels[1].relevance.value == pytest.approx(0.9)
     assert measured.levels[1].judges["x"].value == pytest.approx(0.9)  # of accepted prompts, as relevance is

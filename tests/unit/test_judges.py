@@ -1,6 +1,8 @@
 """Judges: mutual information, comparisons in both orders, validation against controls, and questions that are asked once."""
 
 import math
+import re
+import shutil
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
@@ -12,31 +14,43 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from udrl import storage
+from udrl import models, storage
 from udrl.episodes import COMPONENTS
 from udrl.errors import UserError
-from udrl.evaluate.document import JudgeProfile
+from udrl.evaluate.document import UNKNOWN
 from udrl.evaluate.judges import pairwise
 from udrl.evaluate.judges.answers import QUESTIONS, SCORES, add_questions, judge_paths, question
-from udrl.evaluate.judges.judging import JudgedOutputs, ask_judges, compare_pairs, score_pairs
-from udrl.evaluate.judges.likelihood import WITH_PROMPT, WITHOUT_PROMPT, LikelihoodJudge
-from udrl.evaluate.judges.validation import (
+from udrl.evaluate.judges.controls import (
     CONTROL_KINDS,
-    auc,
+    HELD_OUT_KINDS,
+    Pair,
+    gold_pairs,
     make_controls,
     sample_per_task,
     shuffle_intents,
     stuff_keywords,
     truncate,
-    validate,
-    validate_pairwise,
+)
+from udrl.evaluate.judges.gated import GatedJudge, coverage_relevance, embedding_relevance
+from udrl.evaluate.judges.judging import JudgedOutputs, ask_judges, compare_pairs, relate, score_pairs
+from udrl.evaluate.judges.likelihood import WITH_PROMPT, WITHOUT_PROMPT, LikelihoodJudge
+from udrl.evaluate.judges.validation import (
+    FORESEEN_KINDS,
+    MIN_AUC,
+    Areas,
+    areas_by_task,
+    auc,
+    is_validated,
+    preferences_by_task,
+    weakest,
 )
 from udrl.evaluate.outputs import OUTPUTS, PAIRWISE
 from udrl.recipe import Judge, Recipe
 from udrl.run import EvaluationPaths, JudgePaths
-from udrl.tasks import load_task
+from udrl.scoring.parsing import parse_row
+from udrl.tasks import load_task, shipped_tasks
 
-TASK = load_task("image_search")
+TASK = load_task("image_search").model_copy(update={"name": "own_search"})  # without gold: the pairs below validate
 WORDS = "soft vivid poster cheerful dinosaur party balloons retro golden watercolor minimal logo floral vintage rocket leaves"
 
 # --- likelihood ---
@@ -107,10 +121,29 @@ def test_an_empty_text_has_no_likelihood_score_and_a_long_one_is_truncated(likel
 
 
 def test_auc_of_small_examples() -> None:
-    assert auc(np.array([3.0, 4.0]), np.array([1.0, 2.0])) == 1
-    assert auc(np.array([1.0, 2.0]), np.array([1.0, 2.0])) == 0.5
-    assert auc(np.array([2.0, 0.0]), np.array([1.0])) == 0.5
-    assert math.isnan(auc(np.array([]), np.array([1.0])))
+    assert auc(np.array([3.0, 4.0]), np.array([1.0, 2.0])).value == 1
+    assert auc(np.array([1.0, 2.0]), np.array([1.0, 2.0])).value == 0.5
+    assert auc(np.array([2.0, 0.0]), np.array([1.0])).value == 0.5
+    assert auc(np.array([]), np.array([1.0])) == UNKNOWN
+
+
+@pytest.mark.parametrize("separation", [0.0, 1.0, 2.5])
+def test_the_interval_of_an_auc_holds_the_true_one_in_about_95_of_100_samples(separation: float) -> None:
+    from scipy.stats import norm
+
+    rng, truth = np.random.default_rng(0), float(norm.cdf(separation / np.sqrt(2)))
+    intervals = [auc(rng.normal(separation, 1, 60), rng.normal(0, 1, 60)) for _ in range(400)]
+    held = np.mean([interval.low <= truth <= interval.high for interval in intervals])
+    assert 0.92 <= held <= 0.995
+    widths = [interval.high - interval.low for interval in intervals]
+    assert max(widths) < 0.3
+
+
+def test_an_interval_has_a_width_even_if_no_pair_is_wrong() -> None:
+    few, many = auc(np.ones(20), np.zeros(20)), auc(np.ones(500), np.zeros(500))
+    assert few.high == many.high == 1
+    assert few.low == pytest.approx(0.84, abs=0.01)
+    assert many.low > 0.99
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcde"), st.sampled_from(["t", "u"])), max_size=20), st.integers(0, 5))
@@ -123,26 +156,50 @@ def test_a_shuffled_pair_is_never_a_true_pair(pairs: list[tuple[str, str]], seed
 
 
 def test_controls_are_worse_by_construction() -> None:
-    intents = ["a poster of the red fox", "an owl", "an owl", "one alone"]
-    prompts = ["one two three four five six seven", "grey owl", "brown owl at dusk", "w"]
-    controls = make_controls(intents, prompts, ["t", "t", "t", "u"], seed=0)
+    texts = ["one two, three four five six seven eight", "a grey owl", "a brown owl at dusk", "w x"]
+    intents = ["a poster of the red fox", "an owl", "an owl", "only one"]
+    pairs = [Pair(*values) for values in zip(intents, ["t", "t", "t", "u"], texts, strict=True)]
+    controls = make_controls(pairs, seed=0)
     prompt_of = {(row["pair"], row["kind"]): row["prompt"] for row in controls.to_pylist()}
     assert [prompt_of[i, "echo"] for i in range(4)] == intents
-    assert [prompt_of[i, "truncated"] for i in range(4)] == ["one two", "grey", "brown", "w"]
+    assert [prompt_of[i, "truncated"] for i in range(4)] == ["one two,", "a", "a", "w"]
     assert prompt_of[0, "stuffed"].startswith("poster, red, fox, masterpiece, ")
     assert prompt_of[0, "stuffed"].count("fox") == 2
-    assert prompt_of[0, "shuffled"] in ("grey owl", "brown owl at dusk")
-    assert {prompt_of[i, "shuffled"] for i in (1, 2)} == {prompts[0]}
+    assert prompt_of[0, "near_echo"] == "a poster of the red fox, soft natural light, high resolution"
+    assert prompt_of[3, "near_echo"].startswith("only one "), "keywords have no commas"
+    assert prompt_of[0, "loop"] == "one two, one two, one two, one two,"
+    assert prompt_of[1, "loop"] == "owl, owl, owl"
+    assert sorted(prompt_of[0, "salad"].split()) == sorted(texts[0].split())
+    assert prompt_of[0, "reversed"].startswith("eight seven six")
+    assert (3, "salad") not in prompt_of, "the order of keywords does not matter"
+    assert prompt_of[0, "wrong_task"] == "w x"
+    assert prompt_of[2, "other_subject"] == "a brown poster at dusk"
+    assert (0, "other_subject") not in prompt_of, "this prompt has no word of its intent"
+    assert prompt_of[0, "shuffled"] in texts[1:3]
+    assert {prompt_of[i, "shuffled"] for i in (1, 2)} == {texts[0]}
+    assert prompt_of[1, "spliced"] == "a five six seven eight"
     assert (3, "shuffled") not in prompt_of, "a task with one intent has no other"
     assert all(row["intent"] == intents[row["pair"]] for row in controls.to_pylist())
-    assert controls.equals(make_controls(intents, prompts, ["t", "t", "t", "u"], seed=0))
+    assert controls.equals(make_controls(pairs, seed=0))
 
 
 def test_controls_of_unusual_texts() -> None:
     assert truncate("one") == "one"
     assert stuff_keywords("of the").startswith("of, the, masterpiece")
     assert stuff_keywords("!!!").startswith("!!!, masterpiece")
-    assert make_controls([], [], [], 0).num_rows == 0
+    assert make_controls([], 0).num_rows == 0
+
+
+@pytest.mark.parametrize("name", shipped_tasks())
+def test_every_shipped_task_has_a_gold_set_that_its_own_rules_accept(name: str) -> None:
+    task, pairs = load_task(name), gold_pairs(name)
+    assert len(pairs) >= 100
+    assert len({pair.intent.lower() for pair in pairs}) == len({pair.prompt.lower() for pair in pairs}) == len(pairs)
+    for pair in pairs:
+        row = {"intent": pair.intent, "completion": pair.prompt, "finish_reason": "stop", "error": ""}
+        (parsed,) = parse_row(task, row)
+        assert (parsed.prompt, parsed.reason) == (pair.prompt, ""), pair
+    assert gold_pairs("a task of a user's") == ()
 
 
 @given(st.lists(st.sampled_from("tuv"), max_size=30), st.integers(1, 5), st.integers(0, 3))
@@ -154,10 +211,11 @@ def test_a_sample_has_as_many_rows_of_each_task_as_the_limit_allows(tasks: list[
     assert sample_per_task(tasks, limit, seed) == sample
 
 
-def controls_of(pairs: int) -> tuple[pa.Table, np.ndarray, list[str]]:
-    """Controls of ``pairs`` true pairs, half of each task, with the kinds of the controls and the tasks of the pairs."""
-    tasks = ["t"] * (pairs // 2) + ["u"] * (pairs - pairs // 2)
-    controls = make_controls([f"i{n}" for n in range(pairs)], [f"p{n}" for n in range(pairs)], tasks, 0)
+def controls_of(n: int) -> tuple[pa.Table, np.ndarray, list[str]]:
+    """Controls of ``n`` true pairs, half of each task, with the kinds of the controls and the tasks of the pairs."""
+    tasks = ["t"] * (n // 2) + ["u"] * (n - n // 2)
+    pairs = [Pair(f"an i{i} thing", task, f"p{i}, a thing of light {i}") for i, task in enumerate(tasks)]
+    controls = make_controls(pairs, 0)
     return controls, np.array(controls["kind"].to_pylist(), dtype=object), tasks
 
 
@@ -165,68 +223,99 @@ CONTROLS_OF_40, KINDS_OF_40, TASKS_OF_40 = controls_of(40)
 IS_SHUFFLED = KINDS_OF_40 == "shuffled"
 
 
-def test_a_judge_that_prefers_true_pairs_to_shuffled_ones_is_validated() -> None:
-    true = np.array([3.0, 2.0] * 19 + [3.0, np.nan])
-    scores = np.select([IS_SHUFFLED, KINDS_OF_40 == "echo"], [1.0, 9.0], 3.0)
-    validation = validate(true, scores, CONTROLS_OF_40, TASKS_OF_40)
-    of_task = {"shuffled": 1, "echo": 0, "stuffed": 0.25, "truncated": 0.25}
-    assert validation.auc == pytest.approx({**of_task, "stuffed": 10 / 39, "truncated": 10 / 39})
-    assert validation.tasks["t"] == of_task
-    assert (validation.pairs, validation.validated) == (39, True)
-    blind = validate(true, np.full(len(KINDS_OF_40), 2.5), CONTROLS_OF_40, TASKS_OF_40)
-    assert (blind.auc["shuffled"], blind.validated, blind.ratio_scale) == (pytest.approx(20 / 39), False, False)
+def areas(true: np.ndarray, control: np.ndarray) -> Areas:
+    return areas_by_task(true, control, CONTROLS_OF_40, TASKS_OF_40)[None]
 
 
-@pytest.mark.parametrize(("pairs", "validated"), [(19, False), (20, True)])
-def test_fewer_than_20_pairs_validate_no_judge(pairs: int, validated: bool) -> None:
-    controls, kinds, tasks = controls_of(pairs)
-    pointwise = validate(np.ones(pairs), np.zeros(len(kinds)), controls, tasks)
-    assert (pointwise.auc["shuffled"], pointwise.validated, pointwise.ratio_scale) == (1, validated, validated)
-    compared = validate_pairwise(np.ones(len(kinds)), controls)
-    assert (compared.auc["shuffled"], compared.validated, compared.ratio_scale) == (1, validated, False)
+def test_a_judge_that_tells_true_pairs_from_every_control_is_validated() -> None:
+    true = np.array([3.0] * 39 + [np.nan])
+    measured = areas_by_task(true, np.ones(len(KINDS_OF_40)), CONTROLS_OF_40, TASKS_OF_40)
+    assert {area.value for area in measured[None].values()} == {1}
+    assert set(measured) == {None, "t", "u"}
+    assert set(measured[None]) == set(CONTROL_KINDS)
+    assert is_validated(measured[None])
 
 
-def test_pairs_whose_shuffled_control_has_no_score_do_not_count_towards_the_20() -> None:
-    scores = np.where(IS_SHUFFLED & (np.cumsum(IS_SHUFFLED) > 19), np.nan, 0.0)
-    assert not validate(np.ones(40), scores, CONTROLS_OF_40, TASKS_OF_40).validated
-    assert not validate_pairwise(1 - scores, CONTROLS_OF_40).validated
+@pytest.mark.parametrize("kind", FORESEEN_KINDS)
+def test_one_control_that_a_judge_prefers_is_enough_to_distrust_it(kind: str) -> None:
+    measured = areas(np.full(40, 3.0), np.where(kind == KINDS_OF_40, 9.0, 1.0))
+    assert not is_validated(measured)
+    assert weakest(measured)[0] == kind
 
 
-def test_a_judge_without_shuffled_pairs_is_not_validated() -> None:
-    controls = make_controls(["one"], ["a prompt"], ["t"], 0)
-    validation = validate(np.array([1.0]), np.zeros(controls.num_rows), controls, ["t"])
-    assert math.isnan(validation.auc["shuffled"])
-    assert math.isnan(validation.unrelated_score)
-    assert validation.validated is validation.ratio_scale is False
-    empty = validate(np.zeros(0), np.zeros(0), make_controls([], [], [], 0), [])
-    assert (empty.pairs, empty.validated, empty.ratio_scale, empty.tasks) == (0, False, False, {})
+@pytest.mark.parametrize("kind", HELD_OUT_KINDS)
+def test_a_held_out_control_is_measured_and_does_not_decide(kind: str) -> None:
+    measured = areas(np.full(40, 3.0), np.where(kind == KINDS_OF_40, 9.0, 1.0))
+    assert measured[kind].value == 0
+    assert is_validated(measured)
+
+
+def test_the_interval_decides_and_not_the_point() -> None:
+    """With ten pairs a judge that is never wrong may be a poor one."""
+    controls, kinds, tasks = controls_of(10)
+    measured = areas_by_task(np.ones(10), np.zeros(len(kinds)), controls, tasks)[None]
+    assert measured["echo"].value == 1
+    assert not is_validated(measured)
+
+
+def test_a_judge_without_scores_is_not_validated() -> None:
+    assert not is_validated({})
+    assert not is_validated(areas(np.full(40, np.nan), np.ones(len(KINDS_OF_40))))
+    failed = areas(np.full(40, 3.0), np.where(KINDS_OF_40 == "echo", np.nan, 1.0))
+    assert failed["echo"] == UNKNOWN
+    assert not is_validated(failed)
 
 
 def test_a_pairwise_judge_is_measured_by_how_often_it_prefers_the_true_prompt() -> None:
     number = np.cumsum(IS_SHUFFLED)  # of the shuffled control
     of_shuffled = np.select([number <= 30, number <= 36], [0.51, 0.5 + 1e-9], 0.01)  # 30 won, 6 even, 4 lost
     preferences = np.select([IS_SHUFFLED, KINDS_OF_40 == "echo"], [of_shuffled, 0.4], np.nan)
-    validation = validate_pairwise(preferences, CONTROLS_OF_40)
-    assert validation.auc["shuffled"] == pytest.approx((30 + 6 / 2) / 40)
-    assert validation.tasks["u"]["echo"] == 0
-    assert math.isnan(validation.auc["stuffed"])
-    assert (validation.pairs, validation.validated) == (40, True)
+    measured = preferences_by_task(preferences, CONTROLS_OF_40)
+    assert measured[None]["shuffled"].value == pytest.approx((30 + 6 / 2) / 40)
+    assert measured["u"]["echo"].value == 0
+    assert measured[None]["stuffed"] == UNKNOWN
 
 
 def test_a_judge_that_always_prefers_the_first_prompt_is_at_chance() -> None:
     first = np.random.default_rng(0).uniform(0.5, 1, len(KINDS_OF_40))
-    assert validate_pairwise((first + (1 - first)) / 2, CONTROLS_OF_40).auc["shuffled"] == 0.5
+    assert preferences_by_task((first + (1 - first)) / 2, CONTROLS_OF_40)[None]["shuffled"].value == 0.5
 
 
-def test_the_mean_score_of_unrelated_prompts_is_the_zero_of_the_scale() -> None:
-    true = np.array([0.6] * 39 + [np.nan])
-    cosines = validate(true, np.where(IS_SHUFFLED, 0.5, 0.9), CONTROLS_OF_40, TASKS_OF_40)
-    assert (cosines.unrelated_score, cosines.ratio_scale) == (pytest.approx(0.5), True)
-    nats = validate(true, np.where(IS_SHUFFLED, -0.2, 0.9), CONTROLS_OF_40, TASKS_OF_40)
-    assert (nats.unrelated_score, nats.ratio_scale) == (pytest.approx(-0.2), True)
-    # Nine true pairs in ten score above it, but their mean is below it.
-    skewed = validate(np.array([0.6] * 36 + [-9.0] * 4), np.where(IS_SHUFFLED, 0.1, 0.9), CONTROLS_OF_40, TASKS_OF_40)
-    assert (skewed.validated, skewed.ratio_scale) == (True, False)
+# --- gated judges ---
+
+
+GATED = {"coverage": GatedJudge(coverage_relevance), "gated": GatedJudge(embedding_relevance("bundled:wordllama"))}
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_a_gated_judge_is_validated_on_the_gold_set(name: str) -> None:
+    judge, pairs = GATED[name], [pair for task in shipped_tasks() for pair in gold_pairs(task)]
+    controls = make_controls(pairs, 0)
+    rows = [Pair(row["intent"], row["task"], row["prompt"]) for row in controls.to_pylist()]
+    measured = areas_by_task(judge.score(pairs), judge.score(rows), controls, [pair.task for pair in pairs])[None]
+    assert is_validated(measured), measured
+    assert measured["reversed"].low > MIN_AUC
+    assert measured["other_subject"].low > MIN_AUC
+    assert measured["spliced"].high < 0.6, "a known blind spot, which the report names"
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_the_scores_of_a_gated_judge_are_shares_and_fall_with_each_attack(name: str) -> None:
+    pair = Pair(
+        "a red fox in the snow", "text_to_image", "Red fox trotting through deep snow at dawn, pine trunks behind, pale light."
+    )
+    better = GATED[name].score([pair])[0]
+    attacks = [
+        "a red fox in the snow",
+        "fox fox fox fox fox fox",
+        "light pale behind, pine trunks snow dawn through trotting fox Red",
+    ]
+    assert 0 < better <= 1
+    for text in attacks:
+        assert GATED[name].score([pair._replace(prompt=text)])[0] < better / 2, text
+    other_task = GATED[name].score([pair._replace(task="a task of a user's")])[0]
+    assert 0 < other_task <= 1
+    assert GATED[name].score([]).shape == (0,)
 
 
 # --- comparisons ---
@@ -436,10 +525,10 @@ def ask_and_answer(config: Recipe, table: pa.Table, tmp_path: Path, answer: Answ
 
 
 def likes_relevant_prompts(row: dict[str, Any]) -> tuple[float, float]:
-    """Likes prompts that contain the intent but do not only repeat it; compares likewise, with a bonus for the first."""
+    """Likes prompts that write of the intent and of nothing else; compares likewise, with a bonus for the first."""
 
     def worth(prompt: str) -> float:
-        return 0.0 if row["intent"] not in prompt else 0.1 if prompt == row["intent"] else 0.8
+        return 0.1 if prompt == row["intent"] else 0.8 if re.fullmatch(rf"\w+ writes of {row['intent']}", prompt) else 0.0
 
     if row["other_prompt"]:
         return 0.5 + (worth(row["prompt"]) - worth(row["other_prompt"])) / 2 + 0.1, 1.0
@@ -472,24 +561,17 @@ def test_judges_score_accepted_outputs_and_are_validated_on_the_teachers(tmp_pat
     assert row_of["echo", 0]["first"] == pytest.approx(0.95)
 
     assert list(judged.judges) == ["big", "pairwise", "likelihood"]
-    assert judged.judges["big"] == JudgeProfile(
-        kind="rubric",
-        model="/nowhere",
-        unit="score, 0 to 1",
-        is_teacher=False,
-        validated=True,
-        ratio_scale=True,
-        unrelated_score=0,
-        auc=dict.fromkeys(CONTROL_KINDS, 1),
-        tasks={TASK.name: dict.fromkeys(CONTROL_KINDS, 1)},
-        pairs=24,
-        parse_failures=0,
-    )
+    big = judged.judges["big"]
+    assert (big.kind, big.model, big.unit, big.relation) == ("rubric", "/nowhere", "score, 0 to 1", "independent")
+    assert (big.validated, big.ratio_scale, big.unrelated_score, big.parse_failures) == (True, True, 0, 0)
+    assert (big.pairs, big.gold_pairs, big.gold) == (24, 0, {})
+    assert {kind: area.value for kind, area in big.auc.items()} == dict.fromkeys(set(CONTROL_KINDS) - {"wrong_task"}, 1)
+    assert big.tasks == {TASK.name: big.auc}
     likelihood, pairwise_judge = judged.judges["likelihood"], judged.judges["pairwise"]
     assert (likelihood.ratio_scale, likelihood.unrelated_score, likelihood.parse_failures) == (True, 0, None)
     assert pairwise_judge.position_bias == pytest.approx(0.2), "of the judge's own verdicts, not of settled pairs"
-    assert (pairwise_judge.auc["shuffled"], pairwise_judge.ratio_scale) == (1, False)
-    assert set(pairwise_judge.tasks[TASK.name]) == set(CONTROL_KINDS)
+    assert (pairwise_judge.auc["shuffled"].value, pairwise_judge.ratio_scale) == (1, False)
+    assert set(pairwise_judge.tasks[TASK.name]) == set(CONTROL_KINDS) - {"wrong_task"}
 
 
 @pytest.mark.parametrize("zero", [-0.5, 0.25])
@@ -525,8 +607,8 @@ def test_unparsed_answers_of_a_pairwise_judge_count_neither_as_wins_nor_as_bias(
     profile = judged.judges["pairwise"]
     assert sum(judged.comparisons["parsed"].to_pylist()) == 12
     assert profile.position_bias == pytest.approx(0.4)  # 0.7 first, 0.3 second
-    assert profile.auc["shuffled"] == 0.5
-    assert profile.auc["echo"] is None
+    assert profile.auc["shuffled"].value == 0.5
+    assert profile.auc["echo"] == UNKNOWN
 
 
 def test_without_a_teacher_judges_are_validated_on_the_student(tmp_path: Path) -> None:
@@ -544,3 +626,36 @@ def test_without_any_accepted_output_a_judge_is_not_validated(tmp_path: Path) ->
     assert judged.outputs["judge_likelihood"].to_pylist() == [0]  # no shuffled pair tells the score of unrelated prompts
     assert (judged.judges["likelihood"].pairs, judged.judges["likelihood"].validated) == (0, False)
     assert ask_judges(recipe(tmp_path), [TASK], rejected, EvaluationPaths(str(tmp_path))).judges == {}
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """The bundled teacher's folder under another name, and the same model with other weights."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("models")
+    source = Path(models.resolve("bundled:smollm2-135m-instruct"))
+    shutil.copytree(source, folder / "renamed")
+    shutil.copytree(source, folder / "sibling", ignore=shutil.ignore_patterns("*.safetensors"))
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.lm_head.weight.data[0] += 1
+    model.save_pretrained(folder / "sibling")
+    return str(folder / "renamed"), str(folder / "sibling")
+
+
+def test_a_judge_is_recognized_by_its_weights_and_not_by_its_name(tmp_path: Path, copies: tuple[str, str]) -> None:
+    renamed, sibling = copies
+    config = recipe(tmp_path)
+
+    def relation(kind: str, model: str) -> str:
+        return relate(Judge.model_validate({"kind": kind, "model": model}), config)
+
+    assert relation("likelihood", renamed) == "teacher"
+    assert relation("likelihood", sibling) == "teacher's family"
+    assert relation("embedding", models.resolve("bundled:minilm")) == "scorer"
+    assert relation("gated", "bundled:wordllama") == "independent"
+    assert relation("coverage", "") == "independent"
+    assert relation("rubric", "/nowhere") == "independent"
+    values = {**config.model_dump(), "teacher": {"model": "/elsewhere"}}
+    values["evaluate"]["baselines"] = [{"name": "small", "model": "bundled:smollm2-135m-instruct"}]
+    assert relate(Judge(kind="likelihood", model=renamed), Recipe.model_validate(values)) == "baseline"

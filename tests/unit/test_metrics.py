@@ -22,6 +22,7 @@ WEAK = judge(validated=False, ratio_scale=False)
 
 def compute(table: pa.Table, **changes: Any) -> Measurements:
     defaults = {"tasks": TASKS, "judges": {}, "pairwise": None, "training": None, "embed": None, "bootstrap": 100, "seed": 0}
+    defaults["subject_words"] = {stable_id(0): ["balloon"], stable_id(1): ["kites", "golden"]}
     return metrics.compute(table, **{**defaults, **changes})
 
 
@@ -51,6 +52,26 @@ def test_a_rejected_output_counts_as_zero_and_for_a_judge_as_it_stands_in_the_ta
     assert comparison.judges["x"].difference.value == pytest.approx(2 / 3 - 1 / 2)
 
 
+def test_coverage_repetition_and_copies_count_rejected_outputs_as_misses() -> None:
+    rows = [
+        row(intent=0, prompt="two balloons, two balloons in soft light"),  # says a pair twice, and holds the subject's plural
+        row(intent=1, prompt="a kite in the wind"),  # one of two words
+        row(intent=0, variation=1, prompt="", reason="echo", n_words=0, relevance=None),
+        row(intent=0, policy="teacher", prompt="a soft golden balloon"),
+    ]
+    training = [pa.table({"task": ["text_to_image"], "prompt": ["x"], "policy": ["teacher"]})]
+    student = (scope := compute(table(*rows), training=training).overall).policies["student"]
+    assert student.coverage.value == pytest.approx((1 + 0.5 + 0) / 3)
+    assert student.clean.value == pytest.approx(1 / 3)
+    assert (student.accepted["coverage"].value, student.accepted["clean"].value) == pytest.approx((0.75, 0.5))
+    assert student.repetition is not None
+    assert (student.repetition.repeated_pair, student.repetition.doubled_word) == (0.5, 0)
+    assert student.copied_8 == UNKNOWN  # no prompt has eight words
+    comparison = scope.comparisons["teacher"]
+    assert comparison.coverage is not None
+    assert comparison.coverage.ratio.value == pytest.approx(0.5)
+
+
 def judge_ratio(student: list[float], teacher: list[float], **profile: Any) -> Interval:
     """Return the ratio of a judge's scores, one for each intent."""
     rows = [
@@ -76,7 +97,8 @@ def test_there_is_no_ratio_to_a_policy_that_is_not_surely_above_unrelated_prompt
 
 def test_a_likelihood_judge_can_decide_the_claim() -> None:
     parts = compute(outputs(intents=24), judges={"likelihood": NATS}).claim.parts
-    names = [part.name for part in parts if part.name.startswith("relevance")]
+    parts = [part for part in parts if part.name.startswith("relevance (judge")]
+    names = [part.name for part in parts]
     assert names == [f"relevance (judge likelihood) against {name}" for name in ("llama3-8b", "qwen3-8b", "teacher")]
     assert all(part.interval.value is not None for part in parts)
 
@@ -187,9 +209,9 @@ def test_training_is_read_once_for_novelty_and_for_accuracy() -> None:
     measured = compute(table(*rows), training=parts)
     assert measured.novelty.training == 60
     assert measured.novelty.policies["student"] == CopiedShares(exact=1, copied_5=1, copied_8=None)
-    assert measured.overall.accuracy.classifier.policies["student"] == 1
-    image = measured.tasks["text_to_image"].accuracy
-    assert (image.classifier.policies["student"], image.format.policies["student"]) == (1, 1)
+    assert measured.overall.accuracy["student"].recognized == 1
+    image = measured.tasks["text_to_image"].accuracy["student"]
+    assert (image.recognized, image.well_formed) == (1, 1)
 
 
 def test_the_same_outputs_give_the_same_numbers() -> None:

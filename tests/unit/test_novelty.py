@@ -21,7 +21,7 @@ def training(*prompts: str) -> pa.Table:
 
 def student_shares(prompts: list[str], *parts: pa.Table) -> CopiedShares:
     rows = columns(table(*(row(intent=i, prompt=prompt) for i, prompt in enumerate(prompts))))
-    return novelty.copied_shares(rows, parts).policies["student"]
+    return novelty.copied_shares(rows, parts)[0].policies["student"]
 
 
 def test_copied_runs_against_hand_counts() -> None:
@@ -50,15 +50,16 @@ def test_each_policy_has_its_own_shares_and_rejected_prompts_are_left_out() -> N
             row(policy="teacher", prompt="h g f e d c b a"),
         )
     )
-    copied = novelty.copied_shares(rows, iter([training("a b c d e f g h i", "else")]))
+    copied, with_column = novelty.copied_shares(rows, iter([training("a b c d e f g h i", "else")]))
+    assert with_column[novelty.COPIED_8].tolist() == pytest.approx([1, float("nan"), 0], nan_ok=True)
     assert copied.training == 2
     assert copied.policies["student"] == CopiedShares(exact=0, copied_5=1, copied_8=1)
     assert copied.policies["teacher"] == CopiedShares(exact=0, copied_5=0, copied_8=0)
 
 
 def test_without_training_prompts_novelty_is_unknown() -> None:
-    assert novelty.copied_shares(columns(table(row())), None) == Novelty(policies={}, training=0)
-    assert novelty.copied_shares(columns(table()), [training("a")]) == Novelty(policies={}, training=1)
+    assert novelty.copied_shares(columns(table(row())), None)[0] == Novelty(policies={}, training=0)
+    assert novelty.copied_shares(columns(table()), [training("a")])[0] == Novelty(policies={}, training=1)
 
 
 @settings(deadline=None, max_examples=60)

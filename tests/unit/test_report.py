@@ -14,15 +14,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from udrl.evaluate.document import EvaluationDocument, Interval
-from udrl.evaluate.judges.validation import MIN_AUC, MIN_PAIRS
+from udrl.evaluate.judges.validation import MIN_AUC
 from udrl.evaluate.metrics.intervals import GROUPS
 from udrl.evaluate.outputs import OUTPUTS, PAIRWISE
-from udrl.evaluate.report import examples, formatting, html, markdown, sections
+from udrl.evaluate.report import formatting, render, tables
 from udrl.evaluate.report import write_report as report
-from udrl.evaluate.report.blocks import Bullets, Code, Details, Heading, Paragraph, Plot, Span, Table, plain
+from udrl.evaluate.report.formatting import code, escape_markdown
 from udrl.evaluate.report.selection import best_judge, order_policies, pointwise_judges, reference_policy
+from udrl.evaluate.speed import REPEATS
 from udrl.run import EvaluationPaths
 
+TEMPLATE = (Path(render.__file__).parent / "page.html.j2").read_text()
 VOID = {"meta", "link", "br", "path", "use", "rect"}
 HOSTILE = "<script>alert(1)</script> | `code` *bold* [a](http://x) & \"quoted\" 'x' $y_z$ \\ ![i](u) --> ]]>"
 
@@ -103,24 +105,41 @@ def test_metrics_json_is_strict_and_holds_the_document_with_none_for_what_is_unk
     assert stored["claim"]["parts"][0]["interval"]["low"] == pytest.approx(0.92)
 
 
-def test_the_claim_comes_first_then_results_then_the_rest_in_both_renderings(written: tuple[Path, dict[str, Any]]) -> None:
+def markdown_of(document: EvaluationDocument, outputs: pa.Table | None = None) -> str:
+    return render.render_markdown(document, made_up.outputs() if outputs is None else outputs, [])
+
+
+def test_the_claim_comes_first_then_control_then_examples_then_the_rest(written: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = written
-    order = ["Is the claim met?", "Results by task", "Policies side by side", "Targets", "Judges", "Control", "Diversity"]
-    order += ["Novelty", "Quality against cost", "Examples", "Training", "Limits", "Settings"]
     heads = re.findall(r"^## (.*)$", (folder / "report.md").read_text(), flags=re.M)
-    assert [head.split(",")[0].split(" and ")[0] for head in heads] == order
-    assert re.findall(r"<h2[^>]*>(.*?)</h2>", (folder / "report.html").read_text()) == heads
+    assert heads == ["Is the claim met?", "Control", "Examples", "Appendix"]
+    page = (folder / "report.html").read_text()
+    assert re.findall(r"<h2[^>]*>(.*?)</h2>", page) == heads
+    appendix = page[page.index(">Appendix</h2>") :]
+    parts = ["Policies side by side", "What the prompts keep", "Judges", "Diversity", "Every command of", "Limits", "Settings"]
+    places = [appendix.index(f'">{part}') for part in parts]
+    assert places == sorted(places)
+    assert appendix.count("<details>") == appendix.count("</details>") > len(parts)
 
 
-def test_both_renderings_hold_the_same_numbers_in_the_same_cells() -> None:
-    blocks = sections.build_report(made_up.document(), made_up.outputs(), [])
-    tables = [b for block in blocks for b in (block.blocks if isinstance(block, Details) else [block]) if isinstance(b, Table)]
-    cells = [plain(cell) for table in tables for line in (table.heads, *table.lines) for cell in line]
+def test_the_first_screen_states_the_claim_the_judges_and_the_intervals() -> None:
+    head = markdown_of(made_up.document()).split("## Control")[0]
+    assert "a student of 104.0M parameters writes prompts as well as llama3-8b and qwen3-8b and its teacher" in head
+    assert "Relevance is the cosine of intent and prompt by the scorer that made the training reward" in head
+    assert "judges that are independent of it decide: likelihood" in head
+    assert "| part of the claim | verdict | student / other |" in head
+    assert "**open** | 95.0% [92.0%, 98.0%] |" in head
+    assert "| task | likelihood: student / teacher |" in head
+
+
+def test_both_files_hold_the_same_numbers_in_the_same_cells(written: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = written
+    text = (folder / "report.md").read_text().split("```yaml")[0]
+    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
+    cells = [cell.strip() for row in rows for cell in re.split(r"(?<!\\)\|", row)[1:-1]]
     assert len(cells) > 500
-    assert Page(html.render_html(blocks, {})).cells == cells
-    text = re.sub(r"[\\*`]", "", markdown.render_markdown(blocks))
-    for cell in cells:
-        assert re.sub(r"[\\*`]", "", cell) in text
+    shown = Page((folder / "report.html").read_text()).cells
+    assert [re.sub(r"[\\*`]", "", cell) for cell in cells] == [re.sub(r"[\\*`]", "", cell) for cell in shown]
 
 
 def test_the_page_loads_nothing_and_runs_nothing(written: tuple[Path, dict[str, Any]]) -> None:
@@ -155,7 +174,7 @@ def test_the_page_is_marked_up_for_readers_of_all_kinds(written: tuple[Path, dic
     figures = [a for t, a in page.elements if t == "svg"]
     assert len(figures) == 5
     assert all(a["role"] == "img" and a["aria-label"] for a in figures)
-    assert text.count("<figcaption>Read: ") == 5
+    assert text.count("<p><em>Read: ") == 5
     assert "prefers-color-scheme: dark" in text
 
 
@@ -168,7 +187,7 @@ def test_text_keeps_its_contrast_in_light_and_dark() -> None:
         linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
-    schemes = [dict(re.findall(r"--(\w+): (#\w+)", block)) for block in re.findall(r":root \{(.*?)\}", html.STYLE, flags=re.S)]
+    schemes = [dict(re.findall(r"--(\w+): (#\w+)", block)) for block in re.findall(r":root \{(.*?)\}", TEMPLATE, flags=re.S)]
     assert len(schemes) == 2
     for scheme in schemes:
         for text in ("ink", "soft", "link", "good", "bad", "open"):
@@ -178,49 +197,95 @@ def test_text_keeps_its_contrast_in_light_and_dark() -> None:
 
 
 def test_what_is_said_of_judges_and_intervals_is_how_they_are_made() -> None:
-    text = markdown.render_markdown(sections.build_report(made_up.document(), made_up.outputs(), [])).replace("\\", "")
-    for said in (
-        "for a judge as a prompt for another intent",
-        f"at least {MIN_AUC} on shuffled, from at least {MIN_PAIRS} scored pairs",
+    text = markdown_of(made_up.document())
+    for words in (
+        "has a judge's score of a prompt for another intent",
+        f"its lower bound is above {MIN_AUC} on hand-written (gold) pairs",
         f"1,000 bootstrap resamples of intents; those of ratios of diversity are from a jackknife of up to {GROUPS} groups",
         "one per intent and policy, for the intents that all models",
-        "or only the scorer that made the training reward, towards which the student was trained, could say met",
+        "the scorer that made the training reward can only say missed",
+        f"of {REPEATS} repetitions",
     ):
-        assert said in text
-    assert "floor" not in text
+        assert words in text
+    assert "Too few intents" not in text
+    assert "Too few intents:** with fewer than 20" in markdown_of(made_up.document(intents=6))
 
 
-def test_the_zero_of_a_judge_s_scale_and_the_pairs_it_never_saw_are_shown() -> None:
-    blocks = sections.build_report(made_up.document(), made_up.outputs(), [])
-    tables = {tuple(map(plain, block.heads)): block for block in blocks if isinstance(block, Table)}
-    judges = next(table for heads, table in tables.items() if "score of shuffled" in heads)
-    heads = list(map(plain, judges.heads))
-    assert [plain(line[heads.index("score of shuffled")]) for line in judges.lines] == ["0.16", "0.40", "-"]
-    beside = next(table for heads, table in tables.items() if heads[0] == "student against")
-    heads = list(map(plain, beside.heads))
-    at = [heads.index(f"pairwise: {column}") for column in ("pairs", "decided by a rejection", "same winner in both orders")]
-    assert [plain(beside.lines[0][i]) for i in at] == ["50", "4", "64%"]
+def table_of(text: str, head: str) -> dict[str, dict[str, str]]:
+    """Return the table whose header starts with ``head``: first cell of a row -> column -> cell, without marks."""
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {head} |"))
+    split = [[re.sub(r"[\\*`]", "", cell).strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[start:]]
+    end = next((i for i, cells in enumerate(split) if not cells), len(split))
+    header, _, *rows = split[:end]
+    return {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+
+
+def test_the_judges_table_says_who_decides_and_why() -> None:
+    text = markdown_of(made_up.document())
+    judges = table_of(text, "judge | kind")
+    assert [judges[name]["verdict"] for name in judges] == ["validated", "not validated", "validated"]
+    assert [judges[name]["role"] for name in judges] == ["decides", "shown", "shown"]
+    assert judges["likelihood"]["weakest control"] == "echo 0.85 [0.82, 0.88]"
+    assert judges["rubric"]["relation"] == "teacher"
+    assert [judges[name]["score of shuffled"] for name in judges] == ["0.16", "0.40", "-"]
+    areas = table_of(text, "control | likelihood")
+    assert areas["echo"]["rubric"] == "0.50 [0.47, 0.53]"
+    assert "spliced (held out)" in areas
+
+
+def test_pairs_that_a_pairwise_judge_never_saw_are_shown() -> None:
+    against = table_of(markdown_of(made_up.document()), "student against")
+    row = against["teacher"]
+    columns = ("pairs", "decided by a rejection", "same winner in both orders")
+    assert [row[f"pairwise: {column}"] for column in columns] == ["50", "4", "64%"]
+
+
+def test_rejected_outputs_are_misses_and_the_share_among_accepted_ones_stands_next_to_them() -> None:
+    text = markdown_of(made_up.document())
+    wording = table_of(text, "task | policy | subject's words kept")
+    assert wording["image_search"]["subject's words kept"] == "60% [58%, 62%] (63%)"
+    lengths = table_of(text, "task | lengths")
+    assert lengths["all tasks"]["within 2"] == "31% (33%)"  # the last row: outside
+
+
+def test_decoding_settings_stand_next_to_each_policy() -> None:
+    scores = table_of(markdown_of(made_up.document()), "policy | kind")
+    assert scores["student"]["decoding"] == "temperature 0.7"
+    assert scores["echo"]["decoding"] == "-"
+    document = made_up.document()
+    assert "Decoding (student / teacher) is the same." in markdown_of(document)
+    document.policies["teacher"].sampling["frequency_penalty"] = 0.3
+    text = markdown_of(document).replace("\\", "")
+    assert "Decoding (student / teacher) differs: frequency_penalty - / 0.3." in text
+
+
+def test_a_misspelled_name_in_a_template_is_an_error() -> None:
+    template = (Path(render.__file__).parent / "report.md.j2").read_text()
+    from jinja2 import Environment, StrictUndefined, UndefinedError
+
+    with pytest.raises(UndefinedError, match="documnet"):
+        Environment(undefined=StrictUndefined).from_string("{{ documnet.claim }}").render()
+    assert "default(" not in template
 
 
 def test_trivial_baselines_are_marked_and_the_student_comes_first() -> None:
     names = list(made_up.POLICIES)
     assert order_policies(set(names), made_up.document().policies) == names
-    blocks = sections.build_report(made_up.document(), made_up.outputs(), [])
-    side_by_side = next(b for b in blocks if isinstance(b, Table) and b.heads[:2] == ["policy", "kind"])
-    shown = {plain(line[0]): line[1] for line in side_by_side.lines}
-    assert shown["echo *"] == shown["best-of-2 *"] == "trivial baseline"
-    assert [plain(line[0]) for line in side_by_side.lines][:2] == ["student", "teacher"]
+    text = markdown_of(made_up.document())
+    assert [*table_of(text, "policy | kind")][:2] == ["student", "teacher"]
+    assert "| *echo* | trivial baseline |" in text
 
 
-def test_the_judge_to_read_is_the_best_validated_one_that_is_not_the_teacher() -> None:
+def test_the_judge_to_read_is_the_deciding_one() -> None:
     document = made_up.document()
     assert best_judge(document) == "likelihood"
     assert list(pointwise_judges(document)) == ["likelihood", "rubric"]
     rubric = document.judges["rubric"]
-    rubric.validated, rubric.auc = True, {"shuffled": 0.99}
+    document.judges["rubric"] = rubric.model_copy(
+        update={"validated": True, "ratio_scale": True, "gold": document.judges["likelihood"].gold | {}}
+    )
     assert best_judge(document) == "likelihood"  # the rubric's model is the teacher's
-    rubric.is_teacher = False
-    assert best_judge(document) == "rubric"
     for judge in document.judges.values():
         judge.validated = False
     assert best_judge(document) is None
@@ -230,8 +295,8 @@ def test_without_a_teacher_the_student_is_compared_with_the_first_baseline() -> 
     policies = {"student": "student", "qwen3-8b": "baseline", "llama3-8b": "baseline", "echo": "trivial baseline"}
     document = made_up.document(made_up.TASKS, policies)
     assert reference_policy(document) == "llama3-8b"
-    text = markdown.render_markdown(sections.build_report(document, made_up.outputs(policies=policies), []))
-    assert "student / llama3-8b" in text
+    text = markdown_of(document, made_up.outputs(policies=policies))
+    assert "likelihood: student / llama3-8b" in text
     assert "The teacher did not write" in text
     assert reference_policy(made_up.bare()) is None
 
@@ -278,24 +343,26 @@ texts = st.text(max_size=40)
 @example(HOSTILE, "[1] [2](x) \\[3] `|`")
 @example("\x00\x1b\ufffe", "\u202e|\u2028#")
 def test_any_text_stays_one_cell(first: str, second: str) -> None:
-    table = Table(["a", "b"], [[first, [Span(second, "code"), " ", Span(first, "soft")]]])
-    page = Page(html.render_html([table], {}))
-    assert page.cells == ["a", "b", _held(first), _held(f"{second} {first}")]
-    row = markdown.render_markdown([table]).splitlines()
+    table = tables.table(["a", "b"], [[escape_markdown(first) or "-", f"{code(second)} *{escape_markdown(first) or '-'}*"]], 2)
+    row = table.splitlines()
     assert len(row) == 3
     assert len(re.findall(r"(?<!\\)(?:\\\\)*\|", row[2])) == 3  # bars that end a cell
+    page = Page(render.render_page(f"# Title\n\n## Head\n\n{table}\n", {}))
+    assert page.cells[:2] == ["a", "b"]
+    assert len(page.cells) == 4
+    assert " ".join(page.cells[2].split()) == (_held(" ".join(first.split())) or "-")
 
 
 def _held(text: str) -> str:
-    """As a page gives it back: what no HTML may hold is replaced, and a parser makes one line end of all kinds."""
+    """As a page gives it back: characters that no HTML may hold are replaced."""
     return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff]", "\ufffd", text)
 
 
 def test_figures_in_brackets_stay_readable_and_links_do_not_come_to_life() -> None:
-    assert markdown.escape_markdown("0.41 [0.38, 0.44]") == "0.41 [0.38, 0.44]"
-    assert markdown.escape_markdown("95% [-1%, +2%]") == "95% [-1%, +2%]"
-    assert markdown.escape_markdown("[1](http://x)") == "\\[1\\](http://x)"
-    assert markdown.escape_markdown("\\[1]") == "\\\\\\[1\\]"
+    assert escape_markdown("0.41 [0.38, 0.44]") == "0.41 [0.38, 0.44]"
+    assert escape_markdown("95% [-1%, +2%]") == "95% [-1%, +2%]"
+    assert escape_markdown("[1](http://x)") == "\\[1\\](http://x)"
+    assert escape_markdown("\\[1]") == "\\\\\\[1\\]"
 
 
 def test_an_unknown_number_is_a_dash() -> None:
@@ -307,28 +374,17 @@ def test_an_unknown_number_is_a_dash() -> None:
     assert [formatting.parameters(value) for value in (8_900_000, 8.03e9, None)] == ["8.9M", "8.0B", "-"]
 
 
-def test_blocks_render_as_their_kind() -> None:
-    blocks = [
-        Heading(1, "Title"),
-        Paragraph(["It is ", Span("so", "strong"), "."]),
-        Heading(2, "One & two"),
-        Bullets(["a", "b"]),
-        Table(["x", "n"], [["y", "1"]], "What it is"),
-        Plot("p", "Read: up.", "A line"),
-        Details("More", [Code("k: <v>", "yaml")]),
-        Heading(2, "One & two"),
-    ]
-    assert markdown.render_markdown(blocks) == (
-        "# Title\n\nIt is **so**.\n\n## One \\& two\n\n- a\n- b\n\nWhat it is\n\n| x | n |\n| --- | ---: |\n| y | 1 |\n\n"
-        "![A line](p.png)\n\n*Read: up.*\n\n### More\n\n```yaml\nk: <v>\n```\n\n## One \\& two\n"
-    )
-    page = html.render_html(blocks, {"p": "<svg viewBox='0 0 1 1'></svg>"})
+def test_markdown_becomes_a_page_with_headings_folds_plots_and_verdicts() -> None:
+    text = "# Title\n\nAll.\n\n## One \\& two\n\n**met** and **bold**\n\n![A line](p.png)\n\n## Appendix\n\n### More\n\n"
+    text += "```yaml\nk: <v>\n```\n\n### Again\n\nEnd.\n"
+    page = render.render_page(text, {"p": "<svg viewBox='0 0 1 1'></svg>"})
     assert "<title>Title</title>" in page
     assert '<a href="#one-two">One &amp; two</a>' in page
-    assert 'id="one-two-1"' in page
-    assert "<figcaption>Read: up.</figcaption>" in page
-    assert "<summary>More</summary>\n<pre><code>k: &lt;v&gt;</code></pre>" in page
-    assert "<figure>" not in html.render_html(blocks, {})
+    assert '<strong class="good">met</strong> and <strong>bold</strong>' in page
+    assert '<figure>\n<div><svg role="img" aria-label="A line"' in page
+    assert '<details><summary id="more">More</summary>' in page
+    assert "k: &lt;v&gt;" in page
+    assert page.count("<details>") == page.count("</details>") == 2
 
 
 def _examples(*scores: float | None, judge: str | None = "likelihood") -> list[str]:
@@ -338,9 +394,9 @@ def _examples(*scores: float | None, judge: str | None = "likelihood") -> list[s
         else made_up.row(intent=i, prompt="", reason="echo", relevance=None)
         for i, score in enumerate(scores)
     ]
-    blocks = examples.side_by_side(made_up.table(*rows, judges=("likelihood",)), ["student"], judge)
-    table = next(b for b in blocks if isinstance(b, Table))
-    return [f"{plain(line[0])} {plain(line[2]).split(' (')[0]}" for line in table.lines]
+    document = made_up.document(("text_to_image",), {"student": "student"})
+    text = tables.example_tables(document, made_up.table(*rows, judges=("likelihood",)), judge)["text_to_image"]
+    return [f"{label} {row['student'].split(' (')[0]}" for label, row in table_of(text, "student's").items()]
 
 
 def test_examples_are_chosen_by_the_judges_rank_and_rejected_ones_by_chance_alone() -> None:
@@ -356,11 +412,18 @@ def test_examples_show_every_writer_to_the_same_intent_and_its_first_prompt() ->
         for variation in (1, 0)
         for policy in ("student", "teacher", "llama3-8b", "echo")
     ]
-    policies = ["student", "teacher", "llama3-8b", "never asked"]
-    blocks = examples.side_by_side(made_up.table(*rows), policies, None)
-    table = next(b for b in blocks if isinstance(b, Table))
-    assert table.heads == ["student's", "intent", *policies]
-    assert [plain(cell).split(" (")[0] for cell in table.lines[0][2:]] == ["student 0", "teacher 0", "llama3-8b 0", "-"]
+    policies = {
+        "student": "student",
+        "teacher": "teacher",
+        "llama3-8b": "baseline",
+        "silent": "baseline",
+        "echo": "trivial baseline",
+    }
+    text = tables.example_tables(made_up.document(("text_to_image",), policies), made_up.table(*rows), None)["text_to_image"]
+    row = table_of(text, "student's")["best"]
+    shown = {policy: row[policy].split(" (")[0] for policy in ("student", "teacher", "llama3-8b", "silent")}
+    assert shown == {"student": "student 0", "teacher": "teacher 0", "llama3-8b": "llama3-8b 0", "silent": "-"}
+    assert "echo" not in row
 
 
 def test_the_short_table_fits_a_terminal_starts_with_the_claim_and_names_what_missed() -> None:
@@ -372,6 +435,6 @@ def test_the_short_table_fits_a_terminal_starts_with_the_claim_and_names_what_mi
     text = "\n".join(lines)
     assert "MISSED     80% of prompts land within two words: 71.0%" in text
     assert "104.0M parameters, 4,100 tokens/s, latency p50 40 ms" in text
-    assert "judge likelihood: validated; AUC shuffled 0.93, echo 0.35" in text
-    assert "judge rubric: NOT VALIDATED; AUC shuffled 0.66" in text
+    assert "judge likelihood: validated; weakest control echo, AUC 0.85 [0.82, 0.88]" in text
+    assert "judge rubric: NOT VALIDATED, not independent (teacher); weakest control echo" in text
     assert "echo:" not in text  # a trivial baseline has no model

@@ -14,8 +14,21 @@ from udrl.commands import CommandVocabulary
 from udrl.run import Document
 
 PolicyKind = Literal["student", "teacher", "baseline", "trivial baseline"]
-JudgeKind = Literal["likelihood", "embedding", "rubric", "pairwise"]
-ControlKind = Literal["shuffled", "echo", "stuffed", "truncated"]  # prompts that are worse than the true one by construction
+JudgeKind = Literal["gated", "coverage", "likelihood", "embedding", "rubric", "pairwise"]
+# Prompts that are worse than the true one by construction; see udrl.evaluate.judges.controls.
+ControlKind = Literal[
+    "shuffled",
+    "echo",
+    "stuffed",
+    "truncated",
+    "near_echo",
+    "loop",
+    "salad",
+    "wrong_task",
+    "reversed",
+    "spliced",
+    "other_subject",
+]
 
 
 def _none_if_not_finite(value: Any) -> Any:
@@ -60,6 +73,7 @@ class PolicyProfile(Part):
     parameters: int | None = Field(None, description="None for a model on a hub")
     tokens_per_second: Number = None
     prompts_per_second: Number = None
+    prompts_per_second_spread: Interval | None = Field(None, description="median, least and most of the repetitions")
     latency_p50: Number = None
     latency_p95: Number = None
     memory_mib: Number = None
@@ -68,8 +82,15 @@ class PolicyProfile(Part):
     dollars_per_1000: Number = None
 
 
+Relation = Literal["independent", "scorer", "teacher", "teacher's family", "baseline"]
+# An AUC; files written until 2026-11-25 have it without bounds.
+Area = Annotated[
+    Interval, BeforeValidator(lambda area: {"value": area} if area is None or isinstance(area, int | float) else area)
+]
+
+
 class JudgeProfile(Part):
-    """A judge and how well it tells true pairs of intent and prompt from controls.
+    """A judge, how well it tells true pairs of intent and prompt from controls, and how it is related to the policies.
 
     An AUC is the probability that a true pair scores above a control, or that a pairwise judge prefers the true prompt.
     """
@@ -77,11 +98,10 @@ class JudgeProfile(Part):
     kind: JudgeKind
     model: str
     unit: str = ""
-    is_teacher: bool = Field(
-        False, validation_alias=AliasChoices("is_teacher", "of_teacher"), description="its model is the teacher's"
-    )
+    relation: Relation = Field("independent", description="by the hash of its weights and of its vocabulary")
     validated: bool = Field(
-        validation_alias=AliasChoices("validated", "believable"), description="it tells true pairs from shuffled ones"
+        validation_alias=AliasChoices("validated", "believable"),
+        description="it tells true pairs from every foreseen kind of control, by the whole interval",
     )
     ratio_scale: bool = Field(
         validation_alias=AliasChoices("ratio_scale", "ratio"),
@@ -90,31 +110,67 @@ class JudgeProfile(Part):
     unrelated_score: Number = Field(
         None,
         validation_alias=AliasChoices("unrelated_score", "unrelated"),
-        description="mean score of shuffled pairs: the zero of the scale, and the score of a rejected output",
+        description="mean score of shuffled pairs of the run: the zero of the scale, and the score of a rejected output",
     )
-    auc: dict[ControlKind, Number] = Field(default_factory=dict)
-    tasks: dict[str, dict[ControlKind, Number]] = Field(default_factory=dict, description="AUC by task")
-    pairs: int = Field(0, description="true pairs that were scored")
+    gold: dict[ControlKind, Area] = Field(default_factory=dict, description="AUC on hand-written pairs")
+    gold_tasks: dict[str, dict[ControlKind, Area]] = Field(default_factory=dict, description="the same by task")
+    gold_pairs: int = Field(0, description="hand-written pairs that were scored")
+    auc: dict[ControlKind, Area] = Field(default_factory=dict, description="AUC on the run's own pairs")
+    tasks: dict[str, dict[ControlKind, Area]] = Field(default_factory=dict, description="the same by task")
+    pairs: int = Field(0, description="true pairs of the run that were scored")
     parse_failures: Number = Field(None, description="share of answers that were not one; None unless the judge generates")
     position_bias: Number = Field(None, description="preference for the first of two prompts; pairwise judges only")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_old_relation(cls, values: Any) -> Any:
+        """Accept ``is_teacher`` or ``of_teacher``, as in files written until 2026-11-25."""
+        if not isinstance(values, dict):
+            return values
+        old = [values.get("is_teacher"), values.get("of_teacher")]
+        known = {name: value for name, value in values.items() if name not in ("is_teacher", "of_teacher")}
+        return {"relation": "teacher", **known} if any(old) else known
 
 
 # ---- quality
 
 
+Quality = Literal["relevance", "coverage", "clean"]  # a rejected output is a miss: 0
+
+
 class PolicyScores(Part):
-    """A policy's outputs of the default probe. A rejected one has relevance 0 and a judge's score of unrelated prompts."""
+    """A policy's outputs of the default probe. A rejected one is a miss, and has a judge's score of unrelated prompts."""
 
     n: int
     rejected: Number
     words: Number = Field(description="mean of the accepted prompts")
     relevance: Interval
+    coverage: Interval = Field(UNKNOWN, description="share of the subject's words, or of the intent's content words, kept")
+    clean: Interval = Field(UNKNOWN, description="share of outputs that say nothing twice")
+    accepted: dict[Quality, Interval] = Field(default_factory=dict, description="the same three among accepted prompts")
+    repetition: "Repetition | None" = None
+    copied_8: Interval = Field(
+        UNKNOWN, description="mean share of an accepted prompt's runs of 8 words that stand in training prompts"
+    )
     judges: dict[str, Interval] = Field(default_factory=dict, description="by pointwise judge")
 
 
-class RelevanceComparison(Part):
+class Repetition(Part):
+    """Shares of accepted prompts."""
+
+    doubled_word: Number = Field(description="the same word twice in a row")
+    repeated_pair: Number = Field(description="a word pair twice")
+    repeated_trigram: Number
+
+
+class Comparison(Part):
+    """The student minus, and over, another policy."""
+
     difference: Interval
     ratio: Interval
+
+
+class RelevanceComparison(Comparison):
     ratio_accepted: Interval = Field(description="without the rejected prompts of either side")
 
 
@@ -138,6 +194,9 @@ class PolicyComparison(Part):
     """The student minus, or over, another policy, paired by intent."""
 
     relevance: RelevanceComparison
+    coverage: Comparison | None = None
+    clean: Comparison | None = None
+    copied_8: Comparison | None = None
     judges: dict[str, JudgeComparison] = Field(default_factory=dict)
     pairwise: dict[str, PairwiseComparison] = Field(default_factory=dict)
 
@@ -145,17 +204,24 @@ class PolicyComparison(Part):
 # ---- control
 
 
-class LengthErrors(Part):
-    """Commanded against achieved words of ``n`` outputs, rejected ones with the words of their text."""
+class LengthShares(Part):
+    """Shares of outputs by their distance in words from the commanded length."""
 
-    n: int
-    mean: Number = Field(description="achieved words")
-    mae: Number
-    bias: Number = Field(description="mean of achieved minus commanded words")
     exact: Number
     within_1: Number
     within_2: Number
     within_10pct: Number = Field(description="share within 10% of the commanded words")
+
+
+class LengthErrors(LengthShares):
+    """Commanded against achieved words of ``n`` outputs: a rejected one misses in every share, and is not in the means."""
+
+    n: int
+    rejected: Number = None
+    accepted: LengthShares | None = Field(None, description="the shares among accepted outputs")
+    mean: Number = Field(description="achieved words")
+    mae: Number
+    bias: Number = Field(description="mean of achieved minus commanded words")
 
 
 class LengthLevel(LengthErrors):
@@ -167,8 +233,11 @@ class LengthLevel(LengthErrors):
 
 
 class LengthControl(LengthErrors):
+    within_2_interval: Interval = UNKNOWN
     spearman: Number
-    rises: bool | None = Field(description="the mean rises at every commanded length, on every task; None with fewer than two")
+    rises: bool | None = Field(
+        description="every step between commanded lengths is up, by its whole interval, on every task; None if that is open"
+    )
     levels: list[LengthLevel] | None = Field(None, description="None over all tasks, since their lengths differ")
 
 
@@ -177,7 +246,9 @@ class RewardCurve(Part):
 
     spearman: Number
     difference: Interval = Field(description="top bin minus bottom bin, paired by intent; unknown with fewer than two bins")
-    monotone: bool | None = Field(description="every step is up; None with fewer than two known bins")
+    monotone: bool | None = Field(
+        description="every step is up, by its whole interval; False if one is surely not; None if that is open"
+    )
 
 
 class RewardLevel(Part):
@@ -192,7 +263,9 @@ class RewardLevel(Part):
 
 
 class RewardControl(RewardCurve):
-    rises: bool | None = Field(description="top bin above bottom bin, among accepted prompts and with rejected ones as 0")
+    rises: bool | None = Field(
+        description="top bin above bottom bin, by the whole interval, among accepted prompts and with rejected ones as 0"
+    )
     levels: list[RewardLevel] = Field(default_factory=list)
     judges: dict[str, RewardCurve] = Field(default_factory=dict)
 
@@ -230,22 +303,15 @@ class Diversity(Part):
     ratios: dict[str, DiversityRatios] = Field(default_factory=dict, description="by other policy, trivial baselines left out")
 
 
-class ClassifierAccuracy(Part):
-    """Share of prompts that a classifier, trained on the teacher's prompts, recognizes as their task's; None without one."""
+class TaskAccuracy(Part):
+    """Shares of a policy's outputs; a rejected one is neither recognized nor well-formed. None: not measured."""
 
-    teacher_holdout: Number = Field(description="of the teacher's prompts for intents that it was not trained on")
-    policies: dict[str, Number]
-
-
-class FormatAccuracy(Part):
-    """Share of each policy's outputs that keep the task's format rules."""
-
-    policies: dict[str, Number]
-
-
-class Accuracy(Part):
-    classifier: ClassifierAccuracy
-    format: FormatAccuracy
+    recognized: Number = Field(
+        description="assigned to their own task by a classifier that was trained on the teacher's prompts"
+    )
+    well_formed: Number = Field(description="keep the task's format rules")
+    recognized_accepted: Number = Field(description="the same among accepted prompts")
+    well_formed_accepted: Number
 
 
 class CopiedShares(Part):
@@ -278,8 +344,10 @@ class Claim(Part):
 
 
 class Target(Part):
+    """A target is met if the whole interval is on its right side, missed if all of it is on the wrong one, else open."""
+
     name: str = Field(validation_alias=AliasChoices("name", "target"))
-    met: bool | None = Field(description="None: not measured")
+    met: bool | None = Field(description="None: open, or not measured")
     measured: str
 
 
@@ -296,7 +364,22 @@ class Scope(Part):
     diversity: Diversity
     length: LengthControl = Field(description="lengths between the 5th and the 95th percentile of training")
     reach: LengthControl = Field(description="lengths outside")
-    accuracy: Accuracy
+    accuracy: dict[str, TaskAccuracy] = Field(default_factory=dict, description="by policy")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_old_accuracy(cls, values: Any) -> Any:
+        """Accept one table per measure instead of one per policy, as in files written until 2026-11-25."""
+        accuracy = values.get("accuracy") if isinstance(values, dict) else None
+        if not isinstance(accuracy, dict) or "classifier" not in accuracy:
+            return values
+        recognized, well_formed = (accuracy[name]["policies"] for name in ("classifier", "format"))
+        unknown = {"recognized_accepted": None, "well_formed_accepted": None}
+        by_policy = {
+            policy: {"recognized": recognized.get(policy), "well_formed": well_formed.get(policy), **unknown}
+            for policy in {**recognized, **well_formed}
+        }
+        return {**values, "accuracy": by_policy}
 
 
 class TaskScope(Scope):

@@ -16,6 +16,7 @@ from udrl import intents, storage
 from udrl.commands import CommandVocabulary
 from udrl.errors import UserError
 from udrl.hashing import fingerprint, stable_id
+from udrl.intents.content_words import content_words
 from udrl.policies.policy import Policy, Row
 from udrl.policies.requests import key_columns
 from udrl.policies.student import student_policy
@@ -30,6 +31,11 @@ MAX_SOURCE_INTENTS = 1_000_000  # intents read from a source; the reader keeps a
 class EvaluatedIntent(NamedTuple):
     intent_id: int
     text: str
+    subject: str = ""  # as its source names it; "" if the source has no subjects
+
+    def subject_words(self) -> list[str]:
+        """Return the words that a prompt for it must keep: its subject's, or else all of its content words."""
+        return content_words(self.subject or self.text)
 
 
 def select_intents(recipe: Recipe) -> tuple[list[EvaluatedIntent], str]:
@@ -82,13 +88,13 @@ def _heldout_intents(recipe: Recipe) -> list[EvaluatedIntent]:
     if summary is None:
         raise UserError(f"{run.storage}: no finished generate stage; run jobs.generate first, or set evaluate.source")
     uri = run.intents(summary.intents).heldout
-    table = storage.read_table(uri, ["intent_id", "intent"])
+    table = storage.read_table(uri, ["intent_id", "intent", "subject"])
     if not table.num_rows:
         raise UserError(f"{uri}: no held-out intent; raise intents.heldout, or set evaluate.source")
     order = np.random.default_rng(recipe.seed).permutation(table.num_rows)[: recipe.evaluate.intents]
     selected = table.take(sorted(order))
-    ids, texts = selected.column("intent_id").to_pylist(), selected.column("intent").to_pylist()
-    return [EvaluatedIntent(intent_id, text) for intent_id, text in zip(ids, texts, strict=True)]
+    columns = [selected.column(name).to_pylist() for name in ("intent_id", "intent", "subject")]
+    return [EvaluatedIntent(*values) for values in zip(*columns, strict=True)]
 
 
 # The first variation of each probe. A sweep never shares an id with a default sample of the same command.
@@ -148,7 +154,7 @@ def _with_requests(
     """Add the requests of a policy that takes no commands."""
     requests = [
         {**key_columns(policy, intent_id, text, task.name, variation), "probe": "default"}
-        for intent_id, text in intents
+        for intent_id, text, _ in intents
         for task in tasks
         for variation in range(recipe.evaluate.samples)
     ]
@@ -171,14 +177,14 @@ def student_requests(
     rows = []
     for task in tasks:
         commands = _commands(vocabulary, task.name, recipe)
-        for intent_id, text in intents:
+        for intent_id, text, _ in intents:
             for probe, number, words, reward in commands:
                 if probe != "default" and intent_id not in swept:
                     continue
                 variation = FIRST_VARIATION[probe] + number
                 row = key_columns(policy, intent_id, text, task.name, variation, command_words=words, command_reward=reward)
                 rows.append({**row, "probe": probe})
-    positions = {intent_id: i for i, (intent_id, _) in enumerate(intents)}
+    positions = {intent.intent_id: i for i, intent in enumerate(intents)}
     return sorted(rows, key=lambda row: positions[row["intent_id"]])
 
 

@@ -13,7 +13,7 @@ from udrl import storage
 from udrl.context import StageContext
 from udrl.evaluate.document import PolicyProfile
 from udrl.evaluate.evaluated_policies import EvaluatedPolicy
-from udrl.evaluate.judges.validation import shuffle_intents
+from udrl.evaluate.judges.controls import shuffle_intents
 from udrl.evaluate.outputs import OUTPUTS, STUDENT, TEACHER
 from udrl.evaluate.speed import PolicySpeed, costs_per_1000
 from udrl.hashing import stable_id

@@ -17,7 +17,7 @@ from pydantic import Field
 from udrl import cluster
 from udrl.context import StageContext
 from udrl.errors import StalledError
-from udrl.evaluate.document import Environment
+from udrl.evaluate.document import Environment, Interval
 from udrl.evaluate.evaluated_policies import EvaluatedPolicy
 from udrl.hashing import fingerprint
 from udrl.policies.policy import Policy, Row, engine_environment, engine_kwargs, resource_bundles, revision_kwargs
@@ -26,6 +26,7 @@ from udrl.run import Document, EvaluationPaths
 log = logging.getLogger(__name__)
 
 CONCURRENT_REQUESTS = 64  # of the measurement of throughput
+REPEATS = 3  # of it: on a busy machine one of them can be half as fast as another
 
 
 class PolicySpeed(Document):
@@ -33,7 +34,8 @@ class PolicySpeed(Document):
 
     latency_p50: float = Field(description="of one request at a time")
     latency_p95: float
-    prompts_per_second: float = Field(description="with 64 concurrent requests")
+    prompts_per_second: float = Field(description="with 64 concurrent requests, median of the repetitions")
+    prompts_per_second_spread: Interval | None = Field(None, description="median, least and most of the repetitions")
     tokens_per_second: float
     memory_mib: float = Field(description="host memory of the engine's processes")
     startup_seconds: float
@@ -60,15 +62,21 @@ class _EngineTimer:
             start = time.perf_counter()
             self.engine.generate([prompt], sampling, use_tqdm=False)
             latencies.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        outputs = self.engine.generate(prompts, sampling, use_tqdm=False)
-        seconds = time.perf_counter() - start
+        times = []
+        for _ in range(REPEATS):
+            start = time.perf_counter()
+            outputs = self.engine.generate(prompts, sampling, use_tqdm=False)
+            times.append(time.perf_counter() - start)
+        seconds = float(np.median(times))
         process = psutil.Process()
         memory = sum(p.memory_info().rss for p in (process, *process.children(recursive=True)))
         return PolicySpeed(
             latency_p50=float(np.quantile(latencies, 0.5)),
             latency_p95=float(np.quantile(latencies, 0.95)),
             prompts_per_second=len(prompts) / seconds,
+            prompts_per_second_spread=Interval(
+                value=len(prompts) / seconds, low=len(prompts) / max(times), high=len(prompts) / min(times)
+            ),
             tokens_per_second=sum(len(output.outputs[0].token_ids) for output in outputs) / seconds,
             memory_mib=memory / 2**20,
             startup_seconds=self.startup,
@@ -96,7 +104,7 @@ def measure_speeds(
     for evaluated in policies:
         policy = evaluated.policy
         settings = [policy.fingerprint, engine_kwargs(policy.engine, policy.placement), policy.placement.model_dump()]
-        file = evaluation.speed(policy.name, fingerprint([*settings, machine, single_requests]))
+        file = evaluation.speed(policy.name, fingerprint([*settings, machine, single_requests, REPEATS]))
         speed = PolicySpeed.load_if_exists(file)
         if speed is None and single_requests and evaluated.requests:
             log.info("evaluate: measuring the speed of %s (%s)", policy.name, policy.model)

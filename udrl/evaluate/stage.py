@@ -17,9 +17,9 @@ from udrl.commands import CommandVocabulary
 from udrl.context import StageContext
 from udrl.evaluate.document import EvaluationDocument, Measurements, PolicyProfile
 from udrl.evaluate.evaluated_policies import EvaluatedPolicy, gather_policies, select_intents, takes_commands
-from udrl.evaluate.judges.answers import answered_texts, judge_paths, last_rate
-from udrl.evaluate.judges.judging import JUDGED_PROBES, MAX_TRUE_PAIRS, ask_judges
-from udrl.evaluate.judges.validation import CONTROL_KINDS
+from udrl.evaluate.judges.answers import MODEL_FREE, answered_texts, judge_paths, last_rate
+from udrl.evaluate.judges.controls import CONTROL_KINDS
+from udrl.evaluate.judges.judging import JUDGED_PROBES, MAX_TRUE_PAIRS, ask_judges, gold_pairs_for
 from udrl.evaluate.metrics import compute as metrics
 from udrl.evaluate.policy_outputs import policy_profile, trivial_baseline_outputs, write_outputs
 from udrl.evaluate.report.write_report import short_table, write_report
@@ -27,7 +27,7 @@ from udrl.evaluate.speed import PolicySpeed, describe_environment, measure_speed
 from udrl.policies.ledger import count_rows
 from udrl.policies.student import fetch_student
 from udrl.progress import duration
-from udrl.recipe import Recipe, dump
+from udrl.recipe import Judge, Recipe, dump
 from udrl.run import EvaluationPaths, Run, TrainingSummary
 from udrl.scoring.embedder import EmbeddingActor
 from udrl.tasks import Task, load_tasks
@@ -92,6 +92,7 @@ def run(recipe: Recipe) -> EvaluationResult:
         pairwise=judged.comparisons,
         training=_training_prompts(recipe),
         embed=embedder.embed,
+        subject_words={intent.intent_id: intent.subject_words() for intent in intents},
         bootstrap=recipe.evaluate.bootstrap,
         seed=recipe.seed,
     )
@@ -155,6 +156,7 @@ def describe(result: EvaluationResult) -> str:
 
 # texts/s assumed of a judge that was never timed: likelihood under the bundled 135M model on two CPU cores
 ASSUMED_TEXTS_PER_SECOND = 25.0
+MODEL_FREE_TEXTS_PER_SECOND = 1500.0  # of the gated and coverage judges, measured on one CPU core
 # seconds a policy takes outside its engine: starting Ray Data's stages and the embedder; measured on two CPU cores
 OVERHEAD_SECONDS = 25.0
 # prompts/s of scoring, measured on two CPU cores
@@ -162,7 +164,7 @@ SCORED_PER_SECOND = 150.0
 
 
 class JudgeWork(NamedTuple):
-    """The texts that a judge has left: an upper bound of texts, and texts/s of its last pass (None: it never ran)."""
+    """The texts that a judge has left: an upper bound of texts, and texts/s of its last pass (None: unknown)."""
 
     name: str
     texts: int
@@ -181,31 +183,35 @@ def plan_evaluation(
     for evaluated in policies:
         rows_by_shard = count_rows(evaluated.paths(evaluation).completions)
         missing[evaluated.name] = len(evaluated.requests) - sum(rows_by_shard.values())
-    pointwise, pairwise = max_judged_texts(recipe, policies, len(tasks))
     judges = []
     for judge in recipe.evaluate.judges:
+        pointwise, pairwise = max_judged_texts(recipe, policies, tasks, judge)
         paths = judge_paths(judge, evaluation, tasks)
         answered = answered_texts(paths)
         # Rejected outputs are not judged, so fewer answers than the bound may be all: if no policy has anything left to
         # write, a judge that has answered before has nothing left either.
         is_open = any(missing.values()) or not answered
         bound = pairwise if judge.kind == "pairwise" else pointwise
-        judges.append(JudgeWork(judge.display_name, max(0, bound - answered) if is_open else 0, last_rate(paths)))
+        rate = last_rate(paths) or (MODEL_FREE_TEXTS_PER_SECOND if judge.kind in MODEL_FREE else None)
+        judges.append(JudgeWork(judge.display_name, max(0, bound - answered) if is_open else 0, rate))
     return plan_lines(policies, missing, speeds, judges)
 
 
-def max_judged_texts(recipe: Recipe, policies: Sequence[EvaluatedPolicy], tasks: int) -> tuple[int, int]:
-    """Return how many texts a pointwise and a pairwise judge will see at most: outputs, trivial baselines, controls."""
+def max_judged_texts(
+    recipe: Recipe, policies: Sequence[EvaluatedPolicy], tasks: Sequence[Task], judge: Judge
+) -> tuple[int, int]:
+    """Return how many texts the judge will see at most, if pointwise and if pairwise: outputs, trivial baselines, controls."""
     config = recipe.evaluate
     rows = sum(row["probe"] in JUDGED_PROBES for evaluated in policies for row in evaluated.requests)
     intents = len({row["intent_id"] for evaluated in policies for row in evaluated.requests})
     teacher = sum(len(evaluated.requests) for evaluated in policies if evaluated.kind == "teacher")
-    echoes = intents * tasks if "echo" in config.trivial_baselines else 0
+    echoes = intents * len(tasks) if "echo" in config.trivial_baselines else 0
     shuffled = teacher if "shuffled" in config.trivial_baselines else 0
-    controls = MAX_TRUE_PAIRS * len(CONTROL_KINDS) * tasks
+    true = MAX_TRUE_PAIRS * len(tasks) + len(gold_pairs_for(judge, tasks))
+    controls = true * len(CONTROL_KINDS)
     others = len(policies) - 1 + len(config.trivial_baselines)
-    pairs = min(config.pairs, intents * config.samples) * tasks * others
-    return rows + echoes + shuffled + controls, 2 * (pairs + controls)
+    pairs = min(config.pairs, intents * config.samples) * len(tasks) * others
+    return rows + echoes + shuffled + true + controls, 2 * (pairs + controls)
 
 
 def plan_lines(

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -23,6 +22,7 @@ from udrl import cluster, models, storage
 from udrl.context import StageContext
 from udrl.hashing import fingerprint, stable_id
 from udrl.intents import composer
+from udrl.intents.content_words import singulars
 from udrl.intents.intent import ROW_GROUP, Intent, intents_table, iter_intents, open_intents_writer
 from udrl.policies.ledger import list_parts, read_shard
 from udrl.policies.policy import Policy, Row
@@ -135,27 +135,8 @@ def _hash_variants(words: list[str]) -> Iterator[int]:
     """Yield hashes of the words, and of the words with one in the singular: no subject has two plurals."""
     yield stable_id(" ".join(words))
     for i, word in enumerate(words):
-        for singular in _singulars(word):
+        for singular in singulars(word):
             yield stable_id(" ".join([*words[:i], singular, *words[i + 1 :]]))
-
-
-def _singulars(word: str) -> Iterator[str]:
-    """Yield possible singulars of ``word``; wrong guesses are not words, so they match nothing."""
-    if word in _known_singulars():
-        yield _known_singulars()[word]
-    for ending, singular in (("s", ""), ("es", ""), ("ies", "y"), ("ves", "f"), ("ves", "fe")):
-        if len(word) > len(ending) + 1 and word.endswith(ending):
-            yield word.removesuffix(ending) + singular
-
-
-@cache
-def _known_singulars() -> dict[str, str]:
-    """Return the singulars of the plurals in the composer's grammar, such as mice and geese, and of common irregular ones."""
-    singulars = {"children": "child", "men": "man", "women": "woman", "people": "person", "teeth": "tooth", "feet": "foot"}
-    for singular, plural in composer.subject_plurals().items():
-        pairs = zip(plural.casefold().split(), singular.casefold().split(), strict=False)
-        singulars |= {many: one for many, one in pairs if many != one}
-    return singulars
 
 
 log = logging.getLogger(__name__)

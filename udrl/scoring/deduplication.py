@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 
 from udrl.recipe import Deduplicate
-from udrl.scoring.rewards import words
+from udrl.text import words
 
 PERMUTATIONS = 128  # hash functions of a signature
 SEED = 1

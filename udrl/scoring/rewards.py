@@ -3,7 +3,6 @@
 Relevance is easily gamed: an echo of the intent scores 1.0. Novelty, repetition and format bound it.
 """
 
-import re
 from functools import lru_cache
 from itertools import pairwise
 
@@ -11,13 +10,7 @@ import numpy as np
 
 from udrl.episodes import COMPONENTS
 from udrl.recipe import RewardWeights
-
-_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
-
-
-def words(text: str) -> list[str]:
-    """Return case-folded words without punctuation, to compare texts; lengths are :func:`udrl.text.count_words`."""
-    return _WORD.findall(text.casefold())
+from udrl.text import words
 
 
 def novelty(intent: str, prompt: str) -> float:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from udrl.scoring.rewards import words
+from udrl.text import words
 
 # Share of the intents. A word in at most this many of them names a subject or a detail; more frequent ones ("poster", "with")
 # frame the request.

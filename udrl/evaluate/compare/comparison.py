@@ -161,10 +161,15 @@ def _samples(rows: Columns) -> dict[str, Sample]:
     """Return the metrics that are means over rows, and so have intervals."""
     default = select(rows, rows["probe"] == "default")
     swept = select(rows, (rows["probe"] == "length") & (rows["command_words"] >= 1))
-    error = np.abs(swept["n_words"] - swept["command_words"])
+    error = np.abs(swept["n_words"] - swept["command_words"]).astype(float)
+    hit = ~swept["rejected"]  # a rejected output misses
     judges = {f"judge.{name.removeprefix(JUDGE)}": default[name] for name in rows if name.startswith(JUDGE)}
     of_default = {"relevance": default["relevance"], **judges, "rejected": default["rejected"]}
-    of_swept = {"length.mae": error, "length.exact": error == 0, "length.within_2": error <= 2}
+    of_swept = {
+        "length.mae": np.where(hit, error, np.nan),
+        "length.exact": hit & (error == 0),
+        "length.within_2": hit & (error <= 2),
+    }
     return {
         **{name: Sample(values, default["intent_id"]) for name, values in of_default.items()},
         **{name: Sample(values, swept["intent_id"]) for name, values in of_swept.items()},

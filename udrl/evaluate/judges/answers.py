@@ -15,7 +15,8 @@ import pyarrow as pa
 
 from udrl import cluster, models, storage
 from udrl.context import StageContext
-from udrl.evaluate.judges import pairwise
+from udrl.evaluate.judges import gated, pairwise
+from udrl.evaluate.judges.controls import Pair
 from udrl.evaluate.judges.likelihood import WITH_PROMPT, WITHOUT_PROMPT, LikelihoodJudge
 from udrl.hashing import fingerprint, stable_id
 from udrl.policies.policy import Row
@@ -27,6 +28,7 @@ from udrl.scoring.embedder import Embedder
 from udrl.tasks import Task
 from udrl.watchdog import iterate_with_watchdog
 
+MODEL_FREE = ("gated", "coverage")  # judges that score thousands of texts a second in the driver
 FILE_ROWS = 512  # questions of one file: the most that a kill loses of each replica
 QUESTIONS = pa.schema(
     [
@@ -71,16 +73,25 @@ def answer_questions(
     add_questions(paths, questions)
     open_files = rubric.unjudged_files(paths.questions, paths.scores)
     if open_files:
-        models.resolve(judge.model)  # a missing model is reported before Ray starts
-        cluster.connect()
         start = time.monotonic()
-        if judge.kind in ("likelihood", "embedding"):
+        if judge.kind in MODEL_FREE:
+            scorer = _ScoreFiles(judge, paths)
+            for name in open_files:
+                scorer.score_file(name)
+        elif judge.kind in ("likelihood", "embedding"):
+            _connect(judge)
             _run_model_pass(judge, paths, open_files, context)
         else:
+            _connect(judge)
             _run_engine_pass(judge, paths, tasks, context)
         rate = sum(_sizes(paths, open_files)) / (time.monotonic() - start)
         JudgeRate(texts_per_second=rate).save(paths.rate)
     return _read_answers(paths)
+
+
+def _connect(judge: Judge) -> None:
+    models.resolve(judge.model)  # a missing model is reported before Ray starts
+    cluster.connect()
 
 
 def judge_paths(judge: Judge, evaluation: EvaluationPaths, tasks: Sequence[Task]) -> JudgePaths:
@@ -133,12 +144,14 @@ def _fingerprint_inputs(judge: Judge, tasks: Sequence[Task]) -> dict[str, Any]:
     # The keys are part of existing runs' fingerprints.
     engine = {"dtype": judge.engine.dtype, "max_model_len": judge.engine.max_model_len, "style": judge.style}
     by_kind: dict[str, dict[str, Any]] = {
+        "gated": {"version": gated.VERSION},
+        "coverage": {"version": gated.VERSION},
         "likelihood": {"dtype": judge.engine.dtype, "template": [WITH_PROMPT, WITHOUT_PROMPT]},
         "embedding": {},
         "rubric": {**engine, "rubric": rubric.RUBRIC, "tasks": rubric.task_inputs(tasks)},
         "pairwise": {**engine, **pairwise.fingerprint_inputs(tasks)},
     }
-    model = {"model": judge.model, "revision": models.revision(judge.model, judge.revision)}
+    model = {"model": judge.model, "revision": models.revision(judge.model, judge.revision)} if judge.kind != "coverage" else {}
     return {"kind": judge.kind, **model, "kwargs": judge.engine.kwargs, **by_kind[judge.kind]}
 
 
@@ -187,26 +200,33 @@ class _ScoreFiles:
         self.score, self.paths = _load_scorer(judge), paths
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {"rows": np.array([self._score_file(str(name)) for name in batch["part"]])}
+        return {"rows": np.array([self.score_file(str(name)) for name in batch["part"]])}
 
-    def _score_file(self, name: str) -> int:
-        table = storage.read_table(storage.join(self.paths.questions, name), ["episode_id", "intent", "prompt"])
-        scores = self.score(table["intent"].to_pylist(), table["prompt"].to_pylist()).astype(np.float32)
+    def score_file(self, name: str) -> int:
+        """Write the file of scores of one file of questions; return its number of rows."""
+        table = storage.read_table(storage.join(self.paths.questions, name), ["episode_id", "intent", "task", "prompt"])
+        pairs = [Pair(row["intent"], row["task"], row["prompt"]) for row in table.to_pylist()]
+        scores = self.score(pairs).astype(np.float32)
         scored = pa.table([table["episode_id"], scores, np.ones_like(scores)], schema=SCORES)
         storage.write_table(storage.join(self.paths.scores, name), scored)
         return int(table.num_rows)
 
 
-def _load_scorer(judge: Judge) -> Callable[[list[str], list[str]], np.ndarray]:
-    """Load a likelihood or embedding judge: (intents, prompts) -> scores of shape (pairs,)."""
+def _load_scorer(judge: Judge) -> Callable[[list[Pair]], np.ndarray]:
+    """Load a judge that scores pairs: pairs -> scores of shape (pairs,)."""
+    if judge.kind == "coverage":
+        return gated.GatedJudge(gated.coverage_relevance).score
+    if judge.kind == "gated":
+        return gated.GatedJudge(gated.embedding_relevance(judge.model)).score
     place, engine = judge.placement, judge.engine
     # Ray sets OMP_NUM_THREADS to the actor's CPUs, which would leave one core to a model that has the machine to itself.
     threads = None if place.gpus else place.threads or max(1, cluster.cpu_count() // place.replicas)
     if judge.kind == "embedding":
-        return load_embedder(judge.model, engine.batch_size, threads, judge.revision).relevance
+        embedder = load_embedder(judge.model, engine.batch_size, threads, judge.revision)
+        return lambda pairs: embedder.relevance([pair.intent for pair in pairs], [pair.prompt for pair in pairs])
     dtype = "auto" if engine.dtype == "bfloat16" else engine.dtype  # emulated bfloat16 is slow and no better than float32
     likelihood = LikelihoodJudge(models.resolve(judge.model), engine.batch_size, dtype, threads, judge.revision)
-    return lambda intents, prompts: likelihood.score(prompts, intents)
+    return lambda pairs: likelihood.score([pair.prompt for pair in pairs], [pair.intent for pair in pairs])
 
 
 def load_embedder(model: str, batch_size: int, threads: int | None = None, revision: str | None = None) -> Embedder:

@@ -2,26 +2,34 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from udrl import models
 from udrl.context import StageContext
-from udrl.evaluate.document import JudgeProfile
+from udrl.errors import UserError
+from udrl.evaluate.document import JudgeProfile, Relation
 from udrl.evaluate.judges import pairwise
-from udrl.evaluate.judges.answers import answer_questions, question
-from udrl.evaluate.judges.validation import make_controls, nan_mean, sample_per_task, validate, validate_pairwise
+from udrl.evaluate.judges.answers import MODEL_FREE, answer_questions, question
+from udrl.evaluate.judges.controls import Pair, gold_pairs, make_controls, sample_per_task
+from udrl.evaluate.judges.validation import Areas, areas_by_task, is_validated, nan_mean, preferences_by_task
 from udrl.evaluate.outputs import JUDGE, PAIRWISE, STUDENT, TEACHER
+from udrl.hashing import stable_id
 from udrl.policies.policy import Row
 from udrl.recipe import Judge, Recipe
 from udrl.run import EvaluationPaths
 from udrl.scoring import rubric
-from udrl.tasks import Task
+from udrl.tasks import Task, shipped_tasks
 
 JUDGED_PROBES = ("default", "reward")  # probes that pointwise judges see
-MAX_TRUE_PAIRS = 50  # true pairs a task that a judge is validated on
+MAX_TRUE_PAIRS = 25  # true pairs of the run, a task, that a judge is validated on
+MAX_GOLD_PAIRS = 25  # hand-written pairs, a task, that a judge with a model is validated on; one without sees all
 UNITS = {
+    "gated": "0 to 1",
+    "coverage": "0 to 1",
     "likelihood": "nats per intent token",
     "embedding": "cosine",
     "rubric": "score, 0 to 1",
@@ -39,6 +47,29 @@ class JudgedOutputs:
 
 
 @dataclass(frozen=True)
+class _PairSet:
+    """True pairs and their controls, as questions to a judge."""
+
+    pairs: list[Pair]
+    controls: pa.Table
+
+    @classmethod
+    def of(cls, pairs: Sequence[Pair], seed: int, donors: Sequence[Pair] = ()) -> "_PairSet":
+        return cls(list(pairs), make_controls(pairs, seed, donors))
+
+    def true_rows(self) -> list[Row]:
+        return [{**pair._asdict(), "intent_id": stable_id(pair.intent)} for pair in self.pairs]
+
+    def control_rows(self) -> list[Row]:
+        return [{**row, "intent_id": stable_id(row["intent"])} for row in self.controls.to_pylist()]
+
+    def comparisons(self) -> list[Row]:
+        """Return the true prompt of each control, with the control as the other prompt."""
+        true = self.true_rows()
+        return [{**true[row["pair"]], "other_prompt": row["prompt"]} for row in self.controls.to_pylist()]
+
+
+@dataclass(frozen=True)
 class _Panel:
     """What all judges of one evaluation share."""
 
@@ -46,8 +77,17 @@ class _Panel:
     tasks: Sequence[Task]
     evaluation: EvaluationPaths
     rows: list[Row]  # the outputs
-    true_pairs: list[Row]
-    controls: pa.Table
+    own: _PairSet
+
+    def gold(self, judge: Judge) -> _PairSet:
+        donors = [pair for name in shipped_tasks() for pair in gold_pairs(name)]
+        return _PairSet.of(gold_pairs_for(judge, self.tasks), seed=0, donors=donors)
+
+
+def gold_pairs_for(judge: Judge, tasks: Sequence[Task]) -> list[Pair]:
+    """Return the hand-written pairs that validate a judge: all, or a sample for one that takes long."""
+    limit = None if judge.kind in MODEL_FREE else MAX_GOLD_PAIRS
+    return [pair for task in tasks for pair in gold_pairs(task.name)[:limit]]
 
 
 def ask_judges(recipe: Recipe, tasks: Sequence[Task], outputs: pa.Table, evaluation: EvaluationPaths) -> JudgedOutputs:
@@ -62,10 +102,7 @@ def ask_judges(recipe: Recipe, tasks: Sequence[Task], outputs: pa.Table, evaluat
         StalledError: a judge did not answer for ``recipe.watchdog_minutes``.
     """
     rows = outputs.to_pylist()
-    pairs = _true_pairs(rows, recipe.seed)
-    intents, prompts, pair_tasks = ([row[name] for row in pairs] for name in ("intent", "prompt", "task"))
-    controls = make_controls(intents, prompts, pair_tasks, recipe.seed)
-    panel = _Panel(recipe, tasks, evaluation, rows, pairs, controls)
+    panel = _Panel(recipe, tasks, evaluation, rows, _PairSet.of(_true_pairs(rows, recipe.seed), recipe.seed))
     comparisons = [PAIRWISE.empty_table()]
     profiles: dict[str, JudgeProfile] = {}
     for judge in recipe.evaluate.judges:
@@ -78,12 +115,13 @@ def ask_judges(recipe: Recipe, tasks: Sequence[Task], outputs: pa.Table, evaluat
     return JudgedOutputs(outputs, pa.concat_tables(comparisons), profiles)
 
 
-def _true_pairs(rows: Sequence[Row], seed: int) -> list[Row]:
+def _true_pairs(rows: Sequence[Row], seed: int) -> list[Pair]:
     """At most :data:`MAX_TRUE_PAIRS` accepted prompts a task: the teacher's, or the student's if the teacher has none."""
     accepted = [row for row in rows if row["probe"] == "default" and _is_accepted(row)]
     by_policy = {name: [row for row in accepted if row["policy"] == name] for name in (TEACHER, STUDENT)}
     candidates = by_policy[TEACHER] or by_policy[STUDENT]
-    return [candidates[i] for i in sample_per_task([row["task"] for row in candidates], MAX_TRUE_PAIRS, seed)]
+    sampled = [candidates[i] for i in sample_per_task([row["task"] for row in candidates], MAX_TRUE_PAIRS, seed)]
+    return [Pair(row["intent"], row["task"], row["prompt"]) for row in sampled]
 
 
 def _is_accepted(row: Row) -> bool:
@@ -95,44 +133,127 @@ def _ask_pointwise(judge: Judge, panel: _Panel) -> tuple[np.ndarray, JudgeProfil
     judged = [i for i, row in enumerate(panel.rows) if row["probe"] in JUDGED_PROBES]
     accepted = [i for i in judged if _is_accepted(panel.rows[i])]
     rejected = [i for i in judged if not _is_accepted(panel.rows[i])]
-    controls = [{**row, "intent_id": panel.true_pairs[row["pair"]]["intent_id"]} for row in panel.controls.to_pylist()]
-    pairs = [*(panel.rows[i] for i in accepted), *panel.true_pairs, *controls]
-    scores, parse_failures = score_pairs(judge, pairs, panel.recipe, panel.tasks, panel.evaluation)
-    own, true, control = np.split(scores, [len(accepted), len(accepted) + len(panel.true_pairs)])
-    validation = validate(true, control, panel.controls, [row["task"] for row in panel.true_pairs])
+    own, gold = panel.own, panel.gold(judge)
+    parts = [[panel.rows[i] for i in accepted], own.true_rows(), own.control_rows(), gold.true_rows(), gold.control_rows()]
+    scores, parse_failures = score_pairs(
+        judge, [row for part in parts for row in part], panel.recipe, panel.tasks, panel.evaluation
+    )
+    scored, own_true, own_controls, gold_true, gold_controls = np.split(scores, np.cumsum([len(part) for part in parts])[:-1])
+    own_areas = areas_by_task(own_true, own_controls, own.controls, [pair.task for pair in own.pairs])
+    gold_areas = areas_by_task(gold_true, gold_controls, gold.controls, [pair.task for pair in gold.pairs])
+    unrelated = nan_mean(own_controls[np.asarray(own.controls["kind"].to_pylist(), dtype=object) == "shuffled"])
     column = np.full(len(panel.rows), np.nan)
-    column[accepted] = own
-    column[rejected] = np.nan_to_num(validation.unrelated_score)  # refusing is as good as a prompt for another intent
-    return column, _profile(judge, panel, parse_failures=parse_failures, **asdict(validation))
+    column[accepted] = scored
+    column[rejected] = np.nan_to_num(unrelated)  # refusing is as good as a prompt for another intent
+    profile = _profile(
+        judge,
+        panel,
+        own_areas,
+        gold_areas,
+        pairs=int((~np.isnan(own_true)).sum()),
+        gold_pairs=int((~np.isnan(gold_true)).sum()),
+        unrelated_score=unrelated,
+        parse_failures=parse_failures,
+    )
+    return column, profile.model_copy(update={"ratio_scale": profile.validated and nan_mean(own_true) > unrelated})
 
 
 def _ask_pairwise(judge: Judge, panel: _Panel, outputs: pa.Table) -> tuple[pa.Table, JudgeProfile]:
-    """The judge's comparisons as :data:`~udrl.evaluate.outputs.PAIRWISE`, and its profile."""
+    """The judge's comparisons as :data:`~udrl.evaluate.outputs.PAIRWISE`, and its profile. The judge has no scale."""
     pairs = pairwise.pairs_to_compare(outputs, panel.recipe.evaluate.pairs, panel.recipe.seed)
     settled = [pairwise.settle_without_judge(_is_accepted(student), _is_accepted(other)) for student, other in pairs]
     unsettled = [{**student, "other_prompt": other["prompt"]}
                  for (student, other), verdict in zip(pairs, settled, strict=True) if verdict is None]  # fmt: skip
-    controls = [{**panel.true_pairs[row["pair"]], "other_prompt": row["prompt"]} for row in panel.controls.to_pylist()]
-    comparisons, parse_failures = compare_pairs(judge, [*unsettled, *controls], panel.recipe, panel.tasks, panel.evaluation)
-    own, control = comparisons[: len(unsettled)], comparisons[len(unsettled) :]
-    answers = iter(own)
-    verdicts = [next(answers) if verdict is None else pairwise.Comparison(verdict, verdict, True) for verdict in settled]
+    own, gold = panel.own, panel.gold(judge)
+    parts = [unsettled, own.comparisons(), gold.comparisons()]
+    comparisons, parse_failures = compare_pairs(
+        judge, [row for part in parts for row in part], panel.recipe, panel.tasks, panel.evaluation
+    )
+    answers = comparisons[: len(unsettled)]
+    preferences = np.array([_preference(one) for one in comparisons[len(unsettled) :]], dtype=float)
+    own_preferences, gold_preferences = np.split(preferences, [own.controls.num_rows])
+    remaining = iter(answers)
+    verdicts = [next(remaining) if verdict is None else pairwise.Comparison(verdict, verdict, True) for verdict in settled]
     rows = [
         {"judge": judge.display_name, **{name: student[name] for name in ("task", "intent_id", "policy", "variation")}}
         | {"other": other["policy"], **verdict._asdict()}
         for (student, other), verdict in zip(pairs, verdicts, strict=True)
     ]
-    preferences = [(one.first + one.second) / 2 if one.parsed else math.nan for one in control]
-    validation = validate_pairwise(np.array(preferences, dtype=float), panel.controls)
-    bias = nan_mean(np.array([one.first - one.second if one.parsed else math.nan for one in own], dtype=float))
-    profile = _profile(judge, panel, parse_failures=parse_failures, position_bias=bias, **asdict(validation))
+    bias = nan_mean(np.array([one.first - one.second if one.parsed else math.nan for one in answers], dtype=float))
+    profile = _profile(
+        judge,
+        panel,
+        preferences_by_task(own_preferences, own.controls),
+        preferences_by_task(gold_preferences, gold.controls),
+        pairs=_count_judged(own.controls, own_preferences),
+        gold_pairs=_count_judged(gold.controls, gold_preferences),
+        parse_failures=parse_failures,
+        position_bias=bias,
+    )
     return pa.Table.from_pylist(rows, schema=PAIRWISE), profile
 
 
-def _profile(judge: Judge, panel: _Panel, **values: object) -> JudgeProfile:
-    is_teacher = judge.model == panel.recipe.teacher.model
-    settings = {"kind": judge.kind, "model": judge.model, "unit": UNITS[judge.kind], "is_teacher": is_teacher}
-    return JudgeProfile.model_validate({**settings, **values})
+def _preference(comparison: pairwise.Comparison) -> float:
+    return (comparison.first + comparison.second) / 2 if comparison.parsed else math.nan
+
+
+def _count_judged(controls: pa.Table, preferences: np.ndarray) -> int:
+    return len(np.unique(controls["pair"].to_numpy()[~np.isnan(preferences)]))
+
+
+def _profile(
+    judge: Judge, panel: _Panel, own: dict[str | None, Areas], gold: dict[str | None, Areas], **values: Any
+) -> JudgeProfile:
+    """Return the judge's profile. The gold set decides whether it is validated; without gold, the run's own pairs do."""
+    return JudgeProfile(
+        kind=judge.kind,
+        model=judge.model if judge.kind != "coverage" else "-",
+        unit=UNITS[judge.kind],
+        relation=relate(judge, panel.recipe),
+        validated=is_validated(gold.get(None) or own.get(None, {})),
+        ratio_scale=False,
+        gold=gold.get(None, {}),
+        gold_tasks={task: areas for task, areas in gold.items() if task is not None},
+        auc=own.get(None, {}),
+        tasks={task: areas for task, areas in own.items() if task is not None},
+        **values,
+    )
+
+
+def relate(judge: Judge, recipe: Recipe) -> Relation:
+    """Return how a judge is related to the models of the run, by the hashes of weights and vocabularies.
+
+    The name of a model says nothing: the teacher's folder and its id on a hub are the same model.
+    """
+    if judge.kind == "coverage":
+        return "independent"
+    rewards = recipe.rewards
+    scorer = (rewards.embedder, None) if rewards.relevance == "embedding" else (rewards.judge.model, rewards.judge.revision)
+    teacher = (recipe.teacher.model, recipe.teacher.revision)
+    own = (judge.model, judge.revision)
+    if _same_weights(own, scorer):
+        return "scorer"
+    if _same_weights(own, teacher):
+        return "teacher"
+    if any(_same_weights(own, (baseline.model, baseline.revision)) for baseline in recipe.evaluate.baselines):
+        return "baseline"
+    vocabularies = [models.vocabulary_hash(path) if path else None for path in map(_local_path, (judge.model, teacher[0]))]
+    return "teacher's family" if vocabularies[0] is not None and vocabularies[0] == vocabularies[1] else "independent"
+
+
+def _same_weights(one: tuple[str, str | None], other: tuple[str, str | None]) -> bool:
+    if one == other:
+        return True
+    hashes = [models.weights_hash(path) if path else None for path in (_local_path(model) for model, _ in (one, other))]
+    return hashes[0] is not None and hashes[0] == hashes[1]
+
+
+def _local_path(model: str) -> str | None:
+    """Return the model's folder or id; None if it is not there, as it may be once all its answers are."""
+    try:
+        return models.resolve(model)
+    except UserError:
+        return None
 
 
 # ---- one judge, any texts

@@ -1,180 +1,108 @@
-"""Validates judges: true pairs of intent and prompt against controls, which are worse by construction.
+"""Validates judges: true pairs of intent and prompt against controls (:mod:`~udrl.evaluate.judges.controls`).
 
-The share of (true pair, control) in which the judge prefers the true one is the area under the ROC curve: 0.5 is chance, 1
-is perfect, and below 0.5 the judge prefers the control. A likelihood or a cosine prefers an echo by its nature; the controls
-show by how much.
+The share of (true pair, control) in which the judge prefers the true one is the area under the ROC curve (AUC): 0.5 is chance,
+1 is perfect, and below 0.5 the judge prefers the control. A judge is validated on the gold set if the 95% interval of every
+foreseen kind of control lies above :data:`MIN_AUC`: a judge that an echo wins says nothing about a student that echoes.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import get_args
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 
-from udrl.evaluate.document import ControlKind
-from udrl.scoring.rewards import words
+from udrl.evaluate.document import UNKNOWN, ControlKind, Interval
+from udrl.evaluate.judges.controls import CONTROL_KINDS, HELD_OUT_KINDS
 
-CONTROL_KINDS: tuple[ControlKind, ...] = get_args(ControlKind)
-MIN_AUC = 0.8  # against shuffled pairs, of a validated judge
-MIN_PAIRS = 20  # true pairs, and as many shuffled ones: fewer reach that area by luck
-CONTROLS = pa.schema(
-    [
-        ("pair", pa.int64()),  # index of the true pair that it is compared with: same intent and task
-        ("kind", pa.string()),
-        ("intent", pa.string()),
-        ("task", pa.string()),
-        ("prompt", pa.string()),
-    ]
-)
-QUALITY_WORDS = ("masterpiece", "best quality", "highly detailed", "8k", "award-winning", "professional")
-_FUNCTION_WORDS = frozenset(
-    (  # noqa: SIM905
-        "a about an and are as at be by for from i in is it its me my of on or our please some that the this to want with you"
-    ).split()
-)
+MIN_AUC = 0.75  # lower bound of the interval
+FORESEEN_KINDS = tuple(kind for kind in CONTROL_KINDS if kind not in HELD_OUT_KINDS)
+Z = 1.959964  # of a two-sided 95% interval
+
+Areas = dict[ControlKind, Interval]
 
 
-@dataclass(frozen=True)
-class Validation:
-    """How well a judge tells true pairs from controls; see :class:`~udrl.evaluate.document.JudgeProfile`."""
-
-    auc: dict[ControlKind, float]
-    tasks: dict[str, dict[ControlKind, float]]
-    pairs: int
-    validated: bool
-    unrelated_score: float = float("nan")
-    ratio_scale: bool = False
-
-
-# ---- controls
-
-
-def make_controls(intents: Sequence[str], prompts: Sequence[str], tasks: Sequence[str], seed: int) -> pa.Table:
-    """Return four worse prompts for each true pair, as :data:`CONTROLS`; deterministic for a ``seed``.
-
-    ``shuffled`` is a prompt for another intent of the task (none if the task has one intent), ``echo`` the intent itself,
-    ``stuffed`` a list of the intent's content words and words of praise, ``truncated`` the prompt's first third.
-    """
-    prompts_of: dict[tuple[str, str], list[str]] = {}
-    positions = []
-    for intent, prompt, task in zip(intents, prompts, tasks, strict=True):
-        own = prompts_of.setdefault((task, intent), [])
-        positions.append(len(own))
-        own.append(prompt)
-    rows = []
-    others = shuffle_intents(intents, tasks, seed)
-    for i, (intent, prompt, task) in enumerate(zip(intents, prompts, tasks, strict=True)):
-        controls = {"echo": intent, "stuffed": stuff_keywords(intent), "truncated": truncate(prompt)}
-        if others[i]:
-            unrelated = prompts_of[task, others[i]]
-            controls["shuffled"] = unrelated[positions[i] % len(unrelated)]
-        rows += [
-            {"pair": i, "kind": kind, "intent": intent, "task": task, "prompt": controls[kind]}
-            for kind in CONTROL_KINDS
-            if kind in controls
-        ]
-    return pa.Table.from_pylist(rows, schema=CONTROLS)
-
-
-def shuffle_intents(intents: Sequence[str], tasks: Sequence[str], seed: int = 0) -> list[str]:
-    """Return for each row another intent of its task; empty if the task has no other.
-
-    Each intent of a task replaces exactly one other, so that true and shuffled pairs have equally hard intents.
-    """
-    rng = np.random.default_rng(seed)
-    successor: dict[tuple[str, str], str] = {}
-    for task in sorted(set(tasks)):
-        ring = sorted({intent for intent, t in zip(intents, tasks, strict=True) if t == task})
-        rng.shuffle(ring)
-        for intent, other in zip(ring, [*ring[1:], ring[0]], strict=True):
-            successor[task, intent] = other if other != intent else ""
-    return [successor[task, intent] for intent, task in zip(intents, tasks, strict=True)]
-
-
-def stuff_keywords(intent: str) -> str:
-    """Return the intent's content words twice, with words of praise between and after them, as a list."""
-    all_words = list(dict.fromkeys(words(intent))) or intent.split()
-    content = [word for word in all_words if word not in _FUNCTION_WORDS] or all_words
-    return ", ".join([*content, *QUALITY_WORDS[:3], *content, *QUALITY_WORDS[3:]])
-
-
-def truncate(prompt: str) -> str:
-    """Return the first third of the words, at least one."""
-    all_words = prompt.split()
-    return " ".join(all_words[: max(1, len(all_words) // 3)])
-
-
-def sample_per_task(tasks: Sequence[str], limit: int, seed: int) -> list[int]:
-    """Return indices of at most ``limit`` random rows of each task."""
-    sampled: dict[str, list[int]] = {}
-    for i in np.random.default_rng(seed).permutation(len(tasks)):
-        own = sampled.setdefault(tasks[i], [])
-        if len(own) < limit:
-            own.append(int(i))
-    return [i for task in sorted(sampled) for i in sampled[task]]
-
-
-# ---- verdicts
-
-
-def validate(true_scores: np.ndarray, control_scores: np.ndarray, controls: pa.Table, tasks: Sequence[str]) -> Validation:
-    """Validate a pointwise judge.
+def areas_by_task(
+    true_scores: np.ndarray, control_scores: np.ndarray, controls: pa.Table, tasks: Sequence[str]
+) -> dict[str | None, Areas]:
+    """Return a pointwise judge's AUC against each kind of control, by task and, under None, over all tasks.
 
     Args:
         true_scores: of the true pairs, shape (pairs,), NaN if the judge failed.
         control_scores: of the controls, shape (rows of ``controls``,), NaN likewise.
-        controls: as :data:`CONTROLS`.
+        controls: as :data:`~udrl.evaluate.judges.controls.CONTROLS`.
         tasks: of the true pairs.
     """
-    pair_tasks, control_tasks = np.asarray(tasks, dtype=object), np.asarray(controls["task"].to_pylist(), dtype=object)
+    pair_tasks, control_tasks = np.asarray(tasks, dtype=object), _column(controls, "task")
 
-    def area(of_kind: np.ndarray, task: str | None) -> float:
+    def area(of_kind: np.ndarray, task: str | None) -> Interval:
         is_true = np.ones(len(true_scores), dtype=bool) if task is None else pair_tasks == task
         is_control = of_kind if task is None else of_kind & (control_tasks == task)
         return auc(true_scores[is_true & ~np.isnan(true_scores)], control_scores[is_control & ~np.isnan(control_scores)])
 
-    aucs, by_task = _areas(area, controls)
-    pairs = int((~np.isnan(true_scores)).sum())
-    validated = _is_validated(aucs, controls, ~np.isnan(control_scores), pairs)
-    unrelated = nan_mean(control_scores[_kinds(controls) == "shuffled"])
-    return Validation(aucs, by_task, pairs, validated, unrelated, validated and nan_mean(true_scores) > unrelated)
+    return _by_task(area, controls)
 
 
-def validate_pairwise(preferences: np.ndarray, controls: pa.Table) -> Validation:
-    """Validate a pairwise judge by its preferences for the true prompt over each control.
+def preferences_by_task(preferences: np.ndarray, controls: pa.Table) -> dict[str | None, Areas]:
+    """Return how often a pairwise judge prefers the true prompt over each kind of control; a tie counts half.
 
-    ``preferences`` has shape (rows of ``controls``,), NaN if there is no verdict; a tie counts half. The judge has no scale.
+    ``preferences`` has shape (rows of ``controls``,), NaN if there is no verdict.
     """
-    control_tasks = np.asarray(controls["task"].to_pylist(), dtype=object)
+    control_tasks = _column(controls, "task")
     wins = (1 + np.sign(np.round(preferences - 0.5, 6))) / 2  # rounding: an even pair is 0.5 only up to float errors
 
-    def share(of_kind: np.ndarray, task: str | None) -> float:
-        return nan_mean(wins[of_kind & (True if task is None else control_tasks == task)])
+    def share(of_kind: np.ndarray, task: str | None) -> Interval:
+        judged = wins[of_kind & ~np.isnan(wins) & (True if task is None else control_tasks == task)]
+        return wilson(float(judged.mean()), len(judged)) if len(judged) else UNKNOWN
 
-    aucs, by_task = _areas(share, controls)
-    is_judged = ~np.isnan(preferences)
-    pairs = len(np.unique(controls["pair"].to_numpy()[is_judged]))
-    return Validation(aucs, by_task, pairs, _is_validated(aucs, controls, is_judged, pairs))
+    return _by_task(share, controls)
 
 
-Areas = dict[ControlKind, float]
+def weakest(areas: Mapping[ControlKind, Interval]) -> tuple[ControlKind | None, Interval]:
+    """Return the foreseen kind of control that the judge tells worst, by the interval's lower bound; unknown if one is."""
+    known = {kind: areas[kind] for kind in FORESEEN_KINDS if kind in areas}
+    if not known or any(area.low is None for area in known.values()):
+        return None, UNKNOWN
+    kind = min(known, key=lambda kind: known[kind].low or 0.0)
+    return kind, known[kind]
 
 
-def _areas(measure: Callable[[np.ndarray, str | None], float], controls: pa.Table) -> tuple[Areas, dict[str, Areas]]:
-    """``measure`` of each kind of control, over all tasks and by task."""
-    kinds, tasks = _kinds(controls), sorted(set(controls["task"].to_pylist()))
-    overall = {kind: measure(kinds == kind, None) for kind in CONTROL_KINDS}
-    return overall, {task: {kind: measure(kinds == kind, task) for kind in CONTROL_KINDS} for task in tasks}
+def is_validated(areas: Mapping[ControlKind, Interval]) -> bool:
+    """Whether the interval of every foreseen kind of control lies above :data:`MIN_AUC`.
+
+    A kind for which there is no material (the prompts of another task, in a run of one) is not required, except for the
+    prompts of other intents and the echo.
+    """
+    _, area = weakest(areas)
+    return {"shuffled", "echo"} <= areas.keys() and area.low is not None and area.low > MIN_AUC
 
 
-def _is_validated(aucs: Areas, controls: pa.Table, is_scored: np.ndarray, pairs: int) -> bool:
-    shuffled = int((is_scored & (_kinds(controls) == "shuffled")).sum())
-    return min(pairs, shuffled) >= MIN_PAIRS and aucs["shuffled"] >= MIN_AUC
+def auc(positive: np.ndarray, negative: np.ndarray) -> Interval:
+    """Return the probability that a positive scores above a negative, ties counting half, with its 95% interval.
+
+    The interval is Wilson's for as many independent pairs as would give DeLong's variance (DeLong et al. 1988), so that it
+    stays within 0 and 1 and has a width even if no pair is wrong.
+    """
+    m, n = len(positive), len(negative)
+    if not m or not n:
+        return UNKNOWN
+    # Placement values: the share of the other side that each score is on the right side of.
+    of_positive, of_negative = _share_below(positive, negative), 1 - _share_below(negative, positive)
+    area = float(of_positive.mean())
+    variance = (of_positive.var(ddof=1) / m if m > 1 else 0.0) + (of_negative.var(ddof=1) / n if n > 1 else 0.0)
+    pairs = area * (1 - area) / variance if variance > 0 else min(m, n)
+    return wilson(area, float(np.clip(pairs, min(m, n), m * n)))
 
 
-def _kinds(controls: pa.Table) -> np.ndarray:
-    return np.asarray(controls["kind"].to_pylist(), dtype=object)
+def _share_below(values: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return the share of ``others`` below each value, ties counting half, (values,)."""
+    ordered = np.sort(others)
+    return (np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")) / (2 * len(others))
+
+
+def wilson(share: float, n: float) -> Interval:
+    """Return a share of ``n`` independent trials with its 95% interval (Wilson 1927)."""
+    center = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z * np.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2)) / (1 + Z**2 / n)
+    return Interval(value=share, low=max(0.0, float(center - half)), high=min(1.0, float(center + half)))
 
 
 def nan_mean(values: np.ndarray) -> float:
@@ -183,10 +111,12 @@ def nan_mean(values: np.ndarray) -> float:
     return float(finite.mean()) if len(finite) else float("nan")
 
 
-def auc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """Return the probability that a positive scores above a negative, ties counting half (Mann-Whitney U / pairs)."""
-    from scipy import stats
+def _by_task(measure: Callable[[np.ndarray, str | None], Interval], controls: pa.Table) -> dict[str | None, Areas]:
+    kinds = _column(controls, "kind")
+    present = [kind for kind in CONTROL_KINDS if (kinds == kind).any()]
+    scopes: list[str | None] = [None, *sorted(set(controls["task"].to_pylist()))]
+    return {scope: {kind: measure(kinds == kind, scope) for kind in present} for scope in scopes}
 
-    if not len(positive) or not len(negative):
-        return float("nan")
-    return float(stats.mannwhitneyu(positive, negative).statistic / (len(positive) * len(negative)))
+
+def _column(table: pa.Table, name: str) -> np.ndarray:
+    return np.asarray(table[name].to_pylist(), dtype=object)

@@ -1,18 +1,33 @@
 """Verdicts: whether the numbers meet the claim and the targets.
 
 The claim is that of the method's paper: a small student is within 6% of models 80 times its size, in relevance and in
-diversity.
+diversity. Every verdict is drawn from a 95% interval: met if all of it is on the right side of the bound, missed if all of it
+is on the wrong side, else open.
 """
 
 from collections.abc import Mapping, Sequence
 
-from udrl.evaluate.document import UNKNOWN, Claim, ClaimPart, Interval, JudgeProfile, Number, Scope, Target, TaskScope
+from udrl.evaluate.document import (
+    UNKNOWN,
+    Claim,
+    ClaimPart,
+    Comparison,
+    Interval,
+    JudgeProfile,
+    PolicyComparison,
+    Scope,
+    Target,
+    TaskScope,
+)
+from udrl.evaluate.judges.validation import weakest
 from udrl.evaluate.metrics.control import all_met
 from udrl.evaluate.outputs import STUDENT, TEACHER
 
 BOUND = 0.94  # of the claim: student over other
-RATIO_TARGET = 0.90  # of the teacher's mean relevance
+RATIO_TARGET = 0.90  # of the teacher's mean
 WITHIN_2_TARGET = 0.80  # of the prompts
+COPIED_TARGET = 0.02  # student minus teacher, mean share of runs of 8 words
+MIN_INTENTS = 20  # fewer: a bootstrap over intents covers too little (86% instead of 95% with 6 intents)
 MIN_PROMPTS = 20  # of each policy on each task, for a verdict on diversity
 DIVERSITY_LABELS = {"distinct_2": "distinct-2", "vendi": "Vendi"}  # the figures of DiversityRatios
 SCORER = "the scorer that made the training reward"
@@ -29,38 +44,46 @@ def rivals(policies: Sequence[str]) -> list[str]:
     return [*baselines, *(p for p in policies if p == TEACHER)]
 
 
-def judge_of_claim(judges: Mapping[str, JudgeProfile]) -> str | None:
-    """Return the judge whose ratio decides the claim, None if no judge is fit.
+def deciding_judges(judges: Mapping[str, JudgeProfile]) -> list[str]:
+    """Return the judges that decide the claim, best first: validated, independent, with a ratio scale.
 
-    A fit judge is validated, is not the teacher, and has a ratio scale. Of several, the one with the best AUC on shuffled
-    pairs decides.
+    They are ordered by the control that each tells worst. A judge that is the scorer, the teacher, of the teacher's family or
+    a baseline has no say: the student was trained towards the first, and the others may lean to wording of their own.
     """
-    fit = {name: judge for name, judge in judges.items() if judge.validated and judge.ratio_scale and not judge.is_teacher}
-    return max(fit, key=lambda name: fit[name].auc.get("shuffled") or 0.0, default=None)
+    fit = [name for name, judge in judges.items() if judge.validated and judge.ratio_scale and judge.relation == "independent"]
+    return sorted(fit, key=lambda name: -(_worst(judges[name]).low or 0.0))
 
 
-def decide_claim(overall: Scope, judges: Mapping[str, JudgeProfile]) -> Claim:
-    """Decide whether the student is within 6% of each rival, in relevance by an independent judge and in diversity.
+def _worst(judge: JudgeProfile) -> Interval:
+    return weakest(judge.gold or judge.auc)[1]
 
-    A part is met if its whole interval is at least :data:`BOUND`, missed if all of it is below, else open. Without a fit judge,
-    relevance is by the scorer that made the training reward: the student was trained towards it, so such a part can be missed
-    but never met. Diversity of fewer than :data:`MIN_PROMPTS` prompts is open.
+
+def decide_claim(overall: Scope, judges: Mapping[str, JudgeProfile], intents: int) -> Claim:
+    """Decide whether the student is within 6% of each rival, in relevance and in diversity.
+
+    Two deciding judges (see :func:`deciding_judges`) must agree on relevance. The scorer that made the training reward may
+    only convict: the student was trained towards it, so its praise is worth nothing and its blame is. With fewer than
+    :data:`MIN_INTENTS` intents, or :data:`MIN_PROMPTS` prompts for diversity, a part is open.
     """
-    judge = judge_of_claim(judges)
+    deciding = deciding_judges(judges)[:2]
     names = [name for name in rivals(list(overall.policies)) if name in overall.comparisons]
+    enough = intents >= MIN_INTENTS
     parts = []
     for name in names:
-        parts += [_relevance_part(overall, judge, name), *_diversity_parts(overall, name)]
+        parts += [*_relevance_parts(overall.comparisons[name], deciding, name, enough), *_diversity_parts(overall, name)]
     met = all_met(part.met for part in parts)
-    return Claim(met=met, text=_sentence(met, names, parts), bound=BOUND, parts=parts)
+    return Claim(met=met, text=_sentence(met, names, parts, intents, deciding), bound=BOUND, parts=parts)
 
 
-def _relevance_part(overall: Scope, judge: str | None, rival: str) -> ClaimPart:
-    comparison = overall.comparisons[rival]
-    if judge is not None and judge in comparison.judges:
-        return _part(f"relevance (judge {judge}) against {rival}", comparison.judges[judge].ratio)
-    reason = "because no judge is fit" if judge is None else f"because judge {judge} did not score both"
-    return _part(f"relevance ({SCORER}, {reason}) against {rival}", comparison.relevance.ratio, can_be_met=False)
+def _relevance_parts(comparison: PolicyComparison, deciding: Sequence[str], rival: str, enough: bool) -> list[ClaimPart]:
+    parts = []
+    for judge in deciding:
+        ratio = comparison.judges[judge].ratio if judge in comparison.judges else UNKNOWN
+        parts.append(_part(f"relevance (judge {judge}) against {rival}", ratio, enough, enough))
+    if len(deciding) == 1:  # one judge may convict, and two must agree to acquit
+        parts.append(ClaimPart(name=f"relevance (a second judge) against {rival}", interval=UNKNOWN, met=None))
+    scorer = _part(f"relevance ({SCORER}) against {rival}", comparison.relevance.ratio, False, enough)
+    return [*parts, scorer] if scorer.met is False or not deciding else parts
 
 
 def _diversity_parts(overall: Scope, rival: str) -> list[ClaimPart]:
@@ -70,20 +93,23 @@ def _diversity_parts(overall: Scope, rival: str) -> list[ClaimPart]:
     for figure, label in DIVERSITY_LABELS.items():
         interval = getattr(ratios, figure) if ratios else UNKNOWN
         qualified = label if enough or not prompts else f"{label}, of {prompts} prompts only"
-        parts.append(_part(f"diversity ({qualified}) against {rival}", interval, can_be_met=enough, can_be_missed=enough))
+        parts.append(_part(f"diversity ({qualified}) against {rival}", interval, enough, enough))
     return parts
 
 
-def _part(name: str, interval: Interval, can_be_met: bool = True, can_be_missed: bool = True) -> ClaimPart:
-    met = None
-    if can_be_met and interval.low is not None and interval.low >= BOUND:
-        met = True
-    elif can_be_missed and interval.high is not None and interval.high < BOUND:
-        met = False
-    return ClaimPart(name=name, interval=interval, met=met)
+def _part(name: str, interval: Interval, can_be_met: bool, can_be_missed: bool) -> ClaimPart:
+    met = at_least(interval, BOUND)
+    return ClaimPart(name=name, interval=interval, met=met if (can_be_met if met else can_be_missed) else None)
 
 
-def _sentence(met: bool | None, names: Sequence[str], parts: Sequence[ClaimPart]) -> str:
+def at_least(interval: Interval, bound: float) -> bool | None:
+    """Return whether all of the interval is at least the bound (True) or below it (False); None: neither, or unknown."""
+    if interval.low is None or interval.high is None:
+        return None
+    return True if interval.low >= bound else False if interval.high < bound else None
+
+
+def _sentence(met: bool | None, names: Sequence[str], parts: Sequence[ClaimPart], intents: int, deciding: Sequence[str]) -> str:
     if not names:
         return "Neither a baseline nor the teacher wrote prompts, so the student has no rival."
     labels = ["the teacher" if name == TEACHER else name for name in names]
@@ -92,13 +118,15 @@ def _sentence(met: bool | None, names: Sequence[str], parts: Sequence[ClaimPart]
         rivals += " (no baseline wrote)"
     if met:
         return f"The student is within {1 - BOUND:.0%} of {rivals} in relevance and in diversity."
-    deciding = [part for part in parts if part.met is met]
-    reasons = "; ".join(part.name + _measured(part.interval) for part in deciding)
+    reasons = "; ".join(part.name + _measured(part.interval) for part in parts if part.met is met)
     if met is False:
         return f"The student is not within {1 - BOUND:.0%} of {rivals}: {reasons}."
     text = f"Not decided whether the student is within {1 - BOUND:.0%} of {rivals}: {reasons}."
-    by_scorer = any(SCORER in part.name for part in deciding)
-    return f"{text} A part measured by {SCORER} can be missed, but not met." if by_scorer else text
+    if intents < MIN_INTENTS:
+        text += f" Too few intents for a verdict: {intents}, at least {MIN_INTENTS} are needed."
+    if len(deciding) < 2:
+        text += f" {len(deciding) or 'No'} judge is validated and independent; two must agree."
+    return text
 
 
 def _measured(interval: Interval) -> str:
@@ -109,18 +137,29 @@ def _measured(interval: Interval) -> str:
     return f" is {interval.value:.1%} ({interval.low:.1%} to {interval.high:.1%})"
 
 
-def check_targets(overall: Scope, tasks: Mapping[str, TaskScope]) -> list[Target]:
-    """Return each target with its measurement, and whether it is met (None: not measured)."""
-    ratio, ratio_accepted = _ratios_to_teacher(overall)
-    within_2 = overall.length.within_2
-    return [
-        _target("student's mean relevance is at least 90% of the teacher's, over all tasks", ratio, RATIO_TARGET),
-        _target("the same among accepted prompts only", ratio_accepted, RATIO_TARGET),
+def check_targets(overall: Scope, tasks: Mapping[str, TaskScope], intents: int) -> list[Target]:
+    """Return each target with its measurement and verdict; with fewer than :data:`MIN_INTENTS` intents all are open."""
+    teacher = overall.comparisons.get(TEACHER)
+    relevance, coverage, clean = (teacher.relevance, teacher.coverage, teacher.clean) if teacher else (None, None, None)
+    targets = [
+        _ratio_target("student's mean relevance is at least 90% of the teacher's, over all tasks", relevance),
+        _target(
+            "the same among accepted prompts only",
+            teacher.relevance.ratio_accepted if teacher else UNKNOWN,
+        ),
         _target_on_every_task(
             "student's mean relevance is at least 90% of the teacher's, on every task",
-            {name: _at_least(_ratios_to_teacher(task)[0], RATIO_TARGET) for name, task in tasks.items()},
+            {
+                name: at_least(task.comparisons[TEACHER].relevance.ratio, RATIO_TARGET) if TEACHER in task.comparisons else None
+                for name, task in tasks.items()
+            },
         ),
-        _target("80% of prompts land within two words of the commanded length", within_2, WITHIN_2_TARGET),
+        _ratio_target("student keeps at least 90% as many of the subject's words as the teacher", coverage),
+        _ratio_target("student's share of outputs that say nothing twice is at least 90% of the teacher's", clean),
+        _copied_target(teacher),
+        _target(
+            "80% of outputs land within two words of the commanded length", overall.length.within_2_interval, WITHIN_2_TARGET
+        ),
         _target_on_every_task(
             "mean achieved words rises with commanded words, on every task",
             {name: task.length.rises for name, task in tasks.items()},
@@ -130,29 +169,38 @@ def check_targets(overall: Scope, tasks: Mapping[str, TaskScope]) -> list[Target
             {name: task.reward.rises for name, task in tasks.items()},
         ),
     ]
+    return targets if intents >= MIN_INTENTS else [target.model_copy(update={"met": None}) for target in targets]
 
 
-def _ratios_to_teacher(scope: Scope) -> tuple[Number, Number]:
-    """Return the ratio of mean relevance, of all prompts and of the accepted ones."""
-    if TEACHER not in scope.comparisons:
-        return None, None
-    relevance = scope.comparisons[TEACHER].relevance
-    return relevance.ratio.value, relevance.ratio_accepted.value
+def _ratio_target(name: str, comparison: Comparison | None) -> Target:
+    return _target(name, comparison.ratio if comparison else UNKNOWN)
 
 
-def _target(name: str, value: Number, bound: float) -> Target:
-    return Target(name=name, met=_at_least(value, bound), measured="-" if value is None else f"{100 * value:.1f}%")
+def _target(name: str, interval: Interval, bound: float = RATIO_TARGET) -> Target:
+    return Target(name=name, met=at_least(interval, bound), measured=_show(interval))
+
+
+def _copied_target(teacher: PolicyComparison | None) -> Target:
+    name = f"student copies runs of 8 words from training at most {100 * COPIED_TARGET:.0f} points more often than the teacher"
+    difference = teacher.copied_8.difference if teacher and teacher.copied_8 else UNKNOWN
+    low, high = difference.low, difference.high
+    met = None if low is None or high is None else True if high <= COPIED_TARGET else False if low > COPIED_TARGET else None
+    return Target(name=name, met=met, measured=_show(difference, "+.1f", " points"))
+
+
+def _show(interval: Interval, form: str = ".1f", unit: str = "%") -> str:
+    if interval.value is None:
+        return "-"
+    text = f"{100 * interval.value:{form}}{unit}"
+    if interval.low is None or interval.high is None or interval.low == interval.high:
+        return text
+    return f"{text} [{100 * interval.low:{form}}, {100 * interval.high:{form}}]"
 
 
 def _target_on_every_task(name: str, met: Mapping[str, bool | None]) -> Target:
-    """One task that misses the target misses it; one that was not measured leaves it open."""
+    """One task that misses the target misses it; one that is open or was not measured leaves it open."""
     missed, unknown = [t for t, m in met.items() if m is False], [t for t, m in met.items() if m is None]
-    known = len(met) - len(unknown)
-    measured = f"{known - len(missed)} of {known} tasks" if known else "-"
+    measured = f"{len(met) - len(missed) - len(unknown)} of {len(met)} tasks" if len(unknown) < len(met) else "-"
     measured += f"; missed by {', '.join(missed)}" if missed else ""
-    measured += f"; not measured on {', '.join(unknown)}" if unknown and known else ""
+    measured += f"; open on {', '.join(unknown)}" if unknown and len(unknown) < len(met) else ""
     return Target(name=name, met=all_met(met.values()), measured=measured)
-
-
-def _at_least(value: Number, bound: float) -> bool | None:
-    return None if value is None else value >= bound

@@ -11,17 +11,20 @@ import pyarrow as pa
 
 from udrl.evaluate.document import (
     UNKNOWN,
+    Comparison,
     JudgeComparison,
     JudgeProfile,
     Measurements,
     PairwiseComparison,
     PolicyComparison,
     PolicyScores,
+    Quality,
     RelevanceComparison,
+    Repetition,
     Scope,
     TaskScope,
 )
-from udrl.evaluate.metrics import claim, control, diversity, novelty
+from udrl.evaluate.metrics import claim, control, diversity, novelty, wording
 from udrl.evaluate.metrics.control import average
 from udrl.evaluate.metrics.diversity import Embed
 from udrl.evaluate.metrics.intervals import Bootstrap, Sample
@@ -37,6 +40,7 @@ def compute(
     pairwise: pa.Table | None,
     training: Iterable[pa.Table] | None,
     embed: Embed | None,
+    subject_words: Mapping[int, Sequence[str]],
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> Measurements:
@@ -48,6 +52,7 @@ def compute(
         pairwise: a table of :data:`~udrl.evaluate.outputs.PAIRWISE`.
         training: tables of task, prompt and policy that the student was trained on, streamed once; None: unknown.
         embed: texts -> unit vectors (texts, dimensions), for the Vendi scores.
+        subject_words: words that a prompt must keep, by the id of its intent.
         bootstrap: resamples of an interval.
     """
     rows = columns(outputs)
@@ -55,8 +60,9 @@ def compute(
     default = select(rows, rows["probe"] == "default")
     sample: control.Texts = {}
     stream = None if training is None else control.sample_teacher_prompts(training, sample, seed=seed)
-    copied = novelty.copied_shares(default, stream)  # reads the stream to its end, which completes the sample
+    copied, default = novelty.copied_shares(default, stream)  # reads the stream to its end, which completes the sample
     default = control.add_accuracy_columns(default, tasks, sample, seed=seed)
+    default = wording.add_wording_columns(default, subject_words)
     pairs = _pairs(pairwise, default)
     groups = diversity.IntentGroups.of(default["intent_id"], seed)
     writers = [policy for policy in sorted(set(default["policy"])) if not claim.is_trivial_baseline(policy)]
@@ -70,8 +76,8 @@ def compute(
             comparisons=_compare_with_student(task_default, select(pairs, pairs["task"] == task), judges, resampling),
             accuracy=control.accuracy_by_policy(task_default),
             diversity=diversity.with_ratios(diversities[-1]),
-            length=control.length_control(_student(task_rows, "length")),
-            reach=control.length_control(_student(task_rows, "reach")),
+            length=control.length_control(_student(task_rows, "length"), resampling),
+            reach=control.length_control(_student(task_rows, "reach"), resampling),
             reward=control.reward_control(_student(task_rows, "reward"), resampling),
         )
     overall = Scope(
@@ -79,19 +85,21 @@ def compute(
         comparisons=_compare_with_student(default, pairs, judges, resampling),
         accuracy=control.accuracy_by_policy(default),
         diversity=diversity.average_over_tasks(diversities),
-        length=control.length_control_over_tasks(_student(rows, "length"), [task.length for task in by_task.values()]),
-        reach=control.length_control_over_tasks(_student(rows, "reach"), [task.reach for task in by_task.values()]),
+        length=control.length_control_over_tasks(
+            _student(rows, "length"), [task.length for task in by_task.values()], resampling
+        ),
+        reach=control.length_control_over_tasks(_student(rows, "reach"), [task.reach for task in by_task.values()], resampling),
     )
     return Measurements(
-        intents=len(np.unique(rows["intent_id"])),
+        intents=(intents := len(np.unique(rows["intent_id"]))),
         rows=outputs.num_rows,
         bootstrap=bootstrap,
         seed=seed,
         overall=overall,
         tasks=by_task,
         novelty=copied,
-        claim=claim.decide_claim(overall, judges),
-        targets=claim.check_targets(overall, by_task),
+        claim=claim.decide_claim(overall, judges, intents),
+        targets=claim.check_targets(overall, by_task, intents),
     )
 
 
@@ -114,6 +122,9 @@ def _compare_with_student(
     return {
         policy: PolicyComparison(
             relevance=_compare_relevance(student, outputs, bootstrap),
+            coverage=_compare(student, outputs, wording.COVERAGE, bootstrap),
+            clean=_compare(student, outputs, wording.CLEAN, bootstrap),
+            copied_8=_compare(student, outputs, novelty.COPIED_8, bootstrap) if novelty.COPIED_8 in student else None,
             judges={
                 judge: _compare_by_judge(column, judges.get(judge), student, outputs, bootstrap)
                 for judge, column in _judge_columns(rows).items()
@@ -130,11 +141,21 @@ def _by_policy(rows: Columns) -> dict[str, Columns]:
 
 def _scores(outputs: Columns, bootstrap: Bootstrap) -> PolicyScores:
     """Score the outputs of one policy."""
+    accepted = select(outputs, ~outputs["rejected"])
+    qualities: dict[Quality, str] = {"relevance": "relevance", "coverage": wording.COVERAGE, "clean": wording.CLEAN}
+    prompts = list(accepted["prompt"])
     return PolicyScores(
         n=len(outputs["intent_id"]),
         rejected=average(outputs["rejected"]),
-        words=average(outputs["n_words"][~outputs["rejected"]]),
-        relevance=bootstrap.mean(_sample(outputs, "relevance")),
+        words=average(accepted["n_words"]),
+        **{name: bootstrap.mean(_sample(outputs, column)) for name, column in qualities.items()},
+        accepted={name: bootstrap.mean(_sample(accepted, column)) for name, column in qualities.items()},
+        repetition=Repetition(
+            doubled_word=average(np.array([wording.doubles_word(prompt) for prompt in prompts])),
+            repeated_pair=average(np.array([wording.repeats_ngram(prompt, 2) for prompt in prompts])),
+            repeated_trigram=average(np.array([wording.repeats_ngram(prompt, 3) for prompt in prompts])),
+        ),
+        copied_8=bootstrap.mean(_sample(outputs, novelty.COPIED_8)) if novelty.COPIED_8 in outputs else UNKNOWN,
         judges={judge: bootstrap.mean(_sample(outputs, column)) for judge, column in _judge_columns(outputs).items()},
     )
 
@@ -146,6 +167,11 @@ def _judge_columns(rows: Columns) -> dict[str, str]:
 
 def _sample(rows: Columns, column: str) -> Sample:
     return Sample(rows[column], rows["intent_id"])
+
+
+def _compare(student: Columns, other: Columns, column: str, bootstrap: Bootstrap) -> Comparison:
+    sides = _sample(student, column), _sample(other, column)
+    return Comparison(difference=bootstrap.difference(*sides), ratio=bootstrap.ratio(*sides))
 
 
 def _compare_relevance(student: Columns, other: Columns, bootstrap: Bootstrap) -> RelevanceComparison:

@@ -1,8 +1,9 @@
 """How well the student follows its commands: length and reward, commanded against achieved, and the task.
 
-Length counts every output (a rejected one has the words of its text, or none). Reward counts accepted prompts, and shows the
-rejected share next to them: with refusals as 0, a bottom bin full of them would draw a slope that is not control. ``rises``
-must hold both ways, so that a top bin can't gain by refusing.
+A rejected output misses every length; means and errors in words are of accepted ones. Reward counts accepted prompts, and shows
+the rejected share next to them: with refusals as 0, a bottom bin full of them would draw a slope that is not control. ``rises``
+must hold both ways, so that a top bin can't gain by refusing. A slope counts only if its whole interval is above 0: without
+control a point estimate rises from one bin to another in half of all runs.
 
 A prompt serves its task if a classifier, trained on the teacher's prompts, recognizes it as the task's, and if it keeps the
 task's format rules. This says whether the student keeps the tasks apart as the teacher does, not whether a prompt is good. A
@@ -10,6 +11,7 @@ rejected output is neither recognized nor well-formed.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,59 +21,92 @@ from scipy import stats
 
 from udrl.evaluate.document import (
     UNKNOWN,
-    Accuracy,
-    ClassifierAccuracy,
-    FormatAccuracy,
     Interval,
     LengthControl,
     LengthErrors,
     LengthLevel,
-    Number,
+    LengthShares,
     RewardControl,
     RewardCurve,
     RewardLevel,
+    TaskAccuracy,
 )
 from udrl.evaluate.metrics.intervals import Bootstrap, Sample
 from udrl.evaluate.outputs import JUDGE, TEACHER, Columns, select
 from udrl.tasks import Task
 
 
-def length_control(rows: Columns) -> LengthControl:
+def length_control(rows: Columns, bootstrap: Bootstrap) -> LengthControl:
     """Compare commanded with achieved words; ``rows`` are one task's of the probe ``length`` or ``reach``."""
     rows = select(rows, rows["command_words"] >= 1)
-    commanded, achieved = rows["command_words"], rows["n_words"]
-    levels = [_length_level(int(words), achieved[commanded == words]) for words in np.unique(commanded)]
+    commanded = rows["command_words"]
+    levels = [_length_level(int(words), select(rows, commanded == words)) for words in np.unique(commanded)]
+    steps = _steps(np.where(rows["rejected"], np.nan, rows["n_words"]), commanded, rows["intent_id"], bootstrap)
+    accepted = select(rows, ~rows["rejected"])
+    within_2 = (np.abs(rows["n_words"] - commanded) <= 2) & ~rows["rejected"]
     return LengthControl(
-        **_length_errors(commanded, achieved).model_dump(),
-        spearman=spearman(commanded, achieved),
-        rises=rises_steadily([level.mean for level in levels]),
+        **_length_errors(rows).model_dump(),
+        within_2_interval=bootstrap.mean(Sample(within_2.astype(float), rows["intent_id"])),
+        spearman=spearman(accepted["command_words"], accepted["n_words"]),
+        rises=_all_up(steps),
         levels=levels,
     )
 
 
-def length_control_over_tasks(rows: Columns, by_task: Iterable[LengthControl]) -> LengthControl:
+def length_control_over_tasks(rows: Columns, by_task: Iterable[LengthControl], bootstrap: Bootstrap) -> LengthControl:
     """Compare words over all tasks. The mean rises if it does on every task, because commanded lengths differ by task."""
-    return length_control(rows).model_copy(update={"rises": all_met(task.rises for task in by_task), "levels": None})
+    overall = length_control(rows, bootstrap)
+    return overall.model_copy(update={"rises": all_met(task.rises for task in by_task), "levels": None})
 
 
-def _length_level(words: int, achieved: np.ndarray) -> LengthLevel:
-    errors = _length_errors(np.full(len(achieved), words), achieved)
-    p10, p90 = (float(np.quantile(achieved, q)) for q in (0.1, 0.9))
-    return LengthLevel(**errors.model_dump(), words=words, p10=p10, p90=p90)
+def _length_level(words: int, rows: Columns) -> LengthLevel:
+    achieved = rows["n_words"][~rows["rejected"]]
+    p10, p90 = (float(np.quantile(achieved, q)) if len(achieved) else None for q in (0.1, 0.9))
+    return LengthLevel(**_length_errors(rows).model_dump(), words=words, p10=p10, p90=p90)
 
 
-def _length_errors(commanded: np.ndarray, achieved: np.ndarray) -> LengthErrors:
-    error = np.abs(achieved - commanded)
+def _length_errors(rows: Columns) -> LengthErrors:
+    accepted = select(rows, ~rows["rejected"])
+    difference = accepted["n_words"] - accepted["command_words"]
+    shares = _length_shares(accepted)
+    accepted_share = 1 - average(rows["rejected"])  # NaN without outputs
+    with_misses = {name: (share or 0.0) * accepted_share for name, share in shares.model_dump().items()}
     return LengthErrors(
-        n=len(error),
-        mean=average(achieved),
-        mae=average(error),
-        bias=average(achieved - commanded),
+        n=len(rows["rejected"]),
+        rejected=average(rows["rejected"]),
+        accepted=shares,
+        mean=average(accepted["n_words"]),
+        mae=average(np.abs(difference)),
+        bias=average(difference),
+        **with_misses,
+    )
+
+
+def _length_shares(rows: Columns) -> LengthShares:
+    commanded, error = rows["command_words"], np.abs(rows["n_words"] - rows["command_words"])
+    return LengthShares(
         exact=average(error <= 0),
         within_1=average(error <= 1),
         within_2=average(error <= 2),
         within_10pct=average(10 * error <= commanded),  # in integers, so that 2 of 20 words is within
     )
+
+
+def _steps(values: np.ndarray, commands: np.ndarray, intents: np.ndarray, bootstrap: Bootstrap) -> list[Interval]:
+    """Return the rise of the mean from each commanded value to the next, paired by intent."""
+    levels = [Sample(values[commands == command], intents[commands == command]) for command in np.unique(commands)]
+    return [bootstrap.difference(upper, lower) for lower, upper in pairwise(levels)]
+
+
+def _all_up(steps: Sequence[Interval]) -> bool | None:
+    """Whether every step is surely up; False if one is surely not; None if that is open, or there is no step."""
+    return all_met(_is_positive(step) for step in steps)
+
+
+def _is_positive(estimate: Interval) -> bool | None:
+    if estimate.low is None or estimate.high is None:
+        return None
+    return True if estimate.low > 0 else False if estimate.high <= 0 else None
 
 
 def reward_control(rows: Columns, bootstrap: Bootstrap) -> RewardControl:
@@ -96,23 +131,25 @@ def reward_control(rows: Columns, bootstrap: Bootstrap) -> RewardControl:
         )
     top, bottom = (bins == levels[-1].bin, bins == levels[0].bin) if levels else (bins > 0, bins > 0)
 
-    def curve(values: np.ndarray, means: Sequence[Interval]) -> RewardCurve:
+    def gain(values: np.ndarray) -> Interval:
+        if len(levels) < 2:
+            return UNKNOWN
+        return bootstrap.difference(Sample(values[top], intents[top]), Sample(values[bottom], intents[bottom]))
+
+    def curve(values: np.ndarray) -> RewardCurve:
         known = ~np.isnan(values)
-        gain = bootstrap.difference(Sample(values[top], intents[top]), Sample(values[bottom], intents[bottom]))
         return RewardCurve(
             spearman=spearman(bins[known], values[known]),
-            difference=gain if len(levels) > 1 else UNKNOWN,
-            monotone=rises_steadily([mean.value for mean in means]),
+            difference=gain(values),
+            monotone=_all_up(_steps(values, bins, intents, bootstrap)),
         )
 
-    relevance = curve(scores["relevance"], [level.relevance for level in levels])
-    gain = relevance.difference.value
-    gain_with_rejected = average(rows["relevance"][top]) - average(rows["relevance"][bottom])
+    relevance = curve(scores["relevance"])
     return RewardControl(
         **dict(relevance),
-        rises=None if gain is None else bool(gain > 0 and gain_with_rejected > 0),
+        rises=all_met([_is_positive(relevance.difference), _is_positive(gain(rows["relevance"]))]),
         levels=levels,
-        judges={judge: curve(scores[name], [level.judges[judge] for level in levels]) for judge, name in judges.items()},
+        judges={judge: curve(scores[name]) for judge, name in judges.items()},
     )
 
 
@@ -121,12 +158,6 @@ def spearman(commanded: np.ndarray, achieved: np.ndarray) -> float:
     if len(commanded) < 2 or np.ptp(commanded) == 0 or np.ptp(achieved) == 0:
         return float("nan")
     return float(stats.spearmanr(commanded, achieved).statistic)
-
-
-def rises_steadily(means: Iterable[Number]) -> bool | None:
-    """Whether every step goes up; None with fewer than two known means."""
-    known = [mean for mean in means if mean is not None]
-    return None if len(known) < 2 else bool(np.all(np.diff(known) > 0))
 
 
 def all_met(verdicts: Iterable[bool | None]) -> bool | None:
@@ -190,17 +221,19 @@ def add_accuracy_columns(rows: Columns, tasks: Sequence[Task], training: Texts, 
     return {**rows, RECOGNIZED: _recognize(rows, training, seed), WELL_FORMED: well_formed}
 
 
-def accuracy_by_policy(rows: Columns) -> Accuracy:
+def accuracy_by_policy(rows: Columns) -> dict[str, TaskAccuracy]:
     """Return the shares of some of the rows of :func:`add_accuracy_columns`."""
-    by_policy = {policy: rows["policy"] == policy for policy in sorted(set(rows["policy"]))}
-    recognized, well_formed = rows[RECOGNIZED], rows[WELL_FORMED]
-    return Accuracy(
-        classifier=ClassifierAccuracy(
-            teacher_holdout=average(recognized[(rows["policy"] == TEACHER) & ~rows["rejected"]]),
-            policies={policy: average(recognized[here]) for policy, here in by_policy.items()},
-        ),
-        format=FormatAccuracy(policies={policy: average(well_formed[here]) for policy, here in by_policy.items()}),
-    )
+    accuracy = {}
+    for policy in sorted(set(rows["policy"])):
+        here = rows["policy"] == policy
+        accepted = here & ~rows["rejected"]
+        accuracy[policy] = TaskAccuracy(
+            recognized=average(rows[RECOGNIZED][here]),
+            well_formed=average(rows[WELL_FORMED][here]),
+            recognized_accepted=average(rows[RECOGNIZED][accepted]),
+            well_formed_accepted=average(rows[WELL_FORMED][accepted]),
+        )
+    return accuracy
 
 
 def _recognize(rows: Columns, training: Texts, seed: int) -> np.ndarray:

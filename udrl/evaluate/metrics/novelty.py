@@ -15,6 +15,7 @@ from udrl.evaluate.metrics.control import average
 from udrl.evaluate.outputs import Columns
 
 ORDERS = (5, 8)  # words of an n-gram
+COPIED_8 = "copied_8"  # column, float (rows,)
 BATCH = 100_000  # prompts
 BITS = 23  # of a hash: a table of 8 MiB
 _ODD = np.uint64(0x9E3779B97F4A7C15)
@@ -49,15 +50,17 @@ class _SeenGrams:
         return np.divide(seen, total, out=np.full(self.texts, np.nan), where=total > 0)
 
 
-def copied_shares(rows: Columns, training: Iterable[pa.Table] | None) -> Novelty:
+def copied_shares(rows: Columns, training: Iterable[pa.Table] | None) -> tuple[Novelty, Columns]:
     """Return the copied share of each policy's accepted prompts, over all tasks; case and white space do not count.
+
+    The rows are returned with the column :data:`COPIED_8`. A rejected output has no share: as 0 it would look original.
 
     Args:
         rows: of the default probe.
         training: tables with a column ``prompt``, read once; None: unknown.
     """
     if training is None:
-        return Novelty(policies={}, training=0)
+        return Novelty(policies={}, training=0), rows
     accepted = ~rows["rejected"]
     policies = rows["policy"][accepted]
     words = split_words(pa.array(rows["prompt"][accepted].tolist(), pa.string()))
@@ -80,7 +83,9 @@ def copied_shares(rows: Columns, training: Iterable[pa.Table] | None) -> Novelty
     def mean_share(n: int, by_policy: np.ndarray) -> float:
         return average(shares[n][by_policy & ~np.isnan(shares[n])])
 
-    return Novelty(
+    copied_8 = np.full(len(accepted), np.nan)
+    copied_8[accepted] = shares[8]
+    by_policy = Novelty(
         policies={
             policy: CopiedShares(
                 exact=average(copied[policies == policy]),
@@ -91,6 +96,7 @@ def copied_shares(rows: Columns, training: Iterable[pa.Table] | None) -> Novelty
         },
         training=n_training,
     )
+    return by_policy, {**rows, COPIED_8: copied_8}
 
 
 def split_words(prompts: pa.Array) -> pa.ListArray:

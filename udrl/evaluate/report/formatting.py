@@ -1,6 +1,7 @@
-"""Numbers and flags as the report prints them, with a dash for an unknown one."""
+"""Numbers, flags and texts as reports print them, with a dash for an unknown number."""
 
 import math
+import re
 from collections.abc import Callable
 
 from udrl.evaluate.document import Interval
@@ -43,6 +44,11 @@ def yes_no(flag: bool | None) -> str:
     return DASH if flag is None else "yes" if flag else "no"
 
 
+def verdict(met: bool | None) -> str:
+    """Return a verdict in bold, which the page colors."""
+    return {True: "**met**", False: "**missed**", None: "**open**"}[met]
+
+
 def parameters(value: float | None) -> str:
     """Return ``104.0M`` or ``8.0B``."""
     if value is None:
@@ -55,3 +61,14 @@ def seconds(value: float | None) -> str:
     if value is None:
         return DASH
     return f"{1000 * value:.0f} ms" if value < 1 else f"{value:.1f} s"
+
+
+def escape_markdown(text: object) -> str:
+    """Return a text on one line in which Markdown reads no markup; numbers in brackets, which can't be a link, stay."""
+    escaped = re.sub(r"([\\`*_\[\]<>|#~$&])", r"\\\1", " ".join(str(text).split()))
+    return re.sub(r"(?<!\\)\\\[([-+.,%\d ]+)\\\](?!\()", r"[\1]", escaped)
+
+
+def code(name: str) -> str:
+    """Return a name in code style; a bar would end the table cell even there."""
+    return f"`{name}`" if name and not re.search(r"[`|\s]", name) else escape_markdown(name)

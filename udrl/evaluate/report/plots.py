@@ -18,7 +18,6 @@ from udrl.evaluate.document import (
     TaskScope,
 )
 from udrl.evaluate.outputs import STUDENT, TEACHER
-from udrl.evaluate.report.blocks import Block, Plot
 from udrl.evaluate.report.selection import kind_of, order_policies
 
 DARK, MIDDLE, LIGHT = "#1b4965", "#d1495b", "#c9d6df"
@@ -78,11 +77,6 @@ def draw(document: EvaluationDocument, judges: Sequence[str] = ()) -> dict[str, 
     if len(document.losses) > 1:
         plots["training_loss"] = _render("training_loss", _losses(document.losses))
     return plots
-
-
-def block(name: str, plot_names: Sequence[str]) -> list[Block]:
-    """Return the block of a plot, nothing if the plot does not exist."""
-    return [Plot(name, CAPTIONS[name], ALTS[name])] if name in plot_names else []
 
 
 def pareto_front(costs: Sequence[float], values: Sequence[float]) -> list[int]:

@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Mapping
 
 from udrl.evaluate.document import EvaluationDocument, JudgeProfile, PolicyProfile, Scope
+from udrl.evaluate.judges.validation import weakest
+from udrl.evaluate.metrics.claim import deciding_judges
 from udrl.evaluate.outputs import TEACHER
-from udrl.evaluate.report.blocks import Span
 
 KIND_ORDER = ("student", "teacher", "baseline", "trivial baseline")
 
@@ -21,6 +22,12 @@ def kind_of(name: str, profiles: Mapping[str, PolicyProfile]) -> str:
     return name if name in KIND_ORDER else "baseline"
 
 
+def writers(document: EvaluationDocument) -> list[str]:
+    """Return the policies that have a model: all except trivial baselines."""
+    names = order_policies(document.policies.keys() | document.overall.policies.keys(), document.policies)
+    return [name for name in names if kind_of(name, document.policies) != "trivial baseline"]
+
+
 def reference_policy(document: EvaluationDocument) -> str | None:
     """Return the policy that the student is compared with first: the teacher, or the first baseline if it did not write."""
     names = document.overall.policies
@@ -31,11 +38,13 @@ def reference_policy(document: EvaluationDocument) -> str | None:
 
 
 def pointwise_judges(document: EvaluationDocument) -> dict[str, JudgeProfile]:
-    """Return the judges that score single prompts, best first: validated, not the teacher's model, by AUC."""
+    """Return the judges that score single prompts, best first: deciding ones, validated ones, by their weakest control."""
+    deciding = deciding_judges(document.judges)
 
-    def rank(entry: tuple[str, JudgeProfile]) -> tuple[bool, bool, float]:
-        _, judge = entry
-        return not judge.validated, judge.is_teacher, -(judge.auc.get("shuffled") or 0.0)
+    def rank(entry: tuple[str, JudgeProfile]) -> tuple[int, bool, float]:
+        name, judge = entry
+        place = deciding.index(name) if name in deciding else len(deciding)
+        return place, not judge.validated, -(weakest(judge.gold or judge.auc)[1].low or 0.0)
 
     judges = [(name, judge) for name, judge in document.judges.items() if judge.kind != "pairwise"]
     return dict(sorted(judges, key=rank))
@@ -55,7 +64,7 @@ def best_judge(document: EvaluationDocument) -> str | None:
     return next(iter(validated_judges(document)), None)
 
 
-def scopes(document: EvaluationDocument) -> list[tuple[Span, Scope]]:
-    """Return each task, followed by the line over all of them if there are several."""
-    tasks: list[tuple[Span, Scope]] = [(Span(name, "code"), scope) for name, scope in document.tasks.items()]
-    return tasks if len(tasks) == 1 else [*tasks, (Span("all tasks", "strong"), document.overall)]
+def scopes(document: EvaluationDocument) -> list[tuple[str, Scope]]:
+    """Return each task, followed by all of them together, named "", if there are several."""
+    tasks: list[tuple[str, Scope]] = list(document.tasks.items())
+    return tasks if len(tasks) == 1 else [*tasks, ("", document.overall)]

@@ -1,21 +1,22 @@
 """Write the report of an evaluation: ``report.html`` and ``report.md``, which say the same, and the data behind them."""
 
 import textwrap
+from collections.abc import Sequence
 
 import pyarrow as pa
 
 from udrl import storage
-from udrl.evaluate.document import EvaluationDocument, Scope, TaskScope
+from udrl.evaluate.document import EvaluationDocument, Scope
+from udrl.evaluate.judges.validation import weakest
 from udrl.evaluate.outputs import STUDENT, TEACHER
-from udrl.evaluate.report import html, markdown, plots
-from udrl.evaluate.report.formatting import interval, number, parameters, percent, seconds, signed, yes_no
-from udrl.evaluate.report.sections import build_report
-from udrl.evaluate.report.selection import best_judge, order_policies, reference_policy, scopes, validated_judges
+from udrl.evaluate.report import plots, render
+from udrl.evaluate.report.formatting import interval, number, parameters, percent, seconds
+from udrl.evaluate.report.selection import order_policies, pointwise_judges, reference_policy, scopes, validated_judges
 from udrl.run import EvaluationPaths
 from udrl.text import text_table
 
 WIDTH = 110  # columns of the short table
-VERDICTS = {True: "met", False: "MISSED", None: "-"}
+VERDICTS = {True: "met", False: "MISSED", None: "open"}
 
 
 def write_report(
@@ -27,7 +28,7 @@ def write_report(
     :data:`udrl.evaluate.outputs.OUTPUTS` with the judges' columns, ``pairwise`` one of ``PAIRWISE``.
     """
     drawings = plots.draw(document, validated_judges(document))
-    blocks = build_report(document, outputs, list(drawings))
+    markdown = render.render_markdown(document, outputs, list(drawings))
     files = {"outputs.parquet": paths.outputs}
     storage.write_table(paths.outputs, outputs)
     if pairwise is not None and pairwise.num_rows:
@@ -44,43 +45,45 @@ def write_report(
         else:
             storage.remove(paths.plot(name))  # of an earlier report
     files |= {"report.html": paths.report_html, "report.md": paths.report_markdown}
-    page = html.render_html(blocks, {name: drawing.svg for name, drawing in drawings.items()})
+    page = render.render_page(markdown, {name: drawing.svg for name, drawing in drawings.items()})
     storage.write_bytes(paths.report_html, page.encode())
-    storage.write_bytes(paths.report_markdown, markdown.render_markdown(blocks).encode())
+    storage.write_bytes(paths.report_markdown, markdown.encode())
     return files
 
 
 def short_table(document: EvaluationDocument) -> str:
     """Return the evaluation as plain text of at most :data:`WIDTH` columns: claim, tasks, policies, judges, targets."""
-    verdict = {True: "met", False: "MISSED", None: "open"}[document.claim.met]
+    verdict = VERDICTS[document.claim.met]
     lines = [f"claim: {verdict}. {document.claim.text}", *_task_table(document).splitlines(), *_policy_lines(document)]
     for name, judge in document.judges.items():
-        aucs = ", ".join(f"{control} {number(auc)}" for control, auc in judge.auc.items())
-        lines.append(f"judge {name}: {'validated' if judge.validated else 'NOT VALIDATED'}; AUC {aucs or '-'}")
+        kind, area = weakest(judge.gold or judge.auc)
+        worst = f"weakest control {kind}, AUC {interval(area)}" if kind else "no control was measured"
+        relation = "" if judge.relation == "independent" else f", not independent ({judge.relation})"
+        lines.append(f"judge {name}: {'validated' if judge.validated else 'NOT VALIDATED'}{relation}; {worst}")
     lines += [f"{VERDICTS[target.met]:<10} {target.name}: {target.measured}" for target in document.targets]
     return "\n".join(piece for line in lines for piece in _wrap(line))
 
 
 def _task_table(document: EvaluationDocument) -> str:
-    reference, judge = reference_policy(document) or TEACHER, best_judge(document)
-    header = ["task", _shorten(reference, 7), "student (95%)", "ratio", "within2", "len up", "rew up", "rejected", "judge"]
-    return text_table(header, [_task_row(name.text, scope, reference, judge) for name, scope in scopes(document)])
+    """The student over the reference policy, by the scorer and by the best judges; then figures of the student."""
+    reference, judges = reference_policy(document) or TEACHER, list(pointwise_judges(document))[:2]
+    header = ["task", "relevance (scorer)", *(_shorten(judge, 16) for judge in judges)]
+    header += ["subject", "clean", "within2", "rejected"]
+    return text_table(header, [_task_row(name or "all tasks", scope, reference, judges) for name, scope in scopes(document)])
 
 
-def _task_row(name: str, scope: Scope, reference: str, judge: str | None) -> list[str]:
-    student, other = scope.policies.get(STUDENT), scope.policies.get(reference)
+def _task_row(name: str, scope: Scope, reference: str, judges: Sequence[str]) -> list[str]:
+    student = scope.policies.get(STUDENT)
     comparison = scope.comparisons.get(reference)
-    judged = comparison.judges.get(judge) if comparison and judge else None
+    ratios = [comparison.judges[judge].ratio if comparison and judge in comparison.judges else None for judge in judges]
     return [
         _shorten(name, 16),
-        number(other.relevance.value if other else None),
-        interval(student.relevance if student else None),
         interval(comparison.relevance.ratio if comparison else None, percent),
+        *(interval(ratio, percent) for ratio in ratios),
+        percent(student.coverage.value if student else None),
+        percent(student.clean.value if student else None),
         percent(scope.length.within_2),
-        yes_no(scope.length.rises) if scope.length.levels is not None else "",
-        yes_no(scope.reward.rises) if isinstance(scope, TaskScope) else "",
         percent(student.rejected if student else None),
-        signed(judged.difference.value if judged else None),
     ]
 
 

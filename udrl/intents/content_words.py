@@ -1,0 +1,59 @@
+"""The words of a request that carry its meaning, and the forms under which two English words count as the same."""
+
+from collections.abc import Iterator
+from functools import cache, lru_cache
+from typing import Any
+
+from udrl.intents import composer
+from udrl.text import words
+
+FUNCTION_WORDS = frozenset(
+    (  # noqa: SIM905
+        "a about across after against all also an and any are around as at be been before behind being beside between "
+        "both but by can could did do does down during each every for from get give had has have he her here him his how "
+        "i if in into is it its just like make me more most my near need no not now of off on one onto or other our out "
+        "over own please same she should so some such than that the their them then there these they this those through "
+        "to toward towards under up us very want was we were what when where which while who will with without would you "
+        "your"
+    ).split()
+)
+
+
+def content_words(text: str) -> list[str]:
+    """Return the distinct case-folded words that carry meaning, in their order; all words if none does."""
+    distinct = list(dict.fromkeys(words(text))) or text.split()
+    return [word for word in distinct if word not in FUNCTION_WORDS] or distinct
+
+
+def singulars(word: str) -> Iterator[str]:
+    """Yield possible singulars of ``word``; wrong guesses are not words, so they match nothing."""
+    if word in _known_singulars():
+        yield _known_singulars()[word]
+    for ending, singular in (("s", ""), ("es", ""), ("ies", "y"), ("ves", "f"), ("ves", "fe")):
+        if len(word) > len(ending) + 1 and word.endswith(ending):
+            yield word.removesuffix(ending) + singular
+
+
+@lru_cache(maxsize=1 << 16)
+def word_forms(word: str) -> frozenset[str]:
+    """Return the stems (Porter2) of a case-folded word and of its possible singulars; words with a common one are the same."""
+    stem = _stemmer().stemWord
+    base = word.removesuffix("'s").removesuffix("’s")
+    return frozenset(stem(form) for form in (base, *singulars(base)))
+
+
+@cache
+def _stemmer() -> Any:
+    import snowballstemmer
+
+    return snowballstemmer.stemmer("english")
+
+
+@cache
+def _known_singulars() -> dict[str, str]:
+    """Return the singulars of the plurals in the composer's grammar, such as mice and geese, and of common irregular ones."""
+    known = {"children": "child", "men": "man", "women": "woman", "people": "person", "teeth": "tooth", "feet": "foot"}
+    for singular, plural in composer.subject_plurals().items():
+        pairs = zip(plural.casefold().split(), singular.casefold().split(), strict=False)
+        known |= {many: one for many, one in pairs if many != one}
+    return known
