@@ -104,7 +104,7 @@ def test_only_lost_files_are_generated_again(setup: dict[str, Any]) -> None:
     lost = storage.read_table(storage.join(ledger, parts[0]), ["episode_id"])["episode_id"].to_pylist()
     storage.remove(storage.join(ledger, parts[0]))
     storage.remove(setup["paths"].scoring.episodes)
-    again = run(setup)
+    again = generate.run(Recipe.model_validate(setup["values"]), engine_actor=DummyEngine)
     assert again.generated_now == len(lost)
     ids = [i for names in list_parts(ledger).values() for i in read_shard(ledger, names)["episode_id"].to_pylist()]
     assert len(ids) == len(set(ids)) == again.requested
@@ -144,14 +144,6 @@ def test_an_engine_that_refuses_every_request_ends_the_job_with_its_error(tmp_pa
     with pytest.raises(UserError, match="refuses every request"):
         run(setup, storage=str(tmp_path / "run"), teacher=teacher)
     assert not list((tmp_path / "run").rglob("part-*"))
-
-
-def test_resume_never_generates_everything_again(tmp_path: Path) -> None:
-    values = weak_run(tmp_path, max_rejects=1, samples=2)
-    first = generate.run(Recipe.model_validate(values), engine_actor=DummyEngine)
-    again = generate.run(Recipe.model_validate(values | {"resume": "never"}), engine_actor=DummyEngine)
-    assert again.generated_now == again.requested == first.requested
-    assert again.reused == 0
 
 
 def test_a_finished_run_shows_its_cost(setup: dict[str, Any]) -> None:
@@ -234,6 +226,11 @@ def test_bad_completions_become_rejects_with_their_reason(tmp_path: Path) -> Non
     cache = str(tmp_path / "cache")
     assert load_dataset(recipe.storage, split="train", cache_dir=cache).num_rows == summary.accepted > 0
     assert load_dataset(recipe.storage, "rejects", split="train", cache_dir=cache).num_rows == summary.rejected
+
+    # ``resume: never`` generates everything again.
+    again = generate.run(Recipe.model_validate(weak_run(tmp_path, max_rejects=1) | {"resume": "never"}), engine_actor=Weak)
+    assert again.generated_now == again.requested == summary.requested
+    assert (again.reused, again.reasons) == (0, summary.reasons)
 
 
 def test_a_run_with_mostly_rejects_ends_early_with_the_reason(tmp_path: Path) -> None:

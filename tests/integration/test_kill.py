@@ -56,7 +56,7 @@ class Job(Killable):
         values = {
             "name": "kill",
             "storage": str(folder / "run"),
-            "watchdog_minutes": 0.3 if engine == "stuck" else 30,
+            "watchdog_minutes": 0.2 if engine == "stuck" else 30,
             "tasks": ["image_search"],
             "intents": {"source": "builtin:composer", "limit": INTENTS, "heldout": 0},
             "teacher": {
@@ -113,41 +113,14 @@ def job(tmp_path: Path, tiny_teacher: str) -> Iterator[Callable[[str], Job]]:
         each.end()
 
 
-def test_a_killed_driver_resumes_from_its_completed_shards(job: Callable[[str], Job]) -> None:
+def test_engines_that_die_are_replaced_and_a_killed_driver_resumes_from_its_completed_shards(job: Callable[[str], Job]) -> None:
+    """Kill the core process of an engine, whose actor survives, then the actor that replaces it, then the driver."""
     killed = job("vllm")
     killed.part = "all"
-    killed.fault("before-hold-4")
-    killed.start()
-    killed.until(lambda: killed.struck("before-hold-4"))
-    killed.kill()
-    assert 3 <= killed.files() < REQUESTS / SHARD  # one writer waits, others may still finish
-    killed.finish()
-    killed.assert_exactly_once(kills=1)
-    scoring = Run(killed.recipe.storage).scoring
-    sides = [scoring.episodes, scoring.rejects]
-    ids = [i for side in sides for table in storage.iter_tables(side, ["episode_id"]) for i in table["episode_id"].to_pylist()]
-    assert len(ids) == len(set(ids)) == REQUESTS
-
-
-def test_a_driver_can_be_killed_before_and_after_a_file_appears(job: Callable[[str], Job]) -> None:
-    killed = job("dummy")
-    for fault in ("before-hold-3", "after-hold-6"):
-        killed.fault(fault)
-        killed.start()
-        killed.until(lambda fault=fault: killed.struck(fault))  # type: ignore[misc]
-        killed.kill()
-        assert killed.files() < REQUESTS / SHARD
-    killed.finish()
-    killed.assert_exactly_once(kills=2)
-
-
-def test_engines_that_die_are_replaced_within_the_run(job: Callable[[str], Job]) -> None:
-    """Kill the core process of an engine, whose actor survives, then the actor that replaces it."""
-    killed = job("vllm")
-    for fault in ("after-hold-2", "after-hold-5"):
+    for fault in ("after-hold-2", "after-hold-4", "before-hold-7"):
         killed.fault(fault)
     killed.start()
-    for fault, victim in (("after-hold-2", "core"), ("after-hold-5", "actor")):
+    for fault, victim in (("after-hold-2", "core"), ("after-hold-4", "actor")):
         killed.until(lambda fault=fault: killed.struck(fault))  # type: ignore[misc]
         actor = psutil.Process(killed.requests()[-1][1])
         cores = [child for child in actor.children(recursive=True) if "EngineCore" in " ".join(child.cmdline())]
@@ -155,19 +128,32 @@ def test_engines_that_die_are_replaced_within_the_run(job: Callable[[str], Job])
         # Wait for the core too: it has the model, and on a GPU its successor would lack the memory.
         assert wait(lambda processes=[actor, *cores]: all(map(gone, processes)))  # type: ignore[misc]
         (killed.faults / f"{fault}.struck").unlink()
-    killed.finish()
+    killed.until(lambda: killed.struck("before-hold-7"))
     assert len({pid for _, pid, _ in killed.requests()}) == 3, killed.log_tail()
-    killed.assert_exactly_once(kills=2)
+    killed.kill()
+    assert 6 <= killed.files() < REQUESTS / SHARD  # one writer waits, others may still finish
+    killed.finish()
+    killed.assert_exactly_once(kills=3)
+    scoring = Run(killed.recipe.storage).scoring
+    sides = [scoring.episodes, scoring.rejects]
+    ids = [i for side in sides for table in storage.iter_tables(side, ["episode_id"]) for i in table["episode_id"].to_pylist()]
+    assert len(ids) == len(set(ids)) == REQUESTS
 
 
-def test_writers_killed_around_their_write_lose_and_duplicate_no_row(job: Callable[[str], Job]) -> None:
+def test_a_driver_and_a_writer_can_be_killed_before_and_after_a_file_appears(job: Callable[[str], Job]) -> None:
     killed = job("dummy")
-    faults = ("before-kill-3", "after-kill-5")
+    for fault in ("before-hold-3", "after-hold-6"):
+        killed.fault(fault)
+        killed.start()
+        killed.until(lambda fault=fault: killed.struck(fault))  # type: ignore[misc]
+        killed.kill()
+        assert killed.files() < REQUESTS / SHARD
+    faults = ("before-kill-8", "after-kill-9")
     for fault in faults:
         killed.fault(fault)
     killed.finish()
     assert all(map(killed.struck, faults))
-    killed.assert_exactly_once(kills=0)
+    killed.assert_exactly_once(kills=2)
 
 
 def test_an_engine_that_hangs_ends_the_job_with_the_cluster_s_state(job: Callable[[str], Job]) -> None:

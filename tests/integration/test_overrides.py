@@ -45,7 +45,8 @@ class BlockedWriter:
         return batch
 
 
-def count_blocks_started_before_the_first_is_written(folder: Path, patience: float, limited: bool) -> int:
+def count_blocks_started_before_the_first_is_written(folder: Path, patience: float, limited: bool) -> tuple[int, float]:
+    """Return the number of blocks, and the seconds between the first one's start and the last one's."""
     import ray
 
     folder.mkdir()
@@ -56,15 +57,17 @@ def count_blocks_started_before_the_first_is_written(folder: Path, patience: flo
     if limited:
         internals.limit_unwritten_blocks(dataset, PER_ACTOR)
     assert sum(len(batch["id"]) for batch in dataset.iter_batches(batch_size=None)) == BLOCKS
-    return max(int(path.name.removeprefix("started-")) for path in folder.glob("started-*"))
+    starts = [path.stat().st_mtime for path in folder.glob("block-*")]
+    count = max(int(path.name.removeprefix("started-")) for path in folder.glob("started-*"))
+    return count, max(starts) - min(starts)
 
 
 @pytest.mark.usefixtures("local_ray")
 def test_engines_are_held_back_while_their_blocks_wait_to_be_written(tmp_path: Path) -> None:
-    start = time.monotonic()
-    assert count_blocks_started_before_the_first_is_written(tmp_path / "unlimited", 120, limited=False) == BLOCKS
-    unlimited_seconds = time.monotonic() - start
-    started = count_blocks_started_before_the_first_is_written(tmp_path / "limited", 2 * unlimited_seconds, limited=True)
+    count, seconds = count_blocks_started_before_the_first_is_written(tmp_path / "unlimited", 120, limited=False)
+    assert count == BLOCKS
+    patience = 3 + seconds
+    started, _ = count_blocks_started_before_the_first_is_written(tmp_path / "limited", patience, limited=True)
     assert PER_ACTOR <= started <= PER_ACTOR + TASKS_IN_FLIGHT
 
 

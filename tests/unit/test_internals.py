@@ -274,13 +274,15 @@ def test_an_engine_that_has_died_is_a_fatal_error() -> None:
     assert EngineDeadError in internals.fatal_engine_errors()
 
 
-def test_the_engine_stage_of_a_processor_is_replaced_and_keeps_its_arguments() -> None:
+def test_the_engine_stage_of_a_processor_is_replaced_and_keeps_its_arguments(tmp_path: Path) -> None:
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
     from benchmarks.dummy_engine import DummyEngine
 
+    # A local folder: Ray would try for a while to read the configuration of a name from a hub.
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
     config = vLLMEngineProcessorConfig(
-        model_source="tiny",
+        model_source=str(tmp_path),
         engine_kwargs={"max_num_seqs": 7},
         placement_group_config={"bundles": [{"CPU": 1, "GPU": 0}]},
         chat_template_stage=False,

@@ -163,7 +163,7 @@ def _build_dataset(
     from ray.data.llm import build_processor
 
     if engine_actor is None:
-        from udrl.policies.actor import EngineActor
+        from udrl.policies.engine_actor import EngineActor
 
         engine_actor = EngineActor
     tasks = tasks_in_flight(policy, max(map(requests.shard_size, todo)))

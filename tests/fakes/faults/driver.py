@@ -6,12 +6,12 @@ The engines log every request that they take, so that a test can count the reque
 import asyncio
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks.dummy_engine import DummyEngine
 from udrl.context import StageContext
 from udrl.errors import exit_code
-from udrl.policies.actor import EngineActor
 
 
 def log(row: dict[str, Any]) -> None:
@@ -20,12 +20,6 @@ def log(row: dict[str, Any]) -> None:
     # One write of a short line to a file opened for appending is atomic.
     with open(os.environ["UDRL_REQUEST_LOG"], "a", encoding="utf-8") as out:
         out.write(f"{row['episode_id']} {os.getpid()} {ray.get_runtime_context().get_node_id()}\n")
-
-
-class LoggedEngine(EngineActor):
-    async def answer(self, row: dict[str, Any]) -> dict[str, Any]:
-        log(row)
-        return await super().answer(row)
 
 
 class LoggedDummy(DummyEngine):
@@ -42,7 +36,19 @@ class Stuck(DummyEngine):
         return await self.never
 
 
-ENGINES: dict[str, type] = {"vllm": LoggedEngine, "dummy": LoggedDummy, "stuck": Stuck}
+def logged_engine() -> type:
+    """Return the class of a real engine. The workers of the others are spared the import of vLLM, eight seconds each."""
+    from udrl.policies.engine_actor import EngineActor
+
+    class LoggedEngine(EngineActor):
+        async def answer(self, row: dict[str, Any]) -> dict[str, Any]:
+            log(row)
+            return await super().answer(row)
+
+    return LoggedEngine
+
+
+ENGINES: dict[str, Callable[[], type]] = {"vllm": logged_engine, "dummy": lambda: LoggedDummy, "stuck": lambda: Stuck}
 
 
 def main(argv: list[str]) -> None:
@@ -51,7 +57,7 @@ def main(argv: list[str]) -> None:
     from udrl.generate import stage as generate
     from udrl.policies.stage import complete
 
-    recipe, engine = load(argv[0]), ENGINES[argv[1]]
+    recipe, engine = load(argv[0]), ENGINES[argv[1]]()
     if "all" in argv:
         generate.run(recipe, engine_actor=engine)
     else:
