@@ -116,7 +116,7 @@ def test_the_claim_comes_first_then_control_then_examples_then_the_rest(written:
     page = (folder / "report.html").read_text()
     assert re.findall(r"<h2[^>]*>(.*?)</h2>", page) == heads
     appendix = page[page.index(">Appendix</h2>") :]
-    parts = ["Policies side by side", "What the prompts keep", "Judges", "Diversity", "Every command of", "Limits", "Settings"]
+    parts = ["Policies side by side", "Subject words", "Judges", "Diversity", "Every command of", "Limits", "Settings"]
     places = [appendix.index(f'">{part}') for part in parts]
     assert places == sorted(places)
     assert appendix.count("<details>") == appendix.count("</details>") > len(parts)

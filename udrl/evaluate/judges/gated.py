@@ -2,7 +2,7 @@
 
 ``gated``: the cosine of static word embeddings of intent and prompt. ``coverage``: the share of the intent's content words that
 the prompt holds, inflections included. Both end at the level of good prompts, so that nothing is gained by coming closer to
-an echo. The gates, each 0 to 1, ask of the prompt what the gold prompts of its task have:
+an echo. Each gate, 0 to 1, compares the prompt with the gold prompts of its task:
 
 - *novelty*: enough of its words are not the intent's, and enough content words are new;
 - *repetition*: no word pair and no content word comes again;
@@ -40,7 +40,7 @@ Relevance = Callable[[Sequence[Pair]], np.ndarray]  # pairs -> relevance, not ne
 
 
 class Level(NamedTuple):
-    """What the gold prompts of a task have: quantiles, and whether most of them are prose."""
+    """Quantiles of the gold prompts of a task, and whether most of them are prose."""
 
     relevance: float
     novelty: float

@@ -1,4 +1,4 @@
-"""What a reader sees at once in a prompt: the subject is named, and nothing is said twice.
+"""Qualities of a prompt that a reader sees at once: the subject is named, and nothing is said twice.
 
 Pure functions of one text, and the columns of the outputs that they make.
 """

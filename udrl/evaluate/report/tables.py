@@ -339,7 +339,7 @@ def comparison_table(document: EvaluationDocument) -> str:
 
 
 def wording_table(document: EvaluationDocument) -> str:
-    """What each policy keeps of the subject, repeats and copies; figures among accepted outputs stand in parentheses."""
+    """The subject's words that each policy keeps, its repetitions and copies; figures among accepted outputs stand in parentheses."""
     rows = []
     for name, scope in scopes(document):
         for policy in order_policies(scope.policies, document.policies):
