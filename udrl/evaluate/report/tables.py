@@ -339,7 +339,7 @@ def comparison_table(document: EvaluationDocument) -> str:
 
 
 def wording_table(document: EvaluationDocument) -> str:
-    """The subject's words that each policy keeps, its repetitions and copies; figures among accepted outputs stand in parentheses."""
+    """Subject words that each policy keeps, repetitions and copies; in parentheses figures among accepted outputs."""
     rows = []
     for name, scope in scopes(document):
         for policy in order_policies(scope.policies, document.policies):
