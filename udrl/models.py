@@ -144,7 +144,7 @@ def revision(model: str, requested: str | None) -> str:
 
 @cache
 def weights_hash(path: str) -> str | None:
-    """Return the hash of the weights in a local folder, whatever the folder is called; None for a model on a hub."""
+    """Return the hash of the weights in a local folder, under any name of the folder; None for a model on a hub."""
     if not os.path.isdir(path):
         return None
     digest = hashlib.sha256()

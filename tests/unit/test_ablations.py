@@ -42,7 +42,7 @@ def test_held_out_intents_come_from_the_run_whose_episodes_are_used(tmp_path: Pa
     table = pa.table({"intent_id": [1, 2], "intent": ["an owl", "a fox"], "subject": ["owl", "fox"]})
     storage.write_table(Run(other).intents("here").heldout, table)
     GenerateSummary(accepted=0, intents="here", ledger="", scoring="").save(Run(other).generate_summary)
-    assert select_intents(make_recipe(tmp_path, episodes_from=other))[0] == [(1, "an owl"), (2, "a fox")]
+    assert select_intents(make_recipe(tmp_path, episodes_from=other))[0] == [(1, "an owl", "owl"), (2, "a fox", "fox")]
     with pytest.raises(UserError, match="mine: no finished generate stage"):
         select_intents(make_recipe(tmp_path))
 
@@ -72,7 +72,9 @@ def test_its_report_is_complete_without_control_curves(tmp_path: Path) -> None:
             row |= {"prompt": f"soft owl {i} in light", "n_words": 5, "relevance": 0.5, "reward": 0.5}
             rows.append({name: row[name] for name in OUTPUTS.names})
     outputs = pa.Table.from_pylist(rows, schema=OUTPUTS)
-    measured = metrics.compute(outputs, tasks=tasks, judges={}, pairwise=None, training=None, embed=None, bootstrap=100, seed=0)
+    measured = metrics.compute(
+        outputs, tasks=tasks, judges={}, pairwise=None, training=None, embed=None, subject_words={}, bootstrap=100
+    )
     measured = evaluate.explain_missing_commands(measured, vocabulary("sft"))
     policies = {name: name for name in ("student", "teacher")}
     document = made_up.document(("image_search",), policies, judges={}, **dict(measured))
@@ -90,9 +92,9 @@ def test_intents_of_another_source_can_be_evaluated(tmp_path: Path) -> None:
     by_evaluate = make_recipe(tmp_path, evaluate={"source": source, "column": "prompt", "intents": 1})
     storage.write_bytes(storage.join(by_intents.storage, "recipe.yaml"), b"intents: {source: 'builtin:composer'}")
     intents, origin = select_intents(by_intents)
-    assert [text for _, text in intents] == ["a red bench", "a green car"]
+    assert [intent.text for intent in intents] == ["a red bench", "a green car"]
     assert origin == source
-    assert [text for _, text in select_intents(by_evaluate)[0]] == ["a red bench"]
+    assert [intent.text for intent in select_intents(by_evaluate)[0]] == ["a red bench"]
 
 
 def test_a_long_source_is_sampled_uniformly_and_in_its_order() -> None:

@@ -9,7 +9,7 @@ from udrl.text import words
 
 FUNCTION_WORDS = frozenset(
     (  # noqa: SIM905
-        "a about across after against all also an and any are around as at be been before behind being beside between "
+        "a about across after against all also an and any are around as at be been before behind being between "
         "both but by can could did do does down during each every for from get give had has have he her here him his how "
         "i if in into is it its just like make me more most my near need no not now of off on one onto or other our out "
         "over own please same she should so some such than that the their them then there these they this those through "

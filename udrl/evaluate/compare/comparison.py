@@ -17,8 +17,7 @@ from udrl.evaluate.metrics import diversity
 from udrl.evaluate.metrics.control import spearman
 from udrl.evaluate.metrics.intervals import Bootstrap, Sample
 from udrl.evaluate.outputs import JUDGE, STUDENT, Columns, select
-from udrl.evaluate.report.formatting import number
-from udrl.evaluate.report.markdown import escape_markdown
+from udrl.evaluate.report.formatting import escape_markdown, number
 from udrl.text import markdown_table, text_table
 
 ALL = "all"  # the scope of all shared tasks together

@@ -202,7 +202,7 @@ def _classifiers(half: int) -> Classifiers:
 
 
 def _class_ngrams(prompt: str) -> list[str]:
-    """Return pairs and triples of word classes: a function word itself, of others their ending; punctuation stands alone."""
+    """Return pairs and triples of word classes: a function word itself, of others their ending; punctuation has its own."""
     classes = ["<start>"]
     for word in prompt.split():
         classes.append(_word_class(word.lower().strip(".,;:")))
