@@ -28,8 +28,13 @@ smoke: setup ## the same on recipes/smoke.yaml, in minutes
 serve: setup ## serve quickstart's student: playground and API on loopback
 	@"$(BIN)/python" -m serve.app recipes/quickstart.yaml $(ARGS)
 
-test: setup ## all tests in two processes, the quick ones first
-	@"$(BIN)/python" -m pytest -n 2 --dist loadfile $(ARGS)
+test: setup ## all tests, the quick ones first and in two processes; ARGS="tests/unit/test_claim.py -x" selects
+ifeq ($(ARGS),)
+	@"$(BIN)/python" -m pytest -n 2 --dist loadfile tests/unit
+	@"$(BIN)/python" -m pytest tests/integration tests/e2e
+else
+	@"$(BIN)/python" -m pytest $(ARGS)
+endif
 
 check: setup ## format, lint, types, import direction
 	@"$(BIN)/ruff" format --check .

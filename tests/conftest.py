@@ -1,7 +1,6 @@
 """Settings of every test, made before anything imports Ray, which reads them once."""
 
 import os
-import tempfile
 
 from hypothesis import settings
 
@@ -10,12 +9,6 @@ from udrl import cluster, logs
 # A thread that outlives its cluster and calls Ray again would join whatever cluster it finds, be it one that a kill test
 # started; when that one dies, Ray ends this whole process with it, without a word.
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
-
-# Each of pytest's processes has its own clusters. Ray Train asks the cluster that is noted in this folder for its controller,
-# and ends a training whose controller another cluster does not know.
-if process := os.environ.get("PYTEST_XDIST_WORKER"):
-    os.environ["RAY_TMPDIR"] = os.path.join(tempfile.gettempdir(), f"udrl-{process}")
-    os.makedirs(os.environ["RAY_TMPDIR"], exist_ok=True)
 
 # As serve.app has it.
 cluster.set_serve_env()
