@@ -93,9 +93,11 @@ def policy_profile(evaluated: EvaluatedPolicy, paths: EvaluatedPolicyPaths, spee
     )
     if speed is not None:
         rates = speed.model_dump(exclude={"startup_seconds"})
-        return profile.model_copy(update={**rates, **costs_per_1000(evaluated, speed.prompts_per_second)})
-    own_rates = EvaluationRates.load_if_exists(paths.rates)
-    return profile.model_copy(update=own_rates.model_dump(exclude={"seconds"}) if own_rates else {})
+        rates |= costs_per_1000(evaluated, speed.prompts_per_second)
+    else:
+        own_rates = EvaluationRates.load_if_exists(paths.rates)
+        rates = own_rates.model_dump(exclude={"seconds"}) if own_rates else {}
+    return PolicyProfile.model_validate({**profile.model_dump(), **rates})
 
 
 def count_parameters(folder: str) -> int | None:
