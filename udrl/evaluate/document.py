@@ -163,14 +163,14 @@ class Repetition(Part):
     repeated_trigram: Number
 
 
-class Comparison(Part):
+class PairedComparison(Part):
     """The student minus, and over, another policy."""
 
     difference: Interval
     ratio: Interval
 
 
-class RelevanceComparison(Comparison):
+class RelevanceComparison(PairedComparison):
     ratio_accepted: Interval = Field(description="without the rejected prompts of either side")
 
 
@@ -194,9 +194,9 @@ class PolicyComparison(Part):
     """The student minus, or over, another policy, paired by intent."""
 
     relevance: RelevanceComparison
-    coverage: Comparison | None = None
-    clean: Comparison | None = None
-    copied_8: Comparison | None = None
+    coverage: PairedComparison | None = None
+    clean: PairedComparison | None = None
+    copied_8: PairedComparison | None = None
     judges: dict[str, JudgeComparison] = Field(default_factory=dict)
     pairwise: dict[str, PairwiseComparison] = Field(default_factory=dict)
 

@@ -11,9 +11,9 @@ from udrl.evaluate.document import (
     UNKNOWN,
     Claim,
     ClaimPart,
-    Comparison,
     Interval,
     JudgeProfile,
+    PairedComparison,
     PolicyComparison,
     Scope,
     Target,
@@ -172,7 +172,7 @@ def check_targets(overall: Scope, tasks: Mapping[str, TaskScope], intents: int) 
     return targets if intents >= MIN_INTENTS else [target.model_copy(update={"met": None}) for target in targets]
 
 
-def _ratio_target(name: str, comparison: Comparison | None) -> Target:
+def _ratio_target(name: str, comparison: PairedComparison | None) -> Target:
     return _target(name, comparison.ratio if comparison else UNKNOWN)
 
 

@@ -11,10 +11,10 @@ import pyarrow as pa
 
 from udrl.evaluate.document import (
     UNKNOWN,
-    Comparison,
     JudgeComparison,
     JudgeProfile,
     Measurements,
+    PairedComparison,
     PairwiseComparison,
     PolicyComparison,
     PolicyScores,
@@ -169,9 +169,9 @@ def _sample(rows: Columns, column: str) -> Sample:
     return Sample(rows[column], rows["intent_id"])
 
 
-def _compare(student: Columns, other: Columns, column: str, bootstrap: Bootstrap) -> Comparison:
+def _compare(student: Columns, other: Columns, column: str, bootstrap: Bootstrap) -> PairedComparison:
     sides = _sample(student, column), _sample(other, column)
-    return Comparison(difference=bootstrap.difference(*sides), ratio=bootstrap.ratio(*sides))
+    return PairedComparison(difference=bootstrap.difference(*sides), ratio=bootstrap.ratio(*sides))
 
 
 def _compare_relevance(student: Columns, other: Columns, bootstrap: Bootstrap) -> RelevanceComparison:

@@ -40,10 +40,6 @@ def interval(estimate: Interval | None, form: Callable[[float | None], str] = nu
     return f"{form(estimate.value)} [{form(estimate.low)}, {form(estimate.high)}]"
 
 
-def yes_no(flag: bool | None) -> str:
-    return DASH if flag is None else "yes" if flag else "no"
-
-
 def verdict(met: bool | None) -> str:
     """Return a verdict in bold, which the page colors."""
     return {True: "**met**", False: "**missed**", None: "**open**"}[met]

@@ -43,7 +43,7 @@ def render_markdown(document: EvaluationDocument, outputs: pa.Table, plot_names:
     best = best_judge(document)
     fences = max((len(run) for run in re.findall("`+", document.recipe)), default=0)
     text = (
-        _environment()
+        template_environment()
         .get_template("report.md.j2")
         .render(
             document=document,
@@ -85,13 +85,13 @@ def render_page(markdown: str, drawings: Mapping[str, str]) -> str:
         html += "</details>\n"
     headings = re.findall(r'<h2 id="([^"]+)">(.*?)</h2>', html)
     head, *rest = html.partition("<h2")
-    page = _environment(autoescape=True).get_template("page.html.j2")
+    page = template_environment(autoescape=True).get_template("page.html.j2")
     title = re.sub(r"<[^>]+>", "", re.findall(r"<h1[^>]*>(.*?)</h1>", html)[0])
     return page.render(policy=CONTENT_POLICY, title=title, head=head, contents=headings, body="".join(rest)) + "\n"
 
 
 @cache
-def _environment(autoescape: bool = False) -> Any:
+def template_environment(autoescape: bool = False) -> Any:
     """A misspelled name in a template is an error, not an empty text."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
