@@ -180,7 +180,15 @@ class Student(Section):
     width: int | None = Field(None, ge=16, description="default: 64 x depth (12 -> 768), at least 128")
     heads: int | None = Field(None, ge=1, description="default: width / 64")
     vocab_size: int = Field(6000, ge=400, le=65536, description="of the tokenizer, control tokens included; an upper bound")
-    context: int = Field(256, ge=32, le=4096, description="tokens of one packed row, and the model's positions")
+    vocabulary: Literal["episodes", "teacher"] = Field(
+        "episodes",
+        description="origin of the tokenizer's pieces: trained on the episodes, or the most frequent ones of the teacher's"
+        " byte-level BPE; the student then starts from their embeddings in the teacher, reduced to its width",
+    )
+    context: int = Field(256, ge=32, le=4096, description="tokens of intent, command and prompt: the model's positions")
+    positions: Literal["random", "sinusoids"] = Field(
+        "random", description="position embeddings at the start; sinusoids let a small student learn to copy sooner"
+    )
     lowercase: bool = Field(False, description="the tokenizer folds case: a smaller vocabulary, less to learn")
     dropout: float = Field(0.0, ge=0, lt=1, description="of the network")
 
@@ -205,6 +213,9 @@ class Train(Section):
     batch_tokens: int | None = Field(
         None, ge=32, description="tokens of one optimizer step over all workers; default: from the width"
     )
+    row_tokens: int | None = Field(
+        None, ge=32, le=65536, description="tokens of one packed row of several examples; default: student.context"
+    )
     micro_batch_rows: int | None = Field(None, ge=1, description="rows of one forward pass; default: a worker's whole share")
     lr: float | None = Field(None, gt=0, description="peak learning rate; default: falls with the width (1e-3 at 320)")
     schedule: Literal["cosine", "wsd"] = Field("cosine", description="after the warm-up: a cosine, or stable and then decay")
@@ -227,9 +238,9 @@ class Train(Section):
     )
     max_failures: int = Field(3, ge=0, description="worker failures after which Ray Train gives up")
     swapped_copies: int = Field(
-        0, ge=0, le=8, description="copies of each episode with shared rare words swapped: teaches a small student to copy"
+        0, ge=0, le=8, description="copies of each episode with the subject's words swapped: teaches a small student to copy"
     )
-    validation: float = Field(0.03, ge=0, lt=0.5, description="share of intents that is kept for the validation loss")
+    validation: float = Field(0.03, ge=0, lt=0.5, description="share of subjects that is kept for validation")
 
 
 class Explore(Section):
@@ -415,6 +426,10 @@ class Recipe(Section):
     evaluate: Evaluate = Field(Evaluate(), description="the evaluate stage")
     serve: Serve = Field(Serve(), description="the serve stage")
 
+    def row_tokens(self) -> int:
+        """Return the tokens of one packed row."""
+        return self.train.row_tokens or self.student.context
+
     def episodes_storage(self) -> str:
         """Return the storage of the run whose intents and episodes are used."""
         return self.episodes_from or self.storage
@@ -445,9 +460,9 @@ class Recipe(Section):
         if (self.train.min_workers or 0) > self.train.workers:
             raise ValueError(f"train.min_workers: {self.train.min_workers} is more than train.workers={self.train.workers}")
         batch = self.train.batch_tokens
-        if batch is not None and batch < self.student.context * self.train.workers:
+        if batch is not None and batch < self.row_tokens() * self.train.workers:
             raise ValueError(
-                f"train.batch_tokens: {batch} is less than one row of student.context={self.student.context}"
+                f"train.batch_tokens: {batch} is less than one row of {self.row_tokens()} tokens"
                 f" for each of train.workers={self.train.workers}"
             )
         if self.serve.min_replicas > self.serve.max_replicas:

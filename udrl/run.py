@@ -117,6 +117,11 @@ class PackedDataPaths:
         return storage.join(self.folder, split)
 
     @property
+    def embeddings(self) -> str:
+        """The embeddings that pieces of the teacher's vocabulary start from; absent if the student has its own vocabulary."""
+        return storage.join(self.folder, "embeddings.safetensors")
+
+    @property
     def validation_intents(self) -> str:
         """A few validation intents of each task, to sample from during training."""
         return storage.join(self.folder, "held.json")

@@ -1,13 +1,16 @@
-"""The student's BPE tokenizer: one trained on the episodes, or that of a pretrained GPT-2 with control tokens added.
+"""The student's BPE tokenizer: trained on the episodes, cut from the teacher's, or a pretrained GPT-2's with control tokens.
 
 User text is always encoded so that it can never produce a control token: ``<|reward:4|>`` typed by a user becomes ordinary
 byte-level pieces.
 """
 
+import json
+import re
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
-from udrl import commands
+from udrl import commands, models
 from udrl.commands import Command, CommandVocabulary
 from udrl.errors import UserError
 
@@ -18,26 +21,102 @@ def train_tokenizer(texts: Iterable[str], vocabulary: CommandVocabulary, vocab_s
     Control tokens take the first ids, in the vocabulary's order. ``vocab_size`` includes them; it is an upper bound, because
     a small corpus yields few merges.
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, pre_tokenizers, trainers
+    from tokenizers import models as tokenizer_models
 
-    control = vocabulary.control_tokens()
-    bpe = Tokenizer(models.BPE())
-    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), *([normalizers.Lowercase()] if vocabulary.lowercase else [])])
+    bpe = Tokenizer(tokenizer_models.BPE())
+    bpe.normalizer = _normalizer(vocabulary)
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=control,
+        special_tokens=vocabulary.control_tokens(),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
+    return _as_student_tokenizer(bpe, vocabulary)
+
+
+_CAPITAL = re.compile("[A-Z]")
+
+
+@lru_cache(maxsize=2)
+def load_pretrained_tokenizer(model: str, revision: str | None = None) -> Any:
+    """Load the tokenizer of a model, given as in a recipe, once per process.
+
+    Raises:
+        UserError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(models.resolve(model), revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{model}: its tokenizer can't be loaded ({' '.join(str(error).split())[:200]})") from error
+
+
+def cut_tokenizer(pretrained: Any, vocabulary: CommandVocabulary, vocab_size: int) -> Any:
+    """Return a tokenizer of the most frequent pieces of a byte-level BPE; control tokens take the first ids.
+
+    A piece keeps its spelling, so that its embedding is found in the pretrained model. Pieces that the student's text can't
+    hold are left out: of capital letters if the vocabulary folds case, and of several spaces in a row.
+
+    Args:
+        pretrained: a tokenizer of transformers.
+        vocabulary: the commands of the student.
+        vocab_size: of the new tokenizer, control tokens included; an upper bound.
+
+    Raises:
+        UserError: the tokenizer is not a byte-level BPE.
+    """
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers import models as tokenizer_models
+
+    backend = getattr(pretrained, "backend_tokenizer", None)
+    known = pretrained.get_vocab()
+    has_bpe = backend is not None and isinstance(backend.model, tokenizer_models.BPE)
+    if backend is None or not has_bpe or "Ġ" not in known:  # Ġ: the space of a byte-level BPE
+        raise UserError(
+            "student.vocabulary: the teacher's tokenizer is not a byte-level BPE, as Llama 3's is; use episodes instead"
+        )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    document = json.loads(backend.to_str())
+    pieces = dict.fromkeys(alphabet)
+    merges = []
+    room = vocab_size - len(vocabulary.control_tokens())
+    for merge in document["model"]["merges"]:  # in the order of their frequency
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        piece = left + right
+        if left not in pieces or right not in pieces or "ĠĠ" in piece or (vocabulary.lowercase and _CAPITAL.search(piece)):
+            continue
+        if piece not in pieces and len(pieces) == room:
+            break
+        pieces[piece] = None
+        merges.append((left, right))
+    ids = {piece: i for i, piece in enumerate([*vocabulary.control_tokens(), *pieces])}
+    bpe = Tokenizer(tokenizer_models.BPE(ids, merges))
+    bpe.normalizer = _normalizer(vocabulary)
+    bpe.pre_tokenizer = backend.pre_tokenizer
+    return _as_student_tokenizer(bpe, vocabulary)
+
+
+def _normalizer(vocabulary: CommandVocabulary) -> Any:
+    from tokenizers import normalizers
+
+    return normalizers.Sequence([normalizers.NFC(), *([normalizers.Lowercase()] if vocabulary.lowercase else [])])
+
+
+def _as_student_tokenizer(bpe: Any, vocabulary: CommandVocabulary) -> Any:
+    """Return a byte-level ``tokenizers.Tokenizer`` for transformers, with the student's special tokens."""
+    from tokenizers import decoders
+    from transformers import PreTrainedTokenizerFast
+
+    bpe.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         eos_token=commands.END,
         pad_token=commands.PAD,
-        additional_special_tokens=[t for t in control if t not in (commands.END, commands.PAD)],
+        additional_special_tokens=[t for t in vocabulary.control_tokens() if t not in (commands.END, commands.PAD)],
         clean_up_tokenization_spaces=False,
         split_special_tokens=True,
     )
@@ -52,7 +131,7 @@ def extend_tokenizer(folder: str, vocabulary: CommandVocabulary) -> Any:
     Raises:
         UserError: the folder has no tokenizer, or one that is not a byte-level BPE.
     """
-    from tokenizers import models
+    from tokenizers import models as tokenizer_models
     from transformers import AutoTokenizer
 
     try:
@@ -61,7 +140,7 @@ def extend_tokenizer(folder: str, vocabulary: CommandVocabulary) -> Any:
         raise UserError(f"student.init: no tokenizer in {folder} ({' '.join(str(error).split())[:200]})") from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     # transformers returns an empty tokenizer if a GPT-2's folder has none; a byte-level one has a piece for each byte.
-    if backend is None or not isinstance(backend.model, models.BPE) or len(tokenizer) < 256:
+    if backend is None or not isinstance(backend.model, tokenizer_models.BPE) or len(tokenizer) < 256:
         raise UserError(
             f"student.init: the tokenizer is not a byte-level BPE ({folder}); give a GPT-2 folder that includes its tokenizer"
         )

@@ -1,4 +1,4 @@
-"""Start from a pretrained GPT-2: its shape and tokenizer are kept, control tokens are added, user text stays text."""
+"""A student's first weights: a pretrained GPT-2's, or a new network with the teacher's vocabulary and sinusoidal positions."""
 
 import json
 from pathlib import Path
@@ -8,14 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from test_monitor import TEXTS, VOCABULARY
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from udrl import commands, tokenizer
 from udrl.errors import UserError
 from udrl.recipe import Student, Train
-from udrl.train import gpt2
+from udrl.train import gpt2, initial_weights
 
 OLD_END = "<|endoftext|>"
 
@@ -140,3 +141,94 @@ def test_an_unusable_pretrained_model_is_a_user_error(pretrained: str, tmp_path:
         gpt2.Shape.of(student(str(tmp_path / "upcast")), Train())
     with pytest.raises(UserError, match="is not a byte-level BPE"):
         tokenizer.extend_tokenizer(str(tmp_path / "upcast"), VOCABULARY)
+
+
+# ---- the teacher's vocabulary
+
+
+@pytest.fixture(scope="module")
+def teacher(pretrained: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny Llama with a byte-level BPE; its embeddings lie in the second of two files, as those of a large model may."""
+    folder = tmp_path_factory.mktemp("teacher")
+    old = PreTrainedTokenizerFast.from_pretrained(pretrained)
+    old.save_pretrained(folder)
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(old), hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    ).save_pretrained(folder, max_shard_size="9KB")
+    assert (folder / "model.safetensors.index.json").exists()
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def cut(teacher: str) -> Any:
+    return tokenizer.cut_tokenizer(tokenizer.load_pretrained_tokenizer(teacher), VOCABULARY, 290)
+
+
+def test_the_cut_vocabulary_has_the_most_frequent_pieces_of_the_teacher_after_the_control_tokens(
+    teacher: str, cut: Any
+) -> None:
+    control = VOCABULARY.control_tokens()
+    assert len(cut) == 290
+    assert cut.convert_ids_to_tokens(list(range(len(control)))) == control
+    text = "an owl in deep snow, soft light"
+    pieces = cut.convert_ids_to_tokens(tokenizer.encode_text(cut, [text])[0])
+    assert cut.decode(tokenizer.encode_text(cut, [text])[0]) == f" {text}"
+    known = tokenizer.load_pretrained_tokenizer(teacher).get_vocab()
+    assert all(piece in known for piece in pieces)
+    n_whole = len(tokenizer.load_pretrained_tokenizer(teacher).tokenize(f" {text}"))
+    assert n_whole <= len(pieces) < len(text)
+
+
+def test_a_cut_vocabulary_that_folds_case_has_no_piece_with_capitals(teacher: str) -> None:
+    folding = VOCABULARY.model_copy(update={"lowercase": True})
+    cut = tokenizer.cut_tokenizer(tokenizer.load_pretrained_tokenizer(teacher), folding, 310)
+    texts = [*VOCABULARY.control_tokens(), "An OWL"]
+    assert cut.decode(tokenizer.encode_text(cut, texts)[-1]) == " an owl"
+    assert all(not set(ids) & set(cut.all_special_ids) for ids in tokenizer.encode_text(cut, texts))
+
+
+@pytest.mark.parametrize("width", [16, 24, 32])
+def test_a_new_student_starts_from_the_teachers_embeddings_of_its_pieces(
+    teacher: str, cut: Any, width: int, tmp_path: Path
+) -> None:
+    pretrained_tokenizer = tokenizer.load_pretrained_tokenizer(teacher)
+    ids, embeddings = initial_weights.teacher_embeddings(teacher, None, pretrained_tokenizer, cut, width)
+    assert embeddings.shape == (len(cut) - len(VOCABULARY.control_tokens()), width)
+    assert float(embeddings.std()) == pytest.approx(initial_weights.TOKEN_STD)
+    known = pretrained_tokenizer.get_vocab()
+    original = LlamaForCausalLM.from_pretrained(teacher).model.embed_tokens.weight.detach()
+    original = original[[known[piece] for piece in cut.convert_ids_to_tokens(ids.tolist())]]
+    distances, reduced = torch.pdist(original), torch.pdist(embeddings)
+    correlation = torch.corrcoef(torch.stack([distances, reduced]))[0, 1]
+    # Principal components keep the distances: nearly at 16 of 24 dimensions, fully from 24 on.
+    assert float(correlation) > (0.7 if width < 24 else 0.999)
+    save_file({"ids": ids, "embeddings": embeddings}, tmp_path / "embeddings.safetensors")
+    network = gpt2.build_network(
+        Student(depth=1, width=width, heads=2, context=32), Train(), cut, 1, embeddings=str(tmp_path / "embeddings.safetensors")
+    )
+    assert torch.equal(network.lm_head.weight[ids], embeddings)
+
+
+def test_a_teacher_without_a_byte_level_vocabulary_is_a_user_error(tmp_path: Path) -> None:
+    words = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    LlamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"student\.vocabulary: the teacher's tokenizer is not a byte-level BPE"):
+        tokenizer.cut_tokenizer(tokenizer.load_pretrained_tokenizer(str(tmp_path)), VOCABULARY, 300)
+    with pytest.raises(UserError, match="has no token embeddings in safetensors"):
+        initial_weights.teacher_embeddings(str(tmp_path), None, LOADED[0], LOADED[0], 16)
+    LlamaConfig().save_pretrained(tmp_path / "bare")
+    with pytest.raises(UserError, match="its tokenizer can't be loaded"):
+        tokenizer.load_pretrained_tokenizer(str(tmp_path / "bare"))
+
+
+def test_the_same_distance_is_the_same_rotation_at_every_sinusoidal_position(extended: Any) -> None:
+    network = gpt2.build_network(
+        Student(depth=1, width=64, heads=2, context=96, positions="sinusoids"), Train(), extended, seed=1
+    )
+    table = network.transformer.wpe.weight.detach()
+    products = table @ table.T
+    for distance in (1, 7, 40):
+        assert torch.allclose(products.diagonal(distance), products[0, distance], atol=1e-5)
+    assert float(table.square().mean().sqrt()) == pytest.approx(initial_weights.POSITION_STD)

@@ -187,7 +187,7 @@ def test_a_value_out_of_range_is_told_the_range(path: str, override: str, key: s
     [
         ("intents.limit=null", "intents.limit: must be set"),
         ("evaluate.lengths=[6, 41]", "evaluate.lengths: [41] lie outside 1..commands.max_words=40"),
-        ("train.batch_tokens=128", "train.batch_tokens: 128 is less than one row of student.context=256"),
+        ("train.batch_tokens=128", "train.batch_tokens: 128 is less than one row of 256 tokens"),
         ("serve.min_replicas=3", "serve.min_replicas: 3 is more than serve.max_replicas=2"),
         ("tasks=[a, a]", "tasks: a task is named twice"),
     ],

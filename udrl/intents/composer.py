@@ -21,7 +21,7 @@ import yaml
 from udrl.errors import UserError
 from udrl.hashing import stable_id
 from udrl.intents.intent import Intent
-from udrl.text import count_words
+from udrl.text import count_words, words
 
 MIN_WORDS, MAX_WORDS = 3, 16
 SLOT = re.compile(r"\{(\w+)(?::(a|pl))?(!)?\}")
@@ -46,8 +46,8 @@ class Variant:
         text, subject = "", ""
         for pieces in self.positions:
             index, choice = divmod(index, len(pieces))
-            words, term = pieces[choice]
-            text, subject = text + words, term or subject
+            phrase, term = pieces[choice]
+            text, subject = text + phrase, term or subject
         return Intent(text, subject)
 
 
@@ -77,6 +77,33 @@ def subjects() -> list[str]:
 def subject_plurals() -> dict[str, str]:
     """Return the plural of each subject of the grammar."""
     return dict(inflect(term) for kind in grammar()["subjects"].values() for term in _split_items(kind["terms"]))
+
+
+def find_subjects(text: str) -> list[str]:
+    """Return the grammar's subjects, in the singular, that ``text`` names in singular or plural, in their order."""
+    remaining = [word.removesuffix("'s").removesuffix("’s") for word in words(text)]  # possessives
+    singulars: list[str] = []
+    while remaining:
+        for length in range(min(_phrases().longest, len(remaining)), 0, -1):  # the longest phrase: red panda, not panda
+            if singular := _phrases().singulars.get(tuple(remaining[:length])):
+                singulars.append(singular)
+                break
+        del remaining[:length]
+    return list(dict.fromkeys(singulars))
+
+
+def subject_of(text: str) -> str:
+    """Return the first of the grammar's subjects that a request names; without one, its own text with case folded."""
+    return next(iter(find_subjects(text)), text.casefold())
+
+
+@cache
+def framing_words() -> frozenset[str]:
+    """Return all words of the grammar's templates, lists and adjectives: those that request or describe, not the subjects."""
+    tables = grammar()
+    templates = [SLOT.sub(" ", template) for group in tables["templates"].values() for template in group]
+    adjectives = [kind["with"] for kind in tables["subjects"].values() if "with" in kind]
+    return frozenset(word for text in [*templates, *tables["lists"].values(), *adjectives] for word in words(text))
 
 
 @cache
@@ -118,6 +145,11 @@ def inflect(term: str) -> tuple[str, str]:
     return singular, head + joint + rest
 
 
+def article(phrase: str) -> str:
+    """Return the indefinite article of a phrase, as spelling tells it."""
+    return "an" if _TAKES_AN.match(phrase) and not _TAKES_A.match(phrase) else "a"
+
+
 def permute(index: int, size: int, key: int) -> int:
     """Return the image of ``index`` under a keyed permutation of 0..size-1.
 
@@ -136,6 +168,22 @@ def permute(index: int, size: int, key: int) -> int:
             return index
 
 
+@dataclass(frozen=True)
+class _Phrases:
+    """The words of every subject, singular and plural, mapped to the subject in the singular."""
+
+    singulars: dict[tuple[str, ...], str]
+    longest: int  # words
+
+
+@cache
+def _phrases() -> _Phrases:
+    singulars: dict[tuple[str, ...], str] = {}
+    for singular, plural in subject_plurals().items():
+        singulars |= {tuple(words(plural)): singular, tuple(words(singular)): singular}
+    return _Phrases(singulars, max(map(len, singulars)))
+
+
 @cache
 def _variants() -> list[Variant]:
     """Return the variants of all templates. A template's weight is its number of subjects, shared among its variants."""
@@ -145,7 +193,7 @@ def _variants() -> list[Variant]:
         for text in texts:
             positions = tuple(_positions(text))
             # All members must have an allowed length, so that no member is visited in vain.
-            lengths = [[count_words(words) for words, _ in pieces] for pieces in positions if pieces]
+            lengths = [[count_words(phrase) for phrase, _ in pieces] for pieces in positions if pieces]
             size = math.prod(map(len, positions))
             if size and sum(map(min, lengths)) >= MIN_WORDS and sum(map(max, lengths)) <= MAX_WORDS:
                 n_subjects = max(len({subject for _, subject in pieces}) for pieces in positions)
@@ -215,4 +263,4 @@ def _split_items(text: str) -> list[str]:
 
 
 def _with_article(phrase: str) -> str:
-    return f"an {phrase}" if _TAKES_AN.match(phrase) and not _TAKES_A.match(phrase) else f"a {phrase}"
+    return f"{article(phrase)} {phrase}"

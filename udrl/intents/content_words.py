@@ -38,8 +38,27 @@ def singulars(word: str) -> Iterator[str]:
 def word_forms(word: str) -> frozenset[str]:
     """Return the stems (Porter2) of a case-folded word and of its possible singulars; words with a common one are the same."""
     stem = _stemmer().stemWord
-    base = word.removesuffix("'s").removesuffix("’s")
+    base = without_possessive(word)
     return frozenset(stem(form) for form in (base, *singulars(base)))
+
+
+def without_possessive(word: str) -> str:
+    """Return the word without its possessive ending."""
+    return word.removesuffix("'s").removesuffix("’s")
+
+
+def singular_and_plural(word: str) -> tuple[str, str]:
+    """Return both numbers of a case-folded word that may be in either, as the composer and the spelling tell them."""
+    if word in _known_singulars():
+        return _known_singulars()[word], word
+    if word in _known_plurals():
+        return word, _known_plurals()[word]
+    if not word.endswith("s") or word.endswith(("ss", "us", "is")):
+        return composer.inflect(word)
+    if word.endswith("ies") and len(word) > 4:
+        return word.removesuffix("ies") + "y", word
+    is_hissing = word.endswith(("xes", "zes", "ches", "shes", "sses"))
+    return word.removesuffix("es" if is_hissing else "s"), word
 
 
 @cache
@@ -57,3 +76,8 @@ def _known_singulars() -> dict[str, str]:
         pairs = zip(plural.casefold().split(), singular.casefold().split(), strict=False)
         known |= {many: one for many, one in pairs if many != one}
     return known
+
+
+@cache
+def _known_plurals() -> dict[str, str]:
+    return {one: many for many, one in _known_singulars().items()}

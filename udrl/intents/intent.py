@@ -32,6 +32,14 @@ def is_heldout(subject: str, share: float) -> bool:
     return stable_id(f"heldout\x1f{subject.casefold()}") < share * 2**63
 
 
+def is_validation(subject: str, share: float) -> bool:
+    """Return whether training validates on ``subject`` instead of training on it; about ``share`` (0 to 1) of all are.
+
+    The decision is independent of :func:`is_heldout`, and like that one depends on no seed.
+    """
+    return stable_id(f"validation\x1f{subject.casefold()}") < share * 2**63
+
+
 def intents_table(intents: Sequence[Intent]) -> pa.Table:
     """Return rows of :data:`INTENT_SCHEMA`."""
     columns = [[stable_id(i.text) for i in intents], [i.text for i in intents], [i.subject for i in intents]]

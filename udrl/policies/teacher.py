@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from udrl import models
@@ -10,6 +9,7 @@ from udrl.errors import UserError
 from udrl.policies.policy import Policy, Row
 from udrl.recipe import Teacher
 from udrl.tasks import Task, render_chat, render_chat_json, render_completion, render_completion_json
+from udrl.tokenizer import load_pretrained_tokenizer
 
 MAX_PROMPTS = 32  # in one structured request
 
@@ -106,13 +106,5 @@ def encode_chat(path: str, revision: str | None, messages: list[dict[str, str]])
 
     Ids, not text: a Llama 3 template writes its own begin-of-text token, and the engine would put a second one before it.
     """
-    tokenizer = _load_tokenizer(path, revision)
+    tokenizer = load_pretrained_tokenizer(path, revision)
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-
-
-@lru_cache(maxsize=2)
-def _load_tokenizer(path: str, revision: str | None) -> Any:
-    """Load once per worker process, not once per task."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(path, revision=revision)

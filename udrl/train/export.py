@@ -285,7 +285,7 @@ def _metrics_table(summary: TrainingSummary, vocabulary: CommandVocabulary) -> s
 def _training_table(recipe: Recipe, summary: TrainingSummary) -> str:
     rows = [
         ["shape", ", ".join(f"{name} {value:g}" for name, value in summary.shape.items())],
-        ["context", f"{recipe.student.context} tokens per packed row; no attention across examples"],
+        ["context", f"{recipe.student.context} tokens; packed rows of {recipe.row_tokens()}, no attention across examples"],
         ["steps", f"{summary.steps:,}" if summary.steps else ""],
         ["rows per step", f"{summary.rows_per_step:,}" if summary.rows_per_step else ""],
         ["learning rate", f"{recipe.train.schedule}, warm-up {recipe.train.warmup:.0%} of the steps"],

@@ -37,6 +37,10 @@ OPERATIONAL = (
     "sample_intents",
 )
 
+# (section, key, default) of keys that came after the first fingerprints. A default leaves the fingerprint as it was, so that
+# students of earlier versions are found.
+ADDED_KEYS = (("student", "vocabulary", "episodes"), ("student", "positions", "random"), ("train", "row_tokens", None))
+
 
 @dataclass(frozen=True)
 class Training:
@@ -109,6 +113,9 @@ def training_fingerprint(recipe: Recipe, training: Training) -> str:
     sections = recipe.model_dump(include={"seed", "tasks", "commands", "student", "train"})
     for name in OPERATIONAL:
         sections["train"].pop(name)
+    for section, name, default in ADDED_KEYS:
+        if sections[section][name] == default:
+            sections[section].pop(name)
     if recipe.train.deepspeed:
         sections["train"]["deepspeed"] = read_deepspeed_config(recipe.train.deepspeed)
     if recipe.student.init:
@@ -159,7 +166,7 @@ def _announce(recipe: Recipe, data: PackedDataPaths, checkpoints: str) -> None:
     deepspeed_file = storage.join(checkpoints, "deepspeed.json")
     storage.write_json(deepspeed_file, deepspeed_config(train, plan, workers))
     log.info(
-        f"train: {summary.episodes:,} episodes in {summary.rows:,} rows of {recipe.student.context} tokens"
+        f"train: {summary.episodes:,} episodes in {summary.rows:,} rows of {recipe.row_tokens()} tokens"
         f" ({summary.padding:.1%} padding); {plan.steps:,} steps of {plan.rows_per_step:,} rows; DeepSpeed: {deepspeed_file}"
     )
 

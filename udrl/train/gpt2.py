@@ -7,6 +7,7 @@ from typing import Any
 from udrl import models, storage
 from udrl.errors import UserError
 from udrl.recipe import Student, Train
+from udrl.train.initial_weights import sinusoids
 
 # Peak learning rate that was tuned on a 6 x 320 student. It scales with the inverse of the width (muP's rule for hidden
 # matrices under Adam, arXiv 2203.03466): 4.2e-4 at the full width of 768.
@@ -56,18 +57,27 @@ def _batch_tokens(width: int) -> int:
     return max(1024, round(BATCH_AT_384 * (width / 384) ** 4))
 
 
-def build_network(student: Student, train: Train, tokenizer: Any, seed: int, initial_student: str | None = None) -> Any:
+def build_network(
+    student: Student,
+    train: Train,
+    tokenizer: Any,
+    seed: int,
+    initial_student: str | None = None,
+    embeddings: str | None = None,
+) -> Any:
     """Return a ``GPT2LMHeadModel`` in fp32, identical on every worker for the same seed.
 
     Args:
         tokenizer: for a pretrained model, its own tokenizer with the control tokens added (``tokenizer.extend_tokenizer``).
         initial_student: folder or URI of an exported student to take the weights from; precedes ``student.init``. Without both
             the weights are random.
+        embeddings: URI of the embeddings that some tokens of a new student start from (``ids`` and ``embeddings``).
 
     Raises:
         UserError: the pretrained model is unusable, or ``initial_student`` has another vocabulary or fewer positions.
     """
     import torch
+    from safetensors.torch import load as safetensors_load
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(seed)
@@ -95,7 +105,7 @@ def build_network(student: Student, train: Train, tokenizer: Any, seed: int, ini
         network.resize_token_embeddings(len(tokenizer), mean_resizing=True)
         return network
     shape = Shape.of(student, train)
-    return GPT2LMHeadModel(
+    network = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=len(tokenizer),
             n_positions=student.context,
@@ -105,6 +115,12 @@ def build_network(student: Student, train: Train, tokenizer: Any, seed: int, ini
             **settings,
         )
     )
+    if student.positions == "sinusoids":
+        network.transformer.wpe.weight.data.copy_(sinusoids(student.context, shape.width))
+    if embeddings:
+        initial = safetensors_load(storage.read_bytes(embeddings))
+        network.transformer.wte.weight.data[initial["ids"]] = initial["embeddings"]
+    return network
 
 
 def _load_pretrained(folder: str, name: str, context: int, settings: dict[str, Any]) -> Any:

@@ -18,14 +18,17 @@ from udrl import models, storage
 from udrl import tokenizer as tokenizers
 from udrl.commands import CommandVocabulary
 from udrl.errors import UserError
+from udrl.intents import composer
+from udrl.intents.intent import is_heldout, is_validation
 from udrl.progress import Progress
 from udrl.recipe import Recipe
 from udrl.run import EpisodeSource, PackedDataPaths, PackedDataSummary, ValidationIntent, ValidationIntents
-from udrl.train import hindsight
-from udrl.train.augment import rare_words
+from udrl.train import hindsight, initial_weights
+from udrl.train.augment import SwapWords, frequent_words, whole_words
+from udrl.train.gpt2 import Shape
 from udrl.train.packing import PackedRows, local_files
 from udrl.train.packing_task import PackedCounts, PackingJob, pack_files
-from udrl.train.replay_buffer import BufferFile, list_buffer_files
+from udrl.train.replay_buffer import BufferFile, list_buffer_files, select_validation
 from udrl.watchdog import iterate_with_watchdog
 
 SAMPLE_EPISODES = 200_000  # read to train the tokenizer and to find rare words: neither changes much with more
@@ -81,22 +84,23 @@ def prepare_packed_data(
         tokenizer.save_pretrained(folder)
         vocabulary.save(folder)
         storage.upload_folder(folder, paths.tokenizer)
+    if start is None and recipe.student.vocabulary == "teacher":
+        _save_embeddings(recipe, tokenizer, paths)
     is_top_only = recipe.train.objective == "sft_top"
     thresholds = hindsight.top_share_thresholds(counts, tasks, recipe.train.top_share) if is_top_only else {}
-    swap_pool = rare_words(_read_intents(sample)) if recipe.train.swapped_copies else []
-    job = PackingJob(recipe, paths, tokenizer, vocabulary, thresholds, swap_pool)
+    swap = _swap_words(recipe, sample) if recipe.train.swapped_copies else None
+    job = PackingJob(recipe, paths, tokenizer, vocabulary, thresholds, swap)
     group_size = max(1, round(pack_together * len(files) / (n_episodes * (1 + recipe.train.swapped_copies))))
     totals = _pack_all(job, [files[i : i + group_size] for i in range(0, len(files), group_size)])
-    context = recipe.student.context
-    _require_rows(totals, context)
+    _require_rows(totals, recipe)
     samples = sorted(totals.samples, key=lambda sample: (tasks.index(sample.task), sample.intent_hash))
     intents = [ValidationIntent(task=sample.task, intent=sample.intent) for sample in samples]
     ValidationIntents(intents=intents).save(paths.validation_intents)
     PackedDataSummary(
         **totals.model_dump(exclude={"samples"}),
-        padding=totals.padding(context),
+        padding=totals.padding(recipe.row_tokens()),
         episodes=n_episodes,
-        context=context,
+        context=recipe.row_tokens(),
         sources=list(sources),
     ).save(paths.summary)
 
@@ -159,9 +163,14 @@ def _require_episodes(counts: pa.Table, tasks: list[str], sources: Sequence[Epis
 def _make_tokenizer(
     recipe: Recipe, vocabulary: CommandVocabulary, sample: list[BufferFile], start: str | None
 ) -> tuple[Any, CommandVocabulary]:
-    """Return the tokenizer of ``start``, the pretrained one with control tokens added, or a new one trained on ``sample``."""
+    """Return the tokenizer of ``start``, of the pretrained student, cut from the teacher's, or trained on ``sample``."""
+    if start is None and recipe.student.vocabulary == "teacher":
+        pretrained = tokenizers.load_pretrained_tokenizer(recipe.teacher.model, recipe.teacher.revision)
+        return tokenizers.cut_tokenizer(pretrained, vocabulary, recipe.student.vocab_size), vocabulary
     if start is None and recipe.student.init is None:
-        return tokenizers.train_tokenizer(_read_texts(sample), vocabulary, recipe.student.vocab_size), vocabulary
+        return tokenizers.train_tokenizer(
+            _read_texts(sample, recipe.train.validation), vocabulary, recipe.student.vocab_size
+        ), vocabulary
     if start is None:
         return tokenizers.extend_tokenizer(models.resolve(str(recipe.student.init)), vocabulary), vocabulary
     with tempfile.TemporaryDirectory() as folder:
@@ -178,17 +187,48 @@ def _make_tokenizer(
         return tokenizers.load_tokenizer(folder), vocabulary.model_copy(update={"lowercase": start_vocabulary.lowercase})
 
 
-def _read_texts(files: list[BufferFile]) -> Iterator[str]:
+def _save_embeddings(recipe: Recipe, tokenizer: Any, paths: PackedDataPaths) -> None:
+    """Save the teacher's embeddings of the student's pieces under the run's storage, where every worker reads them."""
+    from safetensors.torch import save
+
+    teacher, width = recipe.teacher, Shape.of(recipe.student, recipe.train).width
+    pretrained = tokenizers.load_pretrained_tokenizer(teacher.model, teacher.revision)
+    ids, embeddings = initial_weights.teacher_embeddings(teacher.model, teacher.revision, pretrained, tokenizer, width)
+    storage.write_bytes(paths.embeddings, save({"ids": ids, "embeddings": embeddings.contiguous()}))
+
+
+def _read_texts(files: list[BufferFile], validation: float) -> Iterator[str]:
+    """Yield intents and prompts to train a tokenizer on; the share ``validation`` of the subjects must not shape it."""
     for file in files:
         table = storage.read_table(file.uri, ["intent", "prompt"])
+        is_trained = ~select_validation(table.column("intent").to_pylist(), validation)
         for name in ("intent", "prompt"):
-            yield from map(tokenizers.normalize_spaces, table.column(name).to_pylist())
+            yield from map(tokenizers.normalize_spaces, table.column(name).filter(pa.array(is_trained)).to_pylist())
 
 
 def _read_intents(files: list[BufferFile]) -> Iterator[str]:
     """Yield the distinct intents of each file; an intent in several files is repeated."""
     for file in files:
         yield from sorted(set(storage.read_table(file.uri, ["intent"]).column("intent").to_pylist()))
+
+
+def _swap_words(recipe: Recipe, sample: list[BufferFile]) -> SwapWords:
+    """Return the words for swapped copies: the replacements are whole words of the teacher's vocabulary.
+
+    They exclude the subjects that are held out or validated on, so that the student meets those there for the first time.
+    """
+    unseen = [
+        subject
+        for subject in composer.subjects()
+        if is_heldout(subject, recipe.intents.heldout) or is_validation(subject, recipe.train.validation)
+    ]
+    pool = whole_words(tokenizers.load_pretrained_tokenizer(recipe.teacher.model, recipe.teacher.revision).get_vocab(), unseen)
+    if not pool:
+        raise UserError(
+            f"train.swapped_copies: the vocabulary of {recipe.teacher.model} has no lower-case English words to swap in;"
+            " set train.swapped_copies=0"
+        )
+    return SwapWords(frequent_words(_read_intents(sample)), pool)
 
 
 # ---- packing
@@ -218,14 +258,16 @@ def _pack_all(job: PackingJob, groups: list[list[BufferFile]]) -> PackedCounts:
             totals.add(PackedCounts.model_validate_json(text))
             n_groups += 1
         bar.update(n_groups)
-    padding = totals.padding(job.recipe.student.context)
+    padding = totals.padding(job.recipe.row_tokens())
     bar.finish(n_groups, f"{totals.tokens:,} tokens, {padding:.2%} padding, {totals.dropped:,} too long")
     return totals
 
 
-def _require_rows(totals: PackedCounts, context: int) -> None:
+def _require_rows(totals: PackedCounts, recipe: Recipe) -> None:
     if totals.rows:
         return
     if totals.dropped:
-        raise UserError(f"student.context: all {totals.dropped:,} examples are longer than {context} tokens; raise it")
+        key = "train.row_tokens" if recipe.row_tokens() < recipe.student.context else "student.context"
+        limit = min(recipe.row_tokens(), recipe.student.context)
+        raise UserError(f"{key}: all {totals.dropped:,} examples are longer than {limit} tokens; raise it")
     raise UserError("train.validation: no episode is left to train on; lower it, or add intents")

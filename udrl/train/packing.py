@@ -47,14 +47,16 @@ class Examples:
             np.concatenate([part.target_starts for part in parts]),
         )
 
-    def select(self, mask: np.ndarray) -> "Examples":
-        """Return the examples for which ``mask``, bool (examples,), is true, in their order."""
-        return Examples(self.tokens[np.repeat(mask, self.lengths)], self.lengths[mask], self.target_starts[mask])
+    def take(self, indices: np.ndarray) -> "Examples":
+        """Return the examples with these numbers, int64 (any,), in this order."""
+        lengths = self.lengths[indices]
+        starts = (np.cumsum(self.lengths) - self.lengths)[indices]
+        return Examples(self.tokens[_ranges(starts, lengths)], lengths, self.target_starts[indices])
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed rows; each array has the shape (rows, context)."""
+    """Packed rows; each array has the shape (rows, row_tokens)."""
 
     tokens: np.ndarray  # integers
     positions: np.ndarray  # integers; 0 at the first token of an example
@@ -109,7 +111,7 @@ def encode_examples(
     return Examples(tokens, lengths, intent_lengths + 3)
 
 
-def assign_to_rows(lengths: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray, int]:
+def assign_to_rows(lengths: np.ndarray, row_tokens: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Assign examples to rows: the longest one left opens a row, and the set that fills the rest best joins it.
 
     This is "minimum bin slack" (Gupta & Ho 1999, Production Planning & Control 10(6)), with the set of reachable sums held as
@@ -117,8 +119,8 @@ def assign_to_rows(lengths: np.ndarray, context: int) -> tuple[np.ndarray, np.nd
     tokens empty; best-fit decreasing leaves 1 to 4%.
 
     Args:
-        lengths: int64 (examples,), none over ``context``.
-        context: tokens of a row.
+        lengths: int64 (examples,), none over ``row_tokens``.
+        row_tokens: tokens of a row.
 
     Returns:
         The row and the column of each example's first token, int64 (examples,), and the number of rows.
@@ -131,7 +133,7 @@ def assign_to_rows(lengths: np.ndarray, context: int) -> tuple[np.ndarray, np.nd
     while waiting:
         longest = next(iter(waiting))
         column = 0
-        for length in [longest, *_best_fill(waiting, longest, context - longest)]:
+        for length in [longest, *_best_fill(waiting, longest, row_tokens - longest)]:
             i = waiting[length].pop()
             if not waiting[length]:
                 del waiting[length]
@@ -160,21 +162,21 @@ def _best_fill(waiting: dict[int, list[int]], opener: int, space: int) -> list[i
     return fill
 
 
-def pack(examples: Examples, context: int, pad_id: int) -> Batch:
-    """Lay out examples, none longer than ``context``, as rows; tokens and positions are int32.
+def pack(examples: Examples, row_tokens: int, pad_id: int) -> Batch:
+    """Lay out examples, none longer than ``row_tokens``, as rows; tokens and positions are int32.
 
     Padding carries no loss and has position 0, so it attends only to itself.
     """
-    row, column, n_rows = assign_to_rows(examples.lengths, context)
-    tokens = np.full(n_rows * context, pad_id, dtype=np.int32)
-    positions = np.zeros(n_rows * context, dtype=np.int32)
-    targets = np.zeros(n_rows * context, dtype=bool)
-    slots = _ranges(row * context + column, examples.lengths)
+    row, column, n_rows = assign_to_rows(examples.lengths, row_tokens)
+    tokens = np.full(n_rows * row_tokens, pad_id, dtype=np.int32)
+    positions = np.zeros(n_rows * row_tokens, dtype=np.int32)
+    targets = np.zeros(n_rows * row_tokens, dtype=bool)
+    slots = _ranges(row * row_tokens + column, examples.lengths)
     within = _ranges(np.zeros(len(examples), dtype=np.int64), examples.lengths)
     tokens[slots] = examples.tokens
     positions[slots] = within
     targets[slots] = within >= np.repeat(examples.target_starts, examples.lengths)
-    shape = (n_rows, context)
+    shape = (n_rows, row_tokens)
     return Batch(tokens.reshape(shape), positions.reshape(shape), targets.reshape(shape))
 
 
@@ -211,12 +213,12 @@ class PackedRows:
 
     Args:
         paths: local files.
-        context: tokens of a row.
+        row_tokens: tokens of a row.
     """
 
-    def __init__(self, paths: Sequence[str], context: int) -> None:
+    def __init__(self, paths: Sequence[str], row_tokens: int) -> None:
         files = [file for file in map(_map_file, paths) if file.num_rows]
-        self.context = context
+        self.row_tokens = row_tokens
         self._columns = [tuple(_matrix(file, name) for name in ("tokens", "positions", "targets")) for file in files]
         self._first_rows = np.cumsum([0, *(file.num_rows for file in files)])  # the number of each file's first row
         counts = [file.column("target_count").to_numpy() for file in files]
@@ -230,7 +232,7 @@ class PackedRows:
         """Return the rows with these numbers, in any order.
 
         Returns:
-            int64 tokens and positions and bool targets, each of shape (len(indices), context).
+            int64 tokens and positions and bool targets, each of shape (len(indices), row_tokens).
 
         Raises:
             IndexError: a number is out of range.
@@ -238,7 +240,7 @@ class PackedRows:
         indices = np.asarray(indices, dtype=np.int64)
         if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"rows {indices.min()}..{indices.max()} of {len(self)}")
-        shape = (len(indices), self.context)
+        shape = (len(indices), self.row_tokens)
         tokens, positions, targets = np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, bool)
         files = np.searchsorted(self._first_rows, indices, side="right") - 1
         for file in np.unique(files):

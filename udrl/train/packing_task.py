@@ -12,7 +12,7 @@ from udrl.commands import CommandVocabulary
 from udrl.recipe import Recipe
 from udrl.run import PackedDataPaths
 from udrl.train import hindsight
-from udrl.train.augment import shared_words, swap_words
+from udrl.train.augment import SwapWords, shared_words, swap_words
 from udrl.train.packing import SUFFIX, Examples, assign_to_rows, encode_examples, pack, write_rows
 from udrl.train.replay_buffer import BufferFile, hash_ids, select_share, select_validation
 
@@ -28,7 +28,7 @@ class PackingJob:
     tokenizer: Any
     vocabulary: CommandVocabulary
     thresholds: dict[str, float]  # least value (see hindsight.rank_values) of a task's episodes that are trained on
-    swap_pool: list[str]  # words for swapped copies
+    swap: SwapWords | None  # for swapped copies, if the recipe asks for them
 
 
 class IntentSample(BaseModel):
@@ -74,23 +74,25 @@ def pack_files(job: PackingJob, number: int, files: list[BufferFile]) -> PackedC
     examples = Examples.concatenate([file.examples for file in encoded])
     validation = np.concatenate([file.validation for file in encoded])
     eligible = np.concatenate([file.eligible for file in encoded])
-    context = job.recipe.student.context
-    fits = examples.lengths <= context
-    rows = _write_split(job, "train", number, examples.select(~validation & eligible & fits))
+    row_tokens = job.recipe.row_tokens()
+    fits = examples.lengths <= min(row_tokens, job.recipe.student.context)
+    rows = _write_split(job, "train", number, examples.take(np.flatnonzero(~validation & eligible & fits)))
     return PackedCounts(
         rows=rows,
-        validation_rows=_write_split(job, "validation", number, examples.select(validation & eligible & fits)),
+        validation_rows=_write_split(job, "validation", number, examples.take(np.flatnonzero(validation & eligible & fits))),
         tokens=int(examples.lengths[~validation & eligible & fits].sum()),
         dropped=int((eligible & ~fits).sum()),
         trained=sum(file.trained for file in encoded),
-        budget_rows=rows if eligible.all() else assign_to_rows(examples.lengths[~validation & fits], context)[2],
+        budget_rows=rows if eligible.all() else assign_to_rows(examples.lengths[~validation & fits], row_tokens)[2],
         samples=[sample for file in encoded for sample in file.samples],
     )
 
 
 def _write_split(job: PackingJob, split: Literal["train", "validation"], number: int, examples: Examples) -> int:
     """Pack and write the rows of one split; return their number."""
-    batch = pack(examples, job.recipe.student.context, job.tokenizer.pad_token_id)
+    # In a random order, because examples of equal length fill a row one after another: copies of an episode would share it.
+    shuffled = examples.take(np.random.default_rng([job.recipe.seed, number]).permutation(len(examples)))
+    batch = pack(shuffled, job.recipe.row_tokens(), job.tokenizer.pad_token_id)
     if len(batch):
         write_rows(storage.join(job.paths.rows(split), f"rows-{number:06d}{SUFFIX}"), batch, len(job.tokenizer))
     return len(batch)
@@ -118,17 +120,18 @@ def _encode_file(job: PackingJob, file: BufferFile) -> _EncodedFile:
     words, rewards = hindsight.label_episodes(
         vocabulary, columns["n_words"], bins, recipe.commands.dropout, np.random.default_rng([*file.seed, 0])
     )
-    validation = select_validation(columns["intent_id"], recipe.train.validation)
+    validation = select_validation(intents.tolist(), recipe.train.validation)
     eligible = np.array([v >= job.thresholds.get(t, -np.inf) for t, v in zip(tasks, values, strict=True)], dtype=bool)
     used = np.flatnonzero(validation | select_share(columns["episode_id"], file.keep))
     rng = np.random.default_rng([*file.seed, 1])
-    rare = frozenset(job.swap_pool)
-    copies = [
-        (i, *swap_words(intents[i], prompts[i], shared, job.swap_pool, rng))
-        for i in used[~validation[used]]
-        if (shared := shared_words(intents[i], prompts[i], rare))
-        for _ in range(recipe.train.swapped_copies)
-    ]
+    copies = []
+    if job.swap:
+        copies = [
+            (i, *swap_words(intents[i], prompts[i], shared, job.swap.pool, rng))
+            for i in used[~validation[used]]
+            if (shared := shared_words(intents[i], prompts[i], job.swap.frequent))
+            for _ in range(recipe.train.swapped_copies)
+        ]
     origin = np.array([*used, *(i for i, _, _ in copies)], dtype=np.int64)  # the episode of each example
     examples = encode_examples(
         job.tokenizer,

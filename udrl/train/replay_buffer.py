@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from udrl import storage
+from udrl.intents.composer import subject_of
+from udrl.intents.intent import is_validation
 from udrl.run import EpisodeSource
-
-_VALIDATION_SALT = 7
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ def select_share(episode_ids: np.ndarray, share: float) -> np.ndarray:
     return hash_ids(episode_ids) / 2.0**64 < share if share < 1 else np.ones(len(episode_ids), dtype=bool)
 
 
-def select_validation(intent_ids: np.ndarray, share: float) -> np.ndarray:
-    """Select the episodes of ``share`` (0 to 1) of the intents for validation; bool (episodes,)."""
-    # Ids are hashes already.
-    return ((intent_ids // _VALIDATION_SALT) % 10_000) < share * 10_000
+def select_validation(intents: Sequence[str], share: float) -> np.ndarray:
+    """Select the episodes of ``share`` (0 to 1) of the intents' subjects for validation; bool (episodes,)."""
+    selected = {intent: is_validation(subject_of(intent), share) for intent in set(intents)}
+    return np.array([selected[intent] for intent in intents], dtype=bool)
 
 
 def hash_ids(ids: np.ndarray) -> np.ndarray:

@@ -39,11 +39,11 @@ class TrainingPlan:
 
     @classmethod
     def of(cls, student: Student, train: Train, n_rows: int, budget_rows: int, world_size: int) -> "TrainingPlan":
-        """Plan a training on ``n_rows`` packed rows of ``student.context`` tokens.
+        """Plan a training on ``n_rows`` packed rows of ``train.row_tokens`` tokens.
 
         ``budget_rows`` (the packed rows of objective "udrl") gives the steps, so that all objectives have an equal budget.
         """
-        rows_per_step = max(1, min(Shape.of(student, train).batch_tokens // student.context, n_rows))
+        rows_per_step = max(1, min(Shape.of(student, train).batch_tokens // (train.row_tokens or student.context), n_rows))
         rows_per_worker = math.ceil(rows_per_step / world_size)
         micro_batch_rows = min(train.micro_batch_rows or rows_per_worker, rows_per_worker)
         steps = max(1, math.ceil(train.epochs * budget_rows / rows_per_step))

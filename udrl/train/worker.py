@@ -94,7 +94,7 @@ class _InputPipeline:
 
 
 def to_tensors(rows: PackedRows, numbers: np.ndarray, pin_memory: bool) -> tuple[Any, Any, Any]:
-    """Return tokens, positions and targets of the numbered rows, each (rows, context); one row without targets if empty."""
+    """Return tokens, positions and targets of the numbered rows, each (rows, row_tokens); one row without targets if empty."""
     import torch
 
     batch = rows.take(numbers if len(numbers) else np.array([0]))
@@ -129,7 +129,8 @@ class _Worker:
         self.plan = TrainingPlan.of(student, train, len(self.rows), self.data_summary.budget_rows, self.world_size)
         self.input = _InputPipeline(self.rows, self.plan, self.recipe.seed, self.rank, self.world_size, pin_memory=self.on_gpu)
         initial_student = fetch_student(job.initial_student) if job.initial_student else None
-        self.network = gpt2.build_network(student, train, self.tokenizer, self.recipe.seed, initial_student)
+        embeddings = job.data.embeddings if storage.exists(job.data.embeddings) else None
+        self.network = gpt2.build_network(student, train, self.tokenizer, self.recipe.seed, initial_student, embeddings)
         self.deepspeed_settings = deepspeed_config(train, self.plan, self.world_size)
         self.engine, self.state = deepspeed_engine.start_engine(
             self.network,
@@ -198,14 +199,14 @@ class _Worker:
 
         dtype = next(self.engine.module.parameters()).dtype
         rate = torch.tensor(monitor.matmul_flops_per_second(self.engine.device, dtype), device=self.engine.device)
-        target_share = float(self.rows.target_counts.mean()) / self.rows.context
-        flops_per_token = monitor.train_flops_per_token(self.network.config, self.rows.context, target_share)
+        target_share = float(self.rows.target_counts.mean()) / self.rows.row_tokens
+        flops_per_token = monitor.train_flops_per_token(self.network.config, self.rows.row_tokens, target_share)
         return float(self._sum_over_workers(rate)) / flops_per_token
 
     @property
     def tokens_per_step(self) -> float:
         """Tokens of all workers in one step, without padding."""
-        return self.plan.rows_per_step * self.rows.context * (1 - self.data_summary.padding)
+        return self.plan.rows_per_step * self.rows.row_tokens * (1 - self.data_summary.padding)
 
     # ---- steps
 
