@@ -526,7 +526,7 @@ class ValidationIntents(Document):
         return {"intents": value} if isinstance(value, list) else value
 
 
-VALIDATION_METRICS = ("length_error", "within_two", "words")
+VALIDATION_METRICS = ("length_error", "within_two", "words", "coverage", "reward")
 
 
 class WorkerMemory(Document):
@@ -541,8 +541,8 @@ class TrainingSummary(Document):
     """``training.json`` of an exported student, written last. Every key may be absent in an older student's.
 
     ``validation`` has the metrics of the last validation on a few validation intents: ``length_error`` (mean distance from the
-    commanded length in words), ``within_two`` (share at most two words off) and ``words`` (mean length), over all tasks and
-    as ``<metric>/<task>``.
+    commanded length in words), ``within_two`` (share at most two words off), ``words`` (mean length), ``coverage`` (mean
+    share of the subject's words that a prompt holds) and ``reward``, over all tasks and as ``<metric>/<task>``.
     """
 
     fingerprint: str = Field("", description="of the episodes and settings that the student depends on")

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from udrl import tokenizer
+from udrl import storage, tokenizer
 from udrl.commands import Command, CommandVocabulary
 from udrl.errors import UserError
 from udrl.recipe import Recipe
-from udrl.run import GenerateSummary, Run, TrainingSummary
+from udrl.run import GenerateSummary, PackedDataSummary, Run, TrainingSummary
 from udrl.train import stage
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -23,7 +23,7 @@ def recipe(run: str, **more: Any) -> Recipe:
         "resume": "if_possible",
         "tasks": ["text_to_image", "image_search"],
         "intents": {"limit": 10},
-        "student": {"depth": 2, "width": 128, "vocab_size": 500, "context": 64},
+        "student": {"depth": 2, "width": 128, "vocab_size": 500, "context": 64, **more.pop("student", {})},
         "train": {"epochs": 2, "batch_tokens": 512, "checkpoint_every": 10, **more.pop("train", {})},
         "evaluate": {"lengths": [6, 10]},
     }
@@ -52,6 +52,7 @@ def test_a_student_loads_in_plain_transformers_and_is_not_trained_twice(
     with torch.no_grad():
         out = model.generate(torch.tensor([ids]), max_new_tokens=5, do_sample=False)
     assert out.shape[1] <= len(ids) + 5
+    assert {"length_error", "coverage", "reward", "reward/image_search"} <= set(summary.validation)
     losses = [loss for _, loss in summary.history]
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.5  # it learns
     assert summary.parameters == sum(p.numel() for p in model.parameters())
@@ -64,10 +65,14 @@ def test_a_student_loads_in_plain_transformers_and_is_not_trained_twice(
 
 def test_two_workers_under_zero_3_have_the_losses_of_one_worker(run_with_episodes: str) -> None:
     """The kill tests use ZeRO 1 on two workers, the memory part of the benchmark 0 and 2."""
-    settings = {"precision": "fp32", "checkpoint_every": 10, "epochs": 3}
-    one = train(run_with_episodes, train=settings)
+    settings = {"precision": "fp32", "checkpoint_every": 10, "epochs": 3, "row_tokens": 96}
+    student = {"vocabulary": "teacher", "positions": "sinusoids"}
+    one = train(run_with_episodes, train=settings, student=student)
+    packed = Run(run_with_episodes).packed_data(one.fingerprint)
+    assert PackedDataSummary.load(packed.summary).context == 96
+    assert storage.exists(packed.embeddings)
     two_workers = {"workers": 2, "zero_stage": 3, "micro_batch_rows": 3}  # three rows, then one: uneven accumulation
-    two = train(run_with_episodes, train=settings | two_workers)
+    two = train(run_with_episodes, train=settings | two_workers, student=student)
     assert two.parameters == one.parameters
     assert two.workers == 2
     assert [step for step, _ in one.history] == [step for step, _ in two.history]

@@ -10,9 +10,11 @@ from fakes.fake_vocabulary import fake_vocabulary
 from transformers import GPT2Config
 
 from udrl import tokenizer
-from udrl.commands import ANY
-from udrl.recipe import Student, Train
+from udrl.commands import ANY, Command
+from udrl.recipe import Rewards, Student, Train
 from udrl.run import ValidationIntent
+from udrl.scoring.rewards import score_prompts
+from udrl.tasks import load_tasks
 from udrl.train import gpt2, monitor
 
 TEXTS = ["a red fox in deep snow, soft light", "poster of an owl", "jazz night flyer, bold type"]
@@ -61,7 +63,37 @@ def test_metrics_are_computed_from_the_samples() -> None:
 def test_a_student_trained_without_commands_gets_the_any_command() -> None:
     observation = observe(network(), commanded=False)
     assert [(s.command.words, s.command.reward) for s in observation.samples] == [(ANY, ANY)] * len(INTENTS)
-    assert set(observation.metrics) == {"words", "words/paint", "words/find"}
+    assert set(observation.metrics) == {
+        f"{metric}{task}" for metric in ("words", "coverage") for task in ("", "/paint", "/find")
+    }
+
+
+def test_a_sample_covers_the_words_that_name_its_subject() -> None:
+    observation = observe(network())
+    wanted = {"an owl": {"owl"}, "jazz night in deep snow": {"jazz", "night", "deep", "snow"}}
+    for s in observation.samples:
+        assert s.coverage == sum(word in s.text.split() for word in wanted[s.intent]) / len(wanted[s.intent])
+    assert observation.metrics["coverage"] == pytest.approx(np.mean([s.coverage for s in observation.samples]))
+
+
+def test_samples_have_the_reward_of_the_runs_scoring_and_none_if_they_would_be_rejected() -> None:
+    task = load_tasks(["text_to_image"])[0]
+    scorer = monitor.SampleScorer([task], Rewards())
+    command = Command(task=task.name, words=9)
+
+    def sample(text: str, ended: bool = True) -> monitor.StudentSample:
+        return monitor.StudentSample("an owl", command, text, len(text.split()), 1.0, ended)
+
+    good = sample("A snowy owl on a branch, soft light, detailed.")
+    other = sample("A red tractor on a farm, soft light, detailed.")
+    rewards = scorer.score([sample("an owl"), good, other, sample("an owl in", ended=False)])
+    assert rewards[1] > rewards[2] > 0
+    assert rewards[0] == rewards[3] == 0  # an echo; cut off
+    relevance = float(scorer.embedder.relevance(["an owl"], [good.text])[0])
+    assert rewards[1] == pytest.approx(
+        score_prompts(["an owl"], [good.text], [task], [9], [relevance], Rewards().weights)["reward"][0]
+    )
+    assert scorer.score([]).tolist() == []
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])

@@ -1,6 +1,6 @@
 """The words of a request that carry its meaning, and the forms under which two English words count as the same."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
@@ -40,6 +40,17 @@ def word_forms(word: str) -> frozenset[str]:
     stem = _stemmer().stemWord
     base = without_possessive(word)
     return frozenset(stem(form) for form in (base, *singulars(base)))
+
+
+def naming_words(intent: str) -> list[str]:
+    """Return the words that a prompt must hold to be about the intent: its subject's, or all content words without one."""
+    return content_words(" ".join(composer.find_subjects(intent)) or intent)
+
+
+def coverage(wanted: Sequence[str], prompt: str) -> float:
+    """Return the share of the ``wanted`` words that the prompt holds in any inflection; 1 if none is wanted."""
+    held = {form for word in words(prompt) for form in word_forms(word)}
+    return sum(not held.isdisjoint(word_forms(word)) for word in wanted) / len(wanted) if wanted else 1.0
 
 
 def without_possessive(word: str) -> str:

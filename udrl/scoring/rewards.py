@@ -3,6 +3,7 @@
 Relevance is easily gamed: an echo of the intent scores 1.0. Novelty, repetition and format bound it.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 
@@ -10,7 +11,8 @@ import numpy as np
 
 from udrl.episodes import COMPONENTS
 from udrl.recipe import RewardWeights
-from udrl.text import words
+from udrl.tasks import Task
+from udrl.text import count_words, words
 
 
 def novelty(intent: str, prompt: str) -> float:
@@ -34,6 +36,31 @@ def repetition(prompt: str) -> float:
 def length(n_words: int, commanded: int) -> float:
     """Return the closeness to the commanded length; 1 if none was commanded (``commanded`` < 1)."""
     return 1.0 if commanded < 1 else max(0.0, 1 - abs(n_words - commanded) / commanded)
+
+
+def score_prompts(
+    intents: Sequence[str],
+    prompts: Sequence[str],
+    tasks: Sequence[Task],
+    commanded_words: Sequence[int],
+    relevance: Sequence[float] | np.ndarray,
+    weights: RewardWeights,
+) -> dict[str, np.ndarray]:
+    """Return each of :data:`COMPONENTS` and the reward of accepted prompts, float32 (prompts,) each.
+
+    ``commanded_words`` is below 1 if no length was commanded.
+    """
+    pairs = list(zip(intents, prompts, strict=True))
+    lengths = [length(count_words(prompt), n) for prompt, n in zip(prompts, commanded_words, strict=True)]
+    values = {
+        "relevance": relevance,
+        "novelty": [novelty(intent, prompt) for intent, prompt in pairs],
+        "repetition": [repetition(prompt) for prompt in prompts],
+        "format": [task.format_score(prompt) for task, prompt in zip(tasks, prompts, strict=True)],
+        "length": lengths,
+    }
+    arrays = {name: np.asarray(values[name], dtype=np.float32) for name in COMPONENTS}
+    return {**arrays, "reward": mix(arrays, weights)}
 
 
 def mix(components: dict[str, np.ndarray], weights: RewardWeights) -> np.ndarray:

@@ -22,14 +22,14 @@ import pyarrow.compute as pc
 
 from udrl import cluster, models, storage
 from udrl.context import DEFAULT_CONTEXT, StageContext
-from udrl.episodes import COMPONENTS, EPISODES, REJECTS, Reason
+from udrl.episodes import EPISODES, REJECTS, Reason
 from udrl.hashing import fingerprint
 from udrl.policies.ledger import list_parts
 from udrl.progress import Progress
 from udrl.recipe import Placement, Rewards, RewardWeights
 from udrl.run import Manifest, ScoringPaths
-from udrl.scoring import rewards as components
 from udrl.scoring.filtering import RULES, filter_completions, filter_inputs, ledger_name, shard_file
+from udrl.scoring.rewards import score_prompts
 from udrl.tasks import Task
 from udrl.watchdog import iterate_with_watchdog
 
@@ -217,15 +217,14 @@ def score_rows(
         if not row["reason"] and not np.isfinite(relevance_by_id.get(row["episode_id"], np.nan)):
             row |= {"reason": str(Reason.ENGINE_ERROR), "detail": f"no relevance from {scorer}"}
         (rejected if row["reason"] else accepted).append(row)
-    values = {
-        "relevance": [relevance_by_id[r["episode_id"]] for r in accepted],
-        "novelty": [components.novelty(r["intent"], r["prompt"]) for r in accepted],
-        "repetition": [components.repetition(r["prompt"]) for r in accepted],
-        "format": [tasks[r["task"]].format_score(r["prompt"]) for r in accepted],
-        "length": [components.length(r["n_words"], r["command_words"]) for r in accepted],
-    }
-    arrays = {c: np.asarray(values[c], dtype=np.float32) for c in COMPONENTS}
-    computed = {**arrays, "reward": components.mix(arrays, weights)}
+    computed = score_prompts(
+        [row["intent"] for row in accepted],
+        [row["prompt"] for row in accepted],
+        [tasks[row["task"]] for row in accepted],
+        [row["command_words"] for row in accepted],
+        [relevance_by_id[row["episode_id"]] for row in accepted],
+        weights,
+    )
     table = pa.Table.from_pylist(accepted, schema=filtered.schema)
     columns = [pa.array(computed[f.name], f.type) if f.name in computed else table.column(f.name) for f in EPISODES]
     rejects = pa.Table.from_pylist(rejected, schema=filtered.schema).select(REJECTS.names)

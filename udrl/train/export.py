@@ -276,9 +276,13 @@ def _metrics_table(summary: TrainingSummary, vocabulary: CommandVocabulary) -> s
                 [f"mean distance from the commanded length{label}", f"{summary.validation[f'length_error{key}']:.1f} words"]
             )
             rows.append([f"within two words of it{label}", f"{summary.validation[f'within_two{key}']:.0%}"])
+        if f"coverage{key}" in summary.validation:
+            rows.append([f"words of the subject that a prompt holds{label}", f"{summary.validation[f'coverage{key}']:.0%}"])
+        if f"reward{key}" in summary.validation:
+            rows.append([f"reward{label}", f"{summary.validation[f'reward{key}']:.3f}"])
     if not rows:
         return "No metric was measured."
-    note = "Measured at the last validation, on validation intents, which are not trained on; lengths on a few of them."
+    note = "Measured at the last validation, on subjects that are not trained on; all but the loss on a few intents."
     return markdown_table(["metric", "value"], rows) + "\n\n" + note
 
 

@@ -141,6 +141,7 @@ def _run_workers(recipe: Recipe, training: Training, data: PackedDataPaths, fing
     _announce(recipe, data, checkpoints)
     progress_actor = start_progress_actor()
     job = WorkerJob(
+        tasks=load_tasks(recipe.tasks),
         recipe=_with_absolute_paths(recipe),
         data=data,
         checkpoints=checkpoints,

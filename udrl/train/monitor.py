@@ -1,4 +1,4 @@
-"""Observe a training: samples of the student and the lengths that it keeps, and model FLOPs utilization (MFU).
+"""Observe a training: samples of the student with their lengths, subjects and rewards, and model FLOPs utilization (MFU).
 
 ``MFU = tokens_per_second * train_flops_per_token(config, context) / (matmul_flops_per_second(device, dtype) * workers)``, as in
 PaLM (arXiv 2204.02311, appendix B). The denominator is measured on the device rather than read from a data sheet.
@@ -15,7 +15,13 @@ import numpy as np
 
 from udrl import tokenizer as tokenizers
 from udrl.commands import ANY, END, Command, CommandVocabulary
+from udrl.intents.content_words import coverage, naming_words
+from udrl.recipe import Rewards
 from udrl.run import ValidationIntent
+from udrl.scoring.embedder import Embedder
+from udrl.scoring.parsing import parse
+from udrl.scoring.rewards import score_prompts
+from udrl.tasks import Task
 from udrl.text import count_words, markdown_table
 
 # Not greedy: an undertrained student loops when it is greedy, and it is never served that way.
@@ -28,18 +34,23 @@ WITHIN_WORDS = 2  # distance in words from the commanded length that counts as k
 
 @dataclass(frozen=True)
 class StudentSample:
-    """One prompt that the student wrote. ``ended`` is false if it reached the token limit before ``<|end|>``."""
+    """One prompt that the student wrote.
+
+    ``coverage`` is the share of the words that name the intent's subject. ``ended`` is false if the prompt reached the token
+    limit before ``<|end|>``.
+    """
 
     intent: str
     command: Command
     text: str
     words: int
+    coverage: float
     ended: bool
 
 
 @dataclass(frozen=True)
 class Observation:
-    """Samples and their metrics, ready for a tracker. Without commanded lengths the only metric is ``words``."""
+    """Samples and their metrics, ready for a tracker. Without commanded lengths there is no metric of their errors."""
 
     samples: list[StudentSample]
     metrics: dict[str, float]
@@ -65,8 +76,9 @@ def observe(
     *,
     commanded: bool = True,
     synced: bool = False,
+    scorer: "SampleScorer | None" = None,
 ) -> Observation:
-    """Let the network write prompts for ``intents``, and measure their lengths.
+    """Let the network write prompts for ``intents``, and measure them.
 
     Each intent gets three commands: the task's p5, median and p95 lengths at its default reward. Sampling is seeded, so two
     observations with one seed differ only by the weights. Training is not disturbed: the random state and the network's mode
@@ -78,10 +90,12 @@ def observe(
         commanded: false for a student that was trained without commands; each intent then gets the "any" command once.
         synced: every rank calls it at the same time with the same arguments, which ZeRO-3 needs: each forward pass gathers the
             weights.
+        scorer: gives the samples' rewards.
 
     Returns:
         Samples in the order of ``intents``, and the metrics ``length_error`` (mean distance from the commanded length in
-        words), ``within_two`` (share at most two words off) and ``words``, over all tasks and as ``<metric>/<task>``.
+        words), ``within_two`` (share at most two words off), ``words``, ``coverage`` (mean share of the subject's words) and,
+        with a scorer, ``reward`` (0 if rejected), over all tasks and as ``<metric>/<task>``.
     """
     max_new_tokens = min(max_new_tokens, network.config.n_positions // 2)
     requests = []
@@ -99,8 +113,35 @@ def observe(
     for (intent, command, _), ids in zip(requests, completions, strict=True):
         ended = end in ids
         text = tokenizer.decode(ids[: ids.index(end)] if ended else ids).strip()
-        samples.append(StudentSample(intent, command, text, count_words(text), ended))
-    return Observation(samples, _length_metrics(samples))
+        samples.append(StudentSample(intent, command, text, count_words(text), coverage(naming_words(intent), text), ended))
+    return Observation(samples, _sample_metrics(samples, scorer.score(samples) if scorer else None))
+
+
+class SampleScorer:
+    """The reward that the run's scoring would give to samples, 0 if it would reject them."""
+
+    def __init__(self, tasks: Sequence[Task], rewards: Rewards) -> None:
+        self.tasks, self.weights = {task.name: task for task in tasks}, rewards.weights
+        self.embedder = Embedder(rewards.embedder, rewards.batch_size)
+
+    def score(self, samples: Sequence[StudentSample]) -> np.ndarray:
+        """Return the rewards, float (samples,)."""
+        rewards = np.zeros(len(samples))
+        parsed = [
+            parse(self.tasks[s.command.task], s.intent, s.text, "stop" if s.ended else "length", error="") for s in samples
+        ]
+        accepted = [i for i, (_, reason, _) in enumerate(parsed) if reason is None]
+        intents, prompts = [samples[i].intent for i in accepted], [parsed[i][0] for i in accepted]
+        commands = [samples[i].command for i in accepted]
+        rewards[accepted] = score_prompts(
+            intents,
+            prompts,
+            [self.tasks[command.task] for command in commands],
+            [command.words for command in commands],
+            self.embedder.relevance(intents, prompts),
+            self.weights,
+        )["reward"]
+        return rewards
 
 
 def _length_commands(vocabulary: CommandVocabulary, task: str) -> list[Command]:
@@ -153,17 +194,21 @@ def _evaluation_mode(network: Any, device: Any) -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def _length_metrics(samples: list[StudentSample]) -> dict[str, float]:
+def _sample_metrics(samples: list[StudentSample], rewards: np.ndarray | None) -> dict[str, float]:
     metrics: dict[str, float] = {}
     tasks = list(dict.fromkeys(s.command.task for s in samples))
     for task in [None, *tasks]:
-        selected = [s for s in samples if task is None or s.command.task == task]
+        numbers = [i for i, s in enumerate(samples) if task is None or s.command.task == task]
+        selected = [samples[i] for i in numbers]
         suffix = f"/{task}" if task else ""
         errors = np.array([abs(s.words - s.command.words) for s in selected if s.command.words != ANY])
         if len(errors):
             metrics[f"length_error{suffix}"] = float(errors.mean())
             metrics[f"within_two{suffix}"] = float((errors <= WITHIN_WORDS).mean())
         metrics[f"words{suffix}"] = float(np.mean([s.words for s in selected]))
+        metrics[f"coverage{suffix}"] = float(np.mean([s.coverage for s in selected]))
+        if rewards is not None:
+            metrics[f"reward{suffix}"] = float(rewards[numbers].mean())
     return metrics
 
 

@@ -29,6 +29,7 @@ class TrainingProgress:
     mfu: float = 0.0
     validation_loss: float | None = None
     length_error: float | None = None
+    coverage: float | None = None
     problem: str = ""
 
     def describe(self) -> str:
@@ -36,7 +37,8 @@ class TrainingProgress:
         validation = ""
         if self.validation_loss:
             words = f", {self.length_error:.1f} words off" if self.length_error is not None else ""
-            validation = f" (validation {self.validation_loss:.3f}{words})"
+            named = f", {self.coverage:.0%} of subject words" if self.coverage is not None else ""
+            validation = f" (validation {self.validation_loss:.3f}{words}{named})"
         speed = f"{self.tokens_per_second:,.0f} tokens/s, MFU {self.mfu:.0%}"
         return f"loss {self.loss:.3f}{validation}, {speed}"
 

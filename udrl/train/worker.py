@@ -5,6 +5,7 @@ number is all that a checkpoint needs to know of the data position.
 """
 
 import dataclasses
+import logging
 import math
 import resource
 import tempfile
@@ -18,15 +19,19 @@ import numpy as np
 
 from udrl import cluster, logs, storage, tokenizer
 from udrl.commands import CommandVocabulary
+from udrl.errors import UserError
 from udrl.policies.student import fetch_student
 from udrl.recipe import Recipe
 from udrl.run import PackedDataPaths, PackedDataSummary, TrainingSummary, ValidationIntent, ValidationIntents, WorkerMemory
+from udrl.tasks import Task
 from udrl.train import checkpoint, deepspeed_engine, export, gpt2, monitor
 from udrl.train.packed_data import load_packed_rows
 from udrl.train.packing import PackedRows
 from udrl.train.progress_actor import TrainingProgress
 from udrl.train.schedule import TrainingPlan, deepspeed_config, rows_of_step
 from udrl.train.tracking import Trackers
+
+log = logging.getLogger(__name__)
 
 LOSS_READ_STEPS = 10  # steps between reads of the loss: a read waits for the device
 MAX_VALIDATION_ROWS = 256  # rows; bounds a validation to the time of a few steps
@@ -39,6 +44,7 @@ MAX_STEP_SECONDS = 1_000  # step times in training.json: the last ones
 class WorkerJob:
     """The job that the driver sends to every worker."""
 
+    tasks: list[Task]
     recipe: Recipe  # local paths are absolute: Ray Train's workers have another working folder
     data: PackedDataPaths
     checkpoints: str  # folder URI
@@ -144,6 +150,7 @@ class _Worker:
         self.resumed_at = self.state.step
         self.saver = checkpoint.CheckpointSaver(job.checkpoints, train.keep_checkpoints, self.rank, self.world_size)
         self.trackers = self._open_trackers() if self.rank == 0 else None
+        self.scorer = self._load_scorer() if self.rank == 0 else None
         self.max_tokens_per_second = self._measure_max_tokens_per_second()
 
         self.progress = TrainingProgress(
@@ -151,6 +158,7 @@ class _Worker:
             resumed_at=self.resumed_at,
             validation_loss=self.state.validation.get("validation_loss"),
             length_error=self.state.validation.get("length_error"),
+            coverage=self.state.validation.get("coverage"),
         )
         self.unread_losses: list[Any] = []  # of the newest steps, still on the device
         self.step_seconds: list[float] = []
@@ -192,6 +200,17 @@ class _Worker:
 
         environment = ray.get(self.job.tracker_environment)
         return Trackers(self.recipe, self.recipe.storage, self.job.fingerprint, step=self.state.step, environment=environment)
+
+    def _load_scorer(self) -> monitor.SampleScorer | None:
+        """Return the scorer of samples; None if a judge scores relevance, or if this node can't load the embedder."""
+        rewards = self.recipe.rewards
+        if rewards.relevance != "embedding" or not self._sampled_intents():
+            return None
+        try:
+            return monitor.SampleScorer(self.job.tasks, rewards)
+        except (UserError, OSError) as error:
+            log.warning("train: samples have no reward: %s", error)
+            return None
 
     def _measure_max_tokens_per_second(self) -> float:
         """Return the speed of all workers if their devices did nothing but matrix products; a collective."""
@@ -293,7 +312,7 @@ class _Worker:
             weights = export.gather_weights(self.engine, self.network, self.rank)
             if self.rank == 0:
                 checkpoint.save_best(self.job.checkpoints, weights, self.state.step, loss)
-        self._post(validation_loss=loss, length_error=metrics.get("length_error"))
+        self._post(validation_loss=loss, length_error=metrics.get("length_error"), coverage=metrics.get("coverage"))
         # Rank 0's clock decides for all ranks, because report() waits for every worker.
         if deepspeed_engine.broadcast_from_rank_0(time.monotonic() - self.last_report > REPORT_SECONDS):
             self.last_report = time.monotonic()
@@ -333,6 +352,7 @@ class _Worker:
             self.recipe.serve.sampling.max_tokens,
             commanded=self.vocabulary.objective == "udrl",
             synced=synced,
+            scorer=self.scorer,
         )
         if self.rank == 0:
             uri = storage.join(self.job.checkpoints, "samples", f"{checkpoint.step_folder(self.state.step)}.md")

@@ -23,9 +23,8 @@ import numpy as np
 
 from udrl import models
 from udrl.evaluate.judges.controls import Pair, gold_pairs, is_prose
-from udrl.evaluate.metrics.wording import coverage
 from udrl.hashing import stable_id
-from udrl.intents.content_words import FUNCTION_WORDS, content_words
+from udrl.intents.content_words import FUNCTION_WORDS, content_words, coverage
 from udrl.scoring.rewards import novelty
 from udrl.tasks import shipped_tasks
 from udrl.text import words

@@ -9,18 +9,12 @@ from itertools import pairwise
 import numpy as np
 
 from udrl.evaluate.outputs import Columns
-from udrl.intents.content_words import word_forms
+from udrl.intents.content_words import coverage
 from udrl.text import words
 
 # Columns, float (rows,): 0 for a rejected output.
 COVERAGE = "coverage"  # share of the subject's words that the prompt holds; of the intent's content words without a subject
 CLEAN = "clean"  # 1 if no word comes twice in a row, and no word pair or trigram twice
-
-
-def coverage(wanted: Sequence[str], prompt: str) -> float:
-    """Return the share of the ``wanted`` words that the prompt holds in any inflection; 1 if none is wanted."""
-    held = {form for word in words(prompt) for form in word_forms(word)}
-    return sum(not held.isdisjoint(word_forms(word)) for word in wanted) / len(wanted) if wanted else 1.0
 
 
 def doubles_word(prompt: str) -> bool:
