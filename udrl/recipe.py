@@ -225,7 +225,9 @@ class Train(Section):
     weight_decay: float = Field(0.1, ge=0, description="of matrices; biases and layer norms do not decay")
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     precision: Literal["bf16", "fp32"] = Field("bf16", description="of the forward and backward pass")
-    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed's ZeRO stage; use 0 with a single worker")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="DeepSpeed's ZeRO stage; 0 is the fastest for a single worker on a CPU"
+    )
     deepspeed: str | None = Field(None, description="your own DeepSpeed JSON, used instead of the one made from these keys")
     checkpoint_every: int = Field(500, ge=1, description="steps")
     keep_checkpoints: int = Field(2, ge=1, description="latest checkpoints to keep; the best weights are kept in addition")

@@ -1,5 +1,6 @@
 """Train a tiny GPT-2 with Ray Train and DeepSpeed. Kills are in ``test_train_kill.py``."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,21 @@ def test_two_workers_under_zero_3_have_the_losses_of_one_worker(run_with_episode
     assert [step for step, _ in one.history] == [step for step, _ in two.history]
     for (_, a), (_, b) in zip(one.history, two.history, strict=True):
         assert a == pytest.approx(b, rel=2e-3)
+
+
+def test_a_bf16_training_resumes_on_another_number_of_workers(run_with_episodes: str) -> None:
+    """Its gradients are summed in fp32, by another optimizer of DeepSpeed than those of the kill tests."""
+    settings = {"micro_batch_rows": 1, "checkpoint_every": 8, "keep_checkpoints": 9, "sample_intents": 0}
+    whole = train(run_with_episodes, train=settings)
+    assert whole.deepspeed["data_types"] == {"grad_accum_dtype": "fp32"}
+    (checkpoints,) = (Path(run_with_episodes) / "checkpoints").iterdir()
+    for folder in [Path(run_with_episodes) / "student", *checkpoints.glob("step-*")]:
+        if folder.name != "step-00000008":
+            shutil.rmtree(folder)
+    resumed = train(run_with_episodes, train=settings | {"workers": 2})
+    assert (resumed.resumed_at, resumed.workers) == (8, 2)
+    for (_, a), (_, b) in zip(whole.history, resumed.history, strict=True):
+        assert a == pytest.approx(b, rel=5e-3)
 
 
 def test_a_run_without_episodes_is_a_user_error(tmp_path: Path) -> None:

@@ -174,3 +174,21 @@ def test_the_matmul_rate_is_plausible_and_leaves_the_random_state_alone() -> Non
     before = torch.get_rng_state()
     assert 1e8 < monitor.matmul_flops_per_second("cpu", torch.float32, seconds=0.02) < 1e14
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA A10", 125),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("Tesla T4", None),
+    ],
+)
+def test_the_peak_of_a_known_gpu_is_its_data_sheets(name: str, teraflops: float | None) -> None:
+    assert monitor.peak_of_gpu(name) == (teraflops and teraflops * 1e12)

@@ -70,6 +70,16 @@ def test_deepspeed_config_follows_the_recipe() -> None:
     assert config["gradient_clipping"] == 0.5
 
 
+def test_gradients_of_many_passes_are_summed_in_fp32() -> None:
+    assert deepspeed_config(Train(), plan(), 1)["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert "data_types" not in deepspeed_config(Train(precision="fp32"), plan(), 1)
+    one_pass, five = plan(zero_stage=0), plan(zero_stage=0, micro_batch_rows=2)
+    assert "data_types" not in deepspeed_config(Train(zero_stage=0), one_pass, 1)  # DeepSpeed has no such choice there
+    with pytest.raises(UserError, match=r"train\.zero_stage: 0 would sum the gradients of 5 passes in bf16; use 1"):
+        deepspeed_config(Train(zero_stage=0), five, 1)
+    deepspeed_config(Train(zero_stage=0, precision="fp32"), five, 1)
+
+
 def test_a_user_s_deepspeed_config_is_used_with_our_batch_sizes(tmp_path: Path) -> None:
     file = tmp_path / "deepspeed.json"
     train = Train(deepspeed=str(file))

@@ -1,14 +1,14 @@
 """Observe a training: samples of the student with their lengths, subjects and rewards, and model FLOPs utilization (MFU).
 
-``MFU = tokens_per_second * train_flops_per_token(config, context) / (matmul_flops_per_second(device, dtype) * workers)``, as in
-PaLM (arXiv 2204.02311, appendix B). The denominator is measured on the device rather than read from a data sheet.
+``MFU = tokens_per_second * train_flops_per_token(config, context) / (peak_flops_per_second(device, dtype) * workers)``, as in
+PaLM (arXiv 2204.02311, appendix B). The peak is the data sheet's for a known GPU, otherwise measured.
 """
 
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -217,6 +217,19 @@ def _describe_command(command: Command) -> str:
     return f"{words}, {'any reward' if command.reward == ANY else f'reward {command.reward}'}"
 
 
+# 10^12 operations per second of dense bf16 products, by a word of the device's name; from NVIDIA's data sheets.
+PEAK_TERAFLOPS = {
+    "B200": 2250,
+    "H200": 989,
+    "H100 NVL": 835,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "L40S": 362,
+    "A100": 312,
+    "A10G": 70,
+    "A10": 125,
+    "L4": 121,
+}
 MATRIX_SIZES = {"cpu": 1024, "cuda": 8192}  # rows of the square matrices: large enough to be bound by arithmetic
 
 
@@ -240,11 +253,26 @@ def train_flops_per_token(config: Any, context: float, target_share: float = 1.0
     return 6.0 * weights + 12.0 * config.n_layer * config.n_embd * context
 
 
-def matmul_flops_per_second(device: Any, dtype: Any, seconds: float = 0.3) -> float:
-    """Return the operations per second of a square matrix product, the median over about ``seconds``.
+def peak_flops_per_second(device: Any, dtype: Any) -> float:
+    """Return the operations per second that a device can do: of the data sheet, else as measured."""
+    import torch
 
-    On a CPU it uses torch's current number of threads. Workers that share a machine share this rate: measure in all of them at
-    the same time, or divide.
+    device = torch.device(device)
+    known = peak_of_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" and dtype == torch.bfloat16 else None
+    return known or matmul_flops_per_second(device, dtype)
+
+
+def peak_of_gpu(name: str) -> float | None:
+    """Return the operations per second of dense bf16 products that the data sheet of a GPU gives; None if it is not known."""
+    models = (teraflops for model, teraflops in PEAK_TERAFLOPS.items() if re.search(rf"\b{model}\b", name))
+    return next((teraflops * 1e12 for teraflops in models), None)
+
+
+def matmul_flops_per_second(device: Any, dtype: Any, seconds: float = 0.3) -> float:
+    """Return the operations per second of a square matrix product, the best of several over about ``seconds``.
+
+    The best, because other work on the machine only ever slows one down. On a CPU it uses torch's current number of threads.
+    Workers that share a machine share this rate: measure in all of them at the same time, or divide.
     """
     import torch
 
@@ -267,4 +295,4 @@ def matmul_flops_per_second(device: Any, dtype: Any, seconds: float = 0.3) -> fl
     times = [time_product()]
     while sum(times) < seconds or len(times) < 3:
         times.append(time_product())
-    return 2.0 * n**3 / median(times)
+    return 2.0 * n**3 / min(times)

@@ -19,6 +19,9 @@ from udrl.train.gpt2 import Shape
 # DeepSpeed's settings that must agree with the rows that workers get. A user's JSON may leave them out or say "auto".
 BATCH_SETTINGS = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "gradient_clipping")
 
+# Passes of one step whose gradients may be summed in bf16: it has 8 bits, of which a sum of n terms loses the last log2(n).
+MAX_BF16_PASSES = 4
+
 
 @dataclass(frozen=True)
 class TrainingPlan:
@@ -103,8 +106,14 @@ def deepspeed_config(train: Train, plan: TrainingPlan, world_size: int) -> dict[
     """Return DeepSpeed's configuration: from the recipe, or the user's own file with the batch sizes filled in.
 
     Raises:
-        UserError: the user's file can't be read, or its sizes contradict the recipe.
+        UserError: the user's file can't be read, or its sizes contradict the recipe; or many gradients would be summed in bf16.
     """
+    in_bf16 = train.precision == "bf16"
+    if in_bf16 and not train.zero_stage and not train.deepspeed and plan.accumulation > MAX_BF16_PASSES:
+        raise UserError(
+            f"train.zero_stage: 0 would sum the gradients of {plan.accumulation} passes in bf16; use 1, which sums in fp32, or"
+            " raise train.micro_batch_rows"
+        )
     # One contiguous gradient buffer avoids fragmentation of GPU memory; on a CPU it costs a twelfth of the step time.
     tuning = {} if train.gpus_per_worker or train.zero_stage == 3 else {"contiguous_gradients": False}
     config: dict[str, Any] = {
@@ -113,7 +122,9 @@ def deepspeed_config(train: Train, plan: TrainingPlan, world_size: int) -> dict[
         "train_batch_size": plan.micro_batch_rows * plan.accumulation * world_size,
         "gradient_clipping": train.clip,
         # The loop checks the loss; checking every gradient as well costs 2% of a step.
-        "bf16": {"enabled": train.precision == "bf16", "check_grad_overflow": False},
+        "bf16": {"enabled": in_bf16, "check_grad_overflow": False},
+        # For any number of passes, because a checkpoint of other sums could not be resumed. Stage 0 has no such choice.
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if in_bf16 and train.zero_stage else {}),
         "zero_optimization": {"stage": train.zero_stage, **tuning},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,

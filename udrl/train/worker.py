@@ -148,6 +148,8 @@ class _Worker:
             local_rank=context.get_local_rank(),
         )
         self.resumed_at = self.state.step
+        if not self.resumed_at:
+            self._seed_dropout()
         self.saver = checkpoint.CheckpointSaver(job.checkpoints, train.keep_checkpoints, self.rank, self.world_size)
         self.trackers = self._open_trackers() if self.rank == 0 else None
         self.scorer = self._load_scorer() if self.rank == 0 else None
@@ -195,6 +197,12 @@ class _Worker:
         if not self.on_gpu:
             torch.set_num_threads(self.recipe.train.threads or max(1, cluster.cpu_count() // workers_on_node))
 
+    def _seed_dropout(self) -> None:
+        """Give every worker masks of its own: all have built the network from the same seed. A checkpoint holds the state."""
+        import torch
+
+        torch.manual_seed(self.recipe.seed + 1 + self.rank)
+
     def _open_trackers(self) -> Trackers:
         import ray
 
@@ -217,10 +225,14 @@ class _Worker:
         import torch
 
         dtype = next(self.engine.module.parameters()).dtype
-        rate = torch.tensor(monitor.matmul_flops_per_second(self.engine.device, dtype), device=self.engine.device)
+        rate = torch.tensor(monitor.peak_flops_per_second(self.engine.device, dtype), device=self.engine.device)
         target_share = float(self.rows.target_counts.mean()) / self.rows.row_tokens
         flops_per_token = monitor.train_flops_per_token(self.network.config, self.rows.row_tokens, target_share)
         return float(self._sum_over_workers(rate)) / flops_per_token
+
+    def _mfu(self, tokens_per_second: float) -> float:
+        """Return model FLOPs utilization; at most 1, which a measured peak of a busy machine would exceed."""
+        return min(1.0, tokens_per_second / self.max_tokens_per_second)
 
     @property
     def tokens_per_step(self) -> float:
@@ -264,7 +276,7 @@ class _Worker:
         every = max(1, self.plan.steps // MAX_HISTORY)
         self.state.history += [(step, loss) for step, loss in points if step % every == 0]
         tokens_per_second = n * self.tokens_per_step / seconds
-        mfu = tokens_per_second / self.max_tokens_per_second
+        mfu = self._mfu(tokens_per_second)
         self._post(step=self.state.step, loss=losses[-1], tokens_per_second=tokens_per_second, mfu=mfu)
         if self.trackers:
             for step, loss in points:
@@ -395,7 +407,7 @@ class _Worker:
             rows_per_step=self.plan.rows_per_step,
             seconds=seconds,
             tokens_per_second=tokens_per_second,
-            mfu=tokens_per_second / self.max_tokens_per_second,
+            mfu=self._mfu(tokens_per_second),
             step_seconds=self.step_seconds[-MAX_STEP_SECONDS:],
             input_share=self.input.wait_seconds / max(sum(self.step_seconds), 1e-9),
             memory=self._gather_memory(),
