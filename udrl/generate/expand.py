@@ -35,6 +35,8 @@ from udrl.scoring import deduplication as dedup
 from udrl.scoring.parsing import clean
 from udrl.text import count_words
 
+MIN_WORDS = 3  # of an expanded intent: shorter lines are mostly fragments
+
 
 class LineProblem(StrEnum):
     """Why a line is not a new intent."""
@@ -90,13 +92,13 @@ def parse_lines(completion: str, first: int, n: int, headless: bool, whole: bool
 
 
 def find_problem(text: str) -> LineProblem | None:
-    """Return why a line is not an intent like the composer's, 3 to 16 words of plain text; None if it is one."""
+    """Return why a line is not an intent of 3 to 40 words of plain text; None if it is one."""
     if _REFUSAL.search(text):
         return LineProblem.REFUSAL
     if _MARKUP.search(text) or sum(unicodedata.category(c)[0] in "LMZ" for c in text) < MIN_LETTER_SHARE * len(text):
         return LineProblem.MARKUP
     n_words = count_words(text)
-    if n_words < composer.MIN_WORDS:
+    if n_words < MIN_WORDS:
         return LineProblem.TOO_SHORT
     return LineProblem.TOO_LONG if n_words > composer.MAX_WORDS else None
 

@@ -23,7 +23,8 @@ from udrl.hashing import stable_id
 from udrl.intents.intent import Intent
 from udrl.text import count_words, words
 
-MIN_WORDS, MAX_WORDS = 3, 16
+MAX_WORDS = 40
+PROPS = "prop"  # the list of things that accompany a subject
 SLOT = re.compile(r"\{(\w+)(?::(a|pl))?(!)?\}")
 _CHOICE = re.compile(r"\(([^()]*)\)|\[([^\[\]]*)\]")
 # Vowel letters that sound like consonants, and the reverse.
@@ -52,7 +53,7 @@ class Variant:
 
 
 def compose(limit: int, seed: int) -> Iterator[Intent]:
-    """Yield ``limit`` intents of 3 to 16 words, distinct regardless of case; the same ones for the same seed.
+    """Yield ``limit`` intents of 1 to 40 words, distinct regardless of case; the same ones for the same seed.
 
     A smaller limit gives a prefix of a larger one.
 
@@ -99,11 +100,12 @@ def subject_of(text: str) -> str:
 
 @cache
 def framing_words() -> frozenset[str]:
-    """Return all words of the grammar's templates, lists and adjectives: those that request or describe, not the subjects."""
+    """Return the words of the grammar that request or describe: of templates, adjectives, and lists except ``prop``."""
     tables = grammar()
     templates = [SLOT.sub(" ", template) for group in tables["templates"].values() for template in group]
+    lists = [text for name, text in tables["lists"].items() if name != PROPS]
     adjectives = [kind["with"] for kind in tables["subjects"].values() if "with" in kind]
-    return frozenset(word for text in [*templates, *tables["lists"].values(), *adjectives] for word in words(text))
+    return frozenset(word for text in [*templates, *lists, *adjectives] for word in words(text))
 
 
 @cache
@@ -195,7 +197,7 @@ def _variants() -> list[Variant]:
             # All members must have an allowed length, so that no member is visited in vain.
             lengths = [[count_words(phrase) for phrase, _ in pieces] for pieces in positions if pieces]
             size = math.prod(map(len, positions))
-            if size and sum(map(min, lengths)) >= MIN_WORDS and sum(map(max, lengths)) <= MAX_WORDS:
+            if size and sum(map(max, lengths)) <= MAX_WORDS:
                 n_subjects = max(len({subject for _, subject in pieces}) for pieces in positions)
                 variants.append(Variant(positions, n_subjects / len(texts), size))
     return variants
@@ -246,21 +248,20 @@ def _fill(name: str, form: str | None, adjective: bool) -> tuple[Piece, ...]:
     """Return the alternatives of the slot ``name``; they have a subject if the name is a kind or a group of kinds."""
     tables = grammar()
     if name in tables["lists"]:
-        return tuple((_with_article(item) if form == "a" else item, None) for item in _split_items(tables["lists"][name]))
+        return tuple((_in_form(*inflect(item), form), None) for item in _split_items(tables["lists"][name]))
     pieces: list[Piece] = []
     for kind in tables["groups"].get(name, [name]):
         entry = tables["subjects"][kind]
         adjectives = [f"{word} " for word in _split_items(entry["with"])] if adjective else [""]
         for singular, plural in map(inflect, _split_items(entry["terms"])):
             for word in adjectives:
-                phrase = word + (plural if form == "pl" else singular)
-                pieces.append((_with_article(phrase) if form == "a" else phrase, singular))
+                pieces.append((_in_form(word + singular, word + plural, form), singular))
     return tuple(pieces)
+
+
+def _in_form(singular: str, plural: str, form: str | None) -> str:
+    return f"{article(singular)} {singular}" if form == "a" else plural if form == "pl" else singular
 
 
 def _split_items(text: str) -> list[str]:
     return [item.strip() for item in text.split(",") if item.strip()]
-
-
-def _with_article(phrase: str) -> str:
-    return f"{article(phrase)} {phrase}"
