@@ -26,21 +26,21 @@ def main(argv: Sequence[str]) -> None:
 
     from udrl import storage
     from udrl.evaluate.compare import thresholds
-    from udrl.evaluate.compare.comparison import compare, markdown, plain_text, verdict_line
+    from udrl.evaluate.compare.comparison import compare, markdown, plain_text
     from udrl.evaluate.compare.evaluated_runs import load_runs
 
     rules = thresholds.load_rules(options.thresholds) if options.thresholds else []
     comparison = compare(load_runs([options.base, *options.candidates]), options.policy)
-    for warning in [*comparison.warnings, *thresholds.doubtful_rules(rules, comparison)]:
+    for warning in comparison.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     print(plain_text(comparison))
     comparison.thresholds = thresholds.check(rules, comparison)
-    lines = [verdict_line(comparison, verdict) for verdict in comparison.thresholds]
-    failures = [line for line, verdict in zip(lines, comparison.thresholds, strict=True) if not verdict.holds]
+    failures = [verdict.line for verdict in comparison.thresholds if not verdict.holds]
     if rules:
-        print("\n".join(["", *failures, f"thresholds: {len(lines) - len(failures)} of {len(lines)} hold"]))
+        total = len(comparison.thresholds)
+        print("\n".join(["", *failures, f"thresholds: {total - len(failures)} of {total} hold"]))
     if options.out:
-        storage.write_bytes(storage.join(options.out, "compare.md"), markdown(comparison, lines).encode())
+        storage.write_bytes(storage.join(options.out, "compare.md"), markdown(comparison).encode())
         comparison.save(storage.join(options.out, "compare.json"))
     if options.json:
         print(comparison.model_dump_json())

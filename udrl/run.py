@@ -179,10 +179,6 @@ class EvaluationPaths:
         return storage.join(self.folder, "outputs.parquet")
 
     @property
-    def pairwise(self) -> str:
-        return storage.join(self.folder, "pairwise.parquet")
-
-    @property
     def report_markdown(self) -> str:
         return storage.join(self.folder, "report.md")
 
@@ -211,7 +207,7 @@ class EvaluationPaths:
 
 @dataclass(frozen=True)
 class EvaluatedPolicyPaths:
-    """The outputs of one policy in an evaluation, and its speed."""
+    """The outputs of one policy in an evaluation."""
 
     folder: str
 
@@ -223,10 +219,6 @@ class EvaluatedPolicyPaths:
     @property
     def scoring(self) -> ScoringPaths:
         return ScoringPaths(self.folder)
-
-    @property
-    def rates(self) -> str:
-        return storage.join(self.folder, "speed.json")
 
 
 @dataclass(frozen=True)
@@ -242,10 +234,6 @@ class JudgePaths:
     @property
     def scores(self) -> str:
         return storage.join(self.folder, "scores")
-
-    @property
-    def rate(self) -> str:
-        return storage.join(self.folder, "rate.json")
 
 
 @dataclass(frozen=True)

@@ -72,16 +72,14 @@ def test_its_report_is_complete_without_control_curves(tmp_path: Path) -> None:
             row |= {"prompt": f"soft owl {i} in light", "n_words": 5, "relevance": 0.5, "reward": 0.5}
             rows.append({name: row[name] for name in OUTPUTS.names})
     outputs = pa.Table.from_pylist(rows, schema=OUTPUTS)
-    measured = metrics.compute(
-        outputs, tasks=tasks, judges={}, pairwise=None, training=None, embed=None, subject_words={}, bootstrap=100
-    )
+    measured = metrics.compute(outputs, judges={}, training=None, embed=None, subject_words={}, bootstrap=100)
     measured = evaluate.explain_missing_commands(measured, vocabulary("sft"))
     policies = {name: name for name in ("student", "teacher")}
     document = made_up.document(("image_search",), policies, judges={}, **dict(measured))
     files = report.write_report(EvaluationPaths(str(tmp_path / "evaluation")), outputs, document)
     text = storage.read_bytes(files["report.md"]).decode()
     assert evaluate.NO_COMMANDS in text
-    assert evaluate.NO_COMMANDS in report.short_table(document)
+    assert evaluate.NO_COMMANDS in report.verdict_lines(document)
     assert not [name for name in files if "control" in name]
 
 

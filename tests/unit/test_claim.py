@@ -14,9 +14,8 @@ from udrl.evaluate.document import (
     ClaimPart,
     DiversityRatios,
     Interval,
-    JudgeComparison,
     JudgeProfile,
-    RelevanceComparison,
+    PairedComparison,
     Scope,
     Target,
 )
@@ -45,8 +44,8 @@ def scope(
     """All tasks together: the same ratios to each of ``rivals``; by both judges, the same, only if ``rubric`` is given."""
     whole = document(TASKS, dict.fromkeys(("student", *rivals), "baseline")).overall
     for comparison in whole.comparisons.values():
-        comparison.relevance = RelevanceComparison(difference=relevance, ratio=relevance, ratio_accepted=relevance)
-        judged = JudgeComparison(difference=rubric, ratio=rubric) if rubric else None
+        comparison.relevance = PairedComparison(difference=relevance, ratio=relevance)
+        judged = PairedComparison(difference=rubric, ratio=rubric) if rubric else None
         comparison.judges = {"rubric": judged, "gated": judged.model_copy()} if judged else {}
     ratio = diversity or interval(1)
     whole.diversity.ratios = {name: DiversityRatios(distinct_2=ratio, vendi=ratio) for name in rivals}
@@ -87,7 +86,7 @@ def test_diversity_counts_by_its_interval() -> None:
     decided = decide(scope(interval(1), interval(1), interval(0.9)), FIT)
     assert verdicts(decided) == [True, True, False, False]
     assert decided.met is False
-    assert "diversity (Vendi) against llama3-8b is 90.0% (88.0% to 92.0%)" in decided.text
+    assert "diversity (Vendi) against llama3-8b is 90.0% [88.0%, 92.0%]" in decided.text
     assert "relevance (" not in decided.text  # only the parts that missed
 
 
@@ -172,14 +171,7 @@ def test_the_claim_is_about_the_baselines_and_the_teacher() -> None:
 def targets(policies: tuple[str, ...], intents: int = 80, **changes: Any) -> list[Target]:
     made_up = outputs(policies={name: name for name in policies}, intents=intents)
     rows = [{**r, **changes} if r["policy"] == "student" and r["task"] == "image_search" else r for r in made_up.to_pylist()]
-    nothing: dict[str, Any] = {
-        "tasks": [],
-        "judges": {},
-        "pairwise": None,
-        "training": None,
-        "embed": None,
-        "subject_words": {},
-    }
+    nothing: dict[str, Any] = {"judges": {}, "training": None, "embed": None, "subject_words": {}}
     return metrics.compute(pa.Table.from_pylist(rows, schema=made_up.schema), **nothing, bootstrap=200).targets
 
 

@@ -70,10 +70,8 @@ def evaluate(student: Callable[[Pair], str], folder: Path) -> tuple[EvaluationDo
     judged = ask_judges(recipe, TASKS, outputs, EvaluationPaths(str(folder)))
     measured = metrics.compute(
         judged.outputs,
-        tasks=TASKS,
         judges=judged.judges,
-        pairwise=judged.comparisons,
-        training=[pa.table({"task": NAMES, "prompt": list(LEARNED.values()), "policy": ["teacher"] * len(NAMES)})],
+        training=[pa.table({"prompt": list(LEARNED.values())})],
         embed=None,
         subject_words={stable_id(pair.intent): content_words(pair.intent) for pair in GOLD},
         bootstrap=300,
