@@ -1,5 +1,7 @@
 """A fake evaluation for tests: its table of outputs, and its document in the shape of metrics.json."""
 
+from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -241,15 +243,12 @@ def _scope(policies: dict[str, str], shift: float) -> dict[str, Any]:
         scores[name]["accepted"] = {"coverage": interval(0.63), "clean": interval(0.84), "relevance": interval(quality)}
         scores[name]["reasons"] = {"echo": 5, "repetitive": 1} if rejected else {}
         if name != "student":
-            relevance = {"difference": interval(student - quality, 0.01), "ratio": interval(student / quality, 0.02)}
             comparisons[name] = {
-                "relevance": relevance,
-                "relevance_accepted": {**relevance, "ratio": interval(student / quality + 0.01)},
-                **{name: {"difference": interval(0.0), "ratio": interval(1.0)} for name in ("coverage", "clean", "copied_8")},
-                "judges": {
-                    "gated": {"difference": interval(2 * (student - quality), 0.05), "ratio": interval(student / quality)},
-                    "rubric": {"difference": relevance["difference"], "ratio": interval(None)},
-                },
+                "relevance": interval(student / quality, 0.02),
+                "relevance_accepted": interval(student / quality + 0.01),
+                **dict.fromkeys(("coverage", "clean"), interval(1.0)),
+                "copied_8": interval(0.0),
+                "judges": {"gated": interval(student / quality), "rubric": interval(None)},
             }
         if name in PARAMETERS:
             figures[name] = {"distinct_2": 0.8 - 0.01 * len(figures), "vendi": 41.5}
@@ -263,19 +262,24 @@ def _scope(policies: dict[str, str], shift: float) -> dict[str, Any]:
 
 
 def _length(levels: bool, worse: float = 1.0) -> dict[str, Any]:
-    def errors(mean: float) -> dict[str, Any]:
-        shares = {"exact": 0.4 / worse, "within_2": interval(0.93 / worse), "within_2_accepted": min(1.0, 0.98 / worse)}
-        return {"n": 60, "rejected": 0.05, "mean": mean, "mae": 0.8 * worse, **shares}
-
-    control = {**errors(12.0), "spearman": 0.97 / worse, "rises": True}
+    shares = {"exact": 0.4 / worse, "within_2": interval(0.93 / worse), "within_2_accepted": min(1.0, 0.98 / worse)}
+    control = {"n": 60, "rejected": 0.05, "mean": 12.0, "mae": 0.8 * worse, **shares, "spearman": 0.97 / worse, "rises": True}
     if levels:
         commanded = (6, 9, 12, 15, 18) if worse == 1 else (3, 24, 32, 40)
         means = {words: words + (0.1 if worse == 1 else 0.12 * (14 - words)) for words in commanded}
         control["levels"] = [
-            {"words": words, **errors(mean), "p10": mean - 1.5 * worse, "p90": mean + 1.5 * worse}
+            {"words": words, "mean": mean, "p10": mean - 1.5 * worse, "p90": mean + 1.5 * worse}
             for words, mean in means.items()
         ]
     return control
+
+
+def embed(texts: list[str]) -> np.ndarray:
+    """Unit vectors of the counts of word pairs, (texts, pairs): texts are as alike as their word pairs."""
+    counts = [Counter(pairwise(text.split())) for text in texts]
+    columns = sorted({pair for count in counts for pair in count})
+    vectors = np.array([[count[pair] for pair in columns] for count in counts], dtype=float)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def _reward(shift: float) -> dict[str, Any]:

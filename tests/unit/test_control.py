@@ -27,10 +27,11 @@ def test_length_control_against_hand_counts() -> None:
     rows.append(row(probe="length", intent=3, command_words=12, n_words=12, prompt="", reason="repetitive"))
     measured = measure(rows)
     six, twelve = measured.levels
-    assert (six.words, six.n, six.mean, six.mae) == (6, 3, pytest.approx(22 / 3), pytest.approx(4 / 3))
-    assert [six.exact, six.within_2.value] == pytest.approx([1 / 3, 2 / 3])
-    assert [twelve.exact, twelve.within_2.value, twelve.within_2_accepted] == pytest.approx([2 / 4, 3 / 4, 1])
-    assert (twelve.n, twelve.rejected, twelve.mean, twelve.mae) == (4, 0.25, pytest.approx(34 / 3), pytest.approx(2 / 3))
+    assert (six.words, six.mean, six.p10, six.p90) == (6, pytest.approx(22 / 3), pytest.approx(6.2), pytest.approx(8.6))
+    assert (twelve.words, twelve.mean) == (12, pytest.approx(34 / 3))
+    assert (measured.n, measured.rejected, measured.mean) == (7, pytest.approx(1 / 7), pytest.approx(28 / 3))
+    assert (measured.mae, measured.exact) == (pytest.approx((0 + 1 + 3 + 0 + 0 + 2) / 6), pytest.approx(3 / 7))
+    assert measured.within_2_accepted == pytest.approx(5 / 6)
     assert measured.within_2.value == pytest.approx(5 / 7)
     assert measured.within_2.low < 5 / 7 < measured.within_2.high
     assert measured.rises is True

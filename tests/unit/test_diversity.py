@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from fakes.fake_evaluation import WORDS, row, table
+from fakes.fake_evaluation import WORDS, embed, row, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +17,8 @@ WRITERS = ["student", "teacher"]
 
 
 def measure(rows: Columns, writers: list[str]) -> Diversity:
-    return diversity.measure_task(rows, writers).diversity
+    groups = diversity.IntentGroups.of(rows["intent_id"])
+    return diversity.measure_task(rows, writers, embed=embed, groups=groups).diversity
 
 
 def letters(*lines: str) -> list[list[str]]:
@@ -39,12 +40,12 @@ def test_vendi_score_against_hand_counts() -> None:
     assert math.isnan(diversity.vendi(np.zeros((0, 0))))
 
 
-def test_without_embeddings_texts_are_as_alike_as_their_word_pairs() -> None:
-    similar = diversity.similarities(letters("abc", "abd", "xyz"))
+def test_the_fake_embeddings_are_as_alike_as_their_word_pairs() -> None:
+    similar = diversity.similarities(letters("abc", "abd", "xyz"), embed)
     assert similar == pytest.approx(np.array([[1, 0.5, 0], [0.5, 1, 0], [0, 0, 1]]))
 
 
-def test_with_embeddings_texts_are_as_alike_as_their_vectors() -> None:
+def test_texts_are_as_alike_as_their_vectors() -> None:
     vectors = {"a b": [1.0, 0.0], "b a": [0.6, 0.8]}
     similar = diversity.similarities(letters("ab", "ba", "ab"), lambda lines: np.array([vectors[line] for line in lines]))
     assert similar == pytest.approx(np.array([[1, 0.6, 1], [0.6, 1, 0.6], [1, 0.6, 1]]))
@@ -55,8 +56,8 @@ def test_with_embeddings_texts_are_as_alike_as_their_vectors() -> None:
 def test_copies_are_the_least_varied_texts(words: list[list[str]]) -> None:
     copies = [words[0]] * len(words)
     assert diversity.distinct_pairs(copies) <= diversity.distinct_pairs(words)
-    assert diversity.vendi(diversity.similarities(copies)) == pytest.approx(1)
-    assert 1 - 1e-9 <= diversity.vendi(diversity.similarities(words)) <= len(words) + 1e-9
+    assert diversity.vendi(diversity.similarities(copies, embed)) == pytest.approx(1)
+    assert 1 - 1e-9 <= diversity.vendi(diversity.similarities(words, embed)) <= len(words) + 1e-9
 
 
 def test_diversity_compares_equal_lengths_and_equal_numbers() -> None:
@@ -152,16 +153,16 @@ def test_figures_without_a_group_are_those_of_the_texts_that_remain() -> None:
     prompts = [" ".join(rng.choice(WORDS, 6)) for _ in range(30)]
     rows = rows_of(*(("student", i, 0, prompt) for i, prompt in enumerate(prompts)))
     groups = diversity.IntentGroups.of(rows["intent_id"])
-    without = diversity.measure_task(rows, ["student"], groups=groups).without["student"]
+    without = diversity.measure_task(rows, ["student"], embed=embed, groups=groups).without["student"]
     stays = dict(zip(groups.intents.tolist(), groups.remaining[3].tolist(), strict=True))
     kept = [p.split() for p, intent in zip(prompts, rows["intent_id"].tolist(), strict=True) if stays[intent]]
     assert without["distinct_2"][3] == pytest.approx(diversity.distinct_pairs(kept))
-    assert without["vendi"][3] == pytest.approx(diversity.vendi(diversity.similarities(kept)))
+    assert without["vendi"][3] == pytest.approx(diversity.vendi(diversity.similarities(kept, embed)))
 
 
 def measure_with_groups(prompts: dict[str, list[str]]) -> diversity.TaskDiversity:
     rows = rows_of(*((p, i, 0, prompt) for p, texts in prompts.items() for i, prompt in enumerate(texts)))
-    return diversity.measure_task(rows, list(prompts), groups=diversity.IntentGroups.of(rows["intent_id"]))
+    return diversity.measure_task(rows, list(prompts), embed=embed, groups=diversity.IntentGroups.of(rows["intent_id"]))
 
 
 def test_the_ratio_of_a_policy_to_itself_is_one_without_doubt() -> None:

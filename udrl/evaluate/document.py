@@ -135,31 +135,34 @@ class PolicyScores(Part):
     judges: dict[str, Interval] = Field(default_factory=dict)
 
 
-class PairedComparison(Part):
-    """The student minus, and over, another policy, paired by intent."""
-
-    difference: Interval
-    ratio: Interval
-
-
 class PolicyComparison(Part):
-    """The student against another policy; a judge's ratio is of scores above its unrelated_score.
+    """The student against another policy, paired by intent: ratios of means, except of ``copied_8``.
 
-    It is unknown without a ratio scale, or if the other policy is not surely above that score.
+    A judge's ratio is of scores above its unrelated_score. It is unknown without a ratio scale, or if the other policy is not
+    surely above that score.
     """
 
-    relevance: PairedComparison
-    relevance_accepted: PairedComparison = Field(description="without the rejected prompts of either side")
-    coverage: PairedComparison
-    clean: PairedComparison
-    copied_8: PairedComparison | None = Field(None, description="None if training is unknown")
-    judges: dict[str, PairedComparison] = Field(default_factory=dict)
+    relevance: Interval
+    relevance_accepted: Interval = Field(description="without the rejected prompts of either side")
+    coverage: Interval
+    clean: Interval
+    copied_8: Interval = Field(description="student minus other; unknown if training is")
+    judges: dict[str, Interval] = Field(default_factory=dict)
 
 
 # ---- control
 
 
-class LengthErrors(Part):
+class LengthLevel(Part):
+    """Achieved words of the accepted outputs of one commanded length."""
+
+    words: int = Field(description="commanded")
+    mean: Number
+    p10: Number
+    p90: Number
+
+
+class LengthControl(Part):
     """Commanded against achieved words of ``n`` outputs: a rejected one misses, and is not in the means."""
 
     n: int
@@ -169,17 +172,6 @@ class LengthErrors(Part):
     exact: Number = Field(description="share with the commanded number of words")
     within_2: Interval = Field(description="share at most two words off")
     within_2_accepted: Number = Field(description="the same among accepted outputs")
-
-
-class LengthLevel(LengthErrors):
-    """The outputs of one commanded length."""
-
-    words: int
-    p10: Number
-    p90: Number
-
-
-class LengthControl(LengthErrors):
     spearman: Number
     rises: bool | None = Field(
         description="every step between commanded lengths is up, by its whole interval, on every task; None if that is open"

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from udrl import cluster, models, storage
-from udrl.commands import CommandVocabulary
 from udrl.context import StageContext
-from udrl.evaluate.document import EvaluationDocument, Measurements, PolicyProfile
-from udrl.evaluate.evaluated_policies import EvaluatedPolicy, gather_policies, select_intents, takes_commands
+from udrl.evaluate.document import EvaluationDocument, PolicyProfile
+from udrl.evaluate.evaluated_policies import EvaluatedPolicy, gather_policies, select_intents
 from udrl.evaluate.judges.judging import ask_judges
 from udrl.evaluate.metrics import compute as metrics
 from udrl.evaluate.policy_outputs import policy_profile, trivial_baseline_outputs, write_outputs
@@ -30,7 +29,6 @@ from udrl.tasks import load_tasks
 
 log = logging.getLogger(__name__)
 
-NO_COMMANDS = "the student takes no commands"
 # seconds a policy takes outside its engine: starting Ray Data's stages and the embedder; measured on two CPU cores
 OVERHEAD_SECONDS = 25.0
 # prompts/s of scoring, measured on two CPU cores
@@ -55,7 +53,7 @@ def run(recipe: Recipe) -> EvaluationResult:
     storage.require_writable(recipe.storage)
     fetch_student(run_paths.student.folder)  # a missing student is the first thing to report
     intents, source = select_intents(recipe)
-    policies, vocabulary = gather_policies(recipe, tasks, intents)
+    policies = gather_policies(recipe, tasks, intents)
     for model in (recipe.rewards.embedder, *(judge.model for judge in recipe.evaluate.judges)):
         models.resolve(model)  # a missing model is reported now, not after all policies have written
     cluster.connect()
@@ -82,7 +80,7 @@ def run(recipe: Recipe) -> EvaluationResult:
         seed=recipe.seed,
     )
     document = EvaluationDocument(
-        **dict(explain_missing_commands(measurements, vocabulary)),
+        **dict(measurements),
         name=recipe.name,
         source=source,
         policies=profiles,
@@ -92,17 +90,6 @@ def run(recipe: Recipe) -> EvaluationResult:
     )
     write_report(evaluation, judged.outputs, document)
     return EvaluationResult(document, evaluation)
-
-
-def explain_missing_commands(measurements: Measurements, vocabulary: CommandVocabulary) -> Measurements:
-    """If the student takes no commands, let the targets of control say so instead of "not measured"."""
-    if takes_commands(vocabulary):
-        return measurements
-    targets = [
-        target.model_copy(update={"measured": NO_COMMANDS}) if "commanded" in target.name else target
-        for target in measurements.targets
-    ]
-    return measurements.model_copy(update={"targets": targets})
 
 
 def _training_prompts(recipe: Recipe) -> Iterator[pa.Table] | None:

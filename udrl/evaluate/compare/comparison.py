@@ -1,23 +1,21 @@
 """Finished evaluations side by side, paired on the intents that all of them have; the first is the base.
 
 Metrics are measured again from each ``outputs.parquet`` on the shared intents, so that values and differences are consistent.
-Every metric has paired intervals: a difference without one says nothing. A comparison is printed as plain text and written as
-Markdown.
+Every metric has paired intervals: a difference without one says nothing.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import product
-from typing import Literal
 
 import numpy as np
 from pydantic import Field
 
 from udrl.evaluate.compare.evaluated_runs import EvaluatedRun, find_comparable_parts
 from udrl.evaluate.document import Interval, Part
-from udrl.evaluate.formatting import escape_markdown, number
+from udrl.evaluate.formatting import number
 from udrl.evaluate.metrics.intervals import Bootstrap, Sample
 from udrl.evaluate.outputs import STUDENT, Columns, judge_columns, select
-from udrl.text import markdown_table, text_table
+from udrl.text import text_table
 
 ALL = "all"  # the scope of all shared tasks together
 LOWER_IS_BETTER = ("rejected", "length.mae")
@@ -148,7 +146,6 @@ def _reward_gains(rows: Columns) -> Sample:
 # ---- as text
 
 FORM = ".3f"
-Side = Literal["better", "worse", ""]
 
 
 def plain_text(comparison: Comparison) -> str:
@@ -156,25 +153,24 @@ def plain_text(comparison: Comparison) -> str:
     legend = "brackets: 95%, paired by intent; * better, ! worse: the whole bracket is on that side"
     lines = [f"{run.label}  {run.name}  {run.uri}  ({run.intents:,} intents)" for run in comparison.runs]
     lines += ["", f"policy {comparison.policy}; {comparison.intents:,} shared intents; {legend}"]
-    for title, header, rows in _tables(comparison, {"better": " *", "worse": " !", "": ""}):
-        lines += ["", text_table([title, *header], rows, left_columns=len(header) + 1)]
+    base = comparison.base
+    for candidate, (task, scope) in product(comparison.candidates, comparison.scopes.items()):
+        if task == ALL and len(comparison.scopes) == 2:
+            continue  # a single task is shown once
+        rows = []
+        for name, metric in scope.items():
+            value, own, difference = metric.values[base], metric.values[candidate], metric.differences[candidate]
+            if value.value is not None or own.value is not None:
+                rows.append(
+                    [name, show_value(value), show_value(own), f"{show_difference(difference)} {_side(difference, name)}"]
+                )
+        header = ["all tasks" if task == ALL else task, base, candidate, f"{candidate} - {base}"]
+        lines += ["", text_table(header, rows, left_columns=len(header))]
+    if comparison.thresholds:
+        failures = [verdict.line for verdict in comparison.thresholds if not verdict.holds]
+        total = len(comparison.thresholds)
+        lines += ["", *failures, f"thresholds: {total - len(failures)} of {total} hold"]
     return "\n".join(lines)
-
-
-def markdown(comparison: Comparison) -> str:
-    """Return the same as Markdown, with the warnings and the thresholds."""
-    runs = [[run.label, escape_markdown(run.name), f"`{run.uri}`", f"{run.intents:,}"] for run in comparison.runs]
-    parts = [
-        f"# Comparison of {' and '.join(escape_markdown(run.name) for run in comparison.runs)}",
-        markdown_table(["", "run", "evaluation", "intents"], runs, left_columns=3),
-        f"Policy {comparison.policy}; {comparison.intents:,} shared intents. Brackets hold 95% intervals, paired by intent. A "
-        "difference is marked better or worse if all of its bracket is on that side.",
-        *(f"- {escape_markdown(warning)}" for warning in comparison.warnings),
-        *(f"- {verdict.line}" for verdict in comparison.thresholds),
-    ]
-    for title, header, rows in _tables(comparison, {"better": " better", "worse": " **worse**", "": ""}):
-        parts += [f"## {escape_markdown(title)}", markdown_table(["metric", *header], rows, left_columns=1)]
-    return "\n\n".join(parts) + "\n"
 
 
 def show_value(interval: Interval, form: str = FORM) -> str:
@@ -187,23 +183,8 @@ def show_difference(interval: Interval) -> str:
     return show_value(interval, "+z" + FORM)
 
 
-def _tables(comparison: Comparison, marks: dict[Side, str]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """Yield title, header and rows for each candidate and scope, with the metrics that the base or the candidate has."""
-    base = comparison.base
-    for candidate, (task, scope) in product(comparison.candidates, comparison.scopes.items()):
-        if task == ALL and len(comparison.scopes) == 2:
-            continue  # a single task is shown once
-        rows = []
-        for name, metric in scope.items():
-            value, own, difference = metric.values[base], metric.values[candidate], metric.differences[candidate]
-            if value.value is not None or own.value is not None:
-                mark = marks[_side(difference, name)]
-                rows.append([name, show_value(value), show_value(own), show_difference(difference) + mark])
-        yield "all tasks" if task == ALL else task, [base, candidate, f"{candidate} - {base}"], rows
-
-
-def _side(difference: Interval, metric: str) -> Side:
-    """Return on which side the whole interval is."""
+def _side(difference: Interval, metric: str) -> str:
+    """Return ``*`` or ``!`` if the whole interval is better or worse."""
     if difference.low is None or difference.high is None or difference.low <= 0 <= difference.high:
         return ""
-    return "better" if (difference.low > 0) != (metric in LOWER_IS_BETTER) else "worse"
+    return "*" if (difference.low > 0) != (metric in LOWER_IS_BETTER) else "!"

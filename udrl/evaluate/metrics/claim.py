@@ -13,7 +13,6 @@ from udrl.evaluate.document import (
     ClaimPart,
     Interval,
     JudgeProfile,
-    PairedComparison,
     PolicyComparison,
     Scope,
     Target,
@@ -75,11 +74,11 @@ def decide_claim(overall: Scope, judges: Mapping[str, JudgeProfile], intents: in
 def _relevance_parts(comparison: PolicyComparison, deciding: Sequence[str], rival: str, enough: bool) -> list[ClaimPart]:
     parts = []
     for judge in deciding:
-        ratio = comparison.judges[judge].ratio if judge in comparison.judges else UNKNOWN
+        ratio = comparison.judges.get(judge, UNKNOWN)
         parts.append(_part(f"relevance (judge {judge}) against {rival}", ratio, enough, enough))
     if len(deciding) == 1:  # one judge may convict, and two must agree to acquit
         parts.append(ClaimPart(name=f"relevance (a second judge) against {rival}", interval=UNKNOWN, met=None))
-    scorer = _part(f"relevance ({SCORER}) against {rival}", comparison.relevance.ratio, False, enough)
+    scorer = _part(f"relevance ({SCORER}) against {rival}", comparison.relevance, False, enough)
     return [*parts, scorer] if scorer.met is False or not deciding else parts
 
 
@@ -135,20 +134,23 @@ def _sentence(met: bool | None, names: Sequence[str], parts: Sequence[ClaimPart]
 def check_targets(overall: Scope, tasks: Mapping[str, TaskScope], intents: int) -> list[Target]:
     """Return each target with its measurement and verdict; with fewer than :data:`MIN_INTENTS` intents all are open."""
     teacher = overall.comparisons.get(TEACHER)
-    relevance, coverage, clean = (teacher.relevance, teacher.coverage, teacher.clean) if teacher else (None, None, None)
+
+    def ratio_target(name: str, quality: str) -> Target:
+        return _target(name, getattr(teacher, quality) if teacher else UNKNOWN)
+
     targets = [
-        _ratio_target("student's mean relevance is at least 90% of the teacher's, over all tasks", relevance),
-        _ratio_target("the same among accepted prompts only", teacher.relevance_accepted if teacher else None),
+        ratio_target("student's mean relevance is at least 90% of the teacher's, over all tasks", "relevance"),
+        ratio_target("the same among accepted prompts only", "relevance_accepted"),
         _target_on_every_task(
             "student's mean relevance is at least 90% of the teacher's, on every task",
             {
-                name: at_least(task.comparisons[TEACHER].relevance.ratio, RATIO_TARGET) if TEACHER in task.comparisons else None
+                name: at_least(task.comparisons[TEACHER].relevance, RATIO_TARGET) if TEACHER in task.comparisons else None
                 for name, task in tasks.items()
             },
         ),
-        _ratio_target("student keeps at least 90% as many of the subject's words as the teacher", coverage),
-        _ratio_target("student's share of outputs that say nothing twice is at least 90% of the teacher's", clean),
-        _copied_target(teacher),
+        ratio_target("student keeps at least 90% as many of the subject's words as the teacher", "coverage"),
+        ratio_target("student's share of outputs that say nothing twice is at least 90% of the teacher's", "clean"),
+        _copied_target(teacher.copied_8 if teacher else UNKNOWN),
         _target("80% of outputs land within two words of the commanded length", overall.length.within_2, WITHIN_2_TARGET),
         _target_on_every_task(
             "mean achieved words rises with commanded words, on every task",
@@ -162,17 +164,12 @@ def check_targets(overall: Scope, tasks: Mapping[str, TaskScope], intents: int) 
     return targets if intents >= MIN_INTENTS else [target.model_copy(update={"met": None}) for target in targets]
 
 
-def _ratio_target(name: str, comparison: PairedComparison | None) -> Target:
-    return _target(name, comparison.ratio if comparison else UNKNOWN)
-
-
 def _target(name: str, measured: Interval, bound: float = RATIO_TARGET) -> Target:
     return Target(name=name, met=at_least(measured, bound), measured=interval(measured, percent_tenths))
 
 
-def _copied_target(teacher: PolicyComparison | None) -> Target:
+def _copied_target(difference: Interval) -> Target:
     name = f"student copies runs of 8 words from training at most {100 * COPIED_TARGET:.0f} points more often than the teacher"
-    difference = teacher.copied_8.difference if teacher and teacher.copied_8 else UNKNOWN
     low, high = difference.low, difference.high
     met = None if low is None or high is None else True if high <= COPIED_TARGET else False if low > COPIED_TARGET else None
     measured = interval(difference, points)

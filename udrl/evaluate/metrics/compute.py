@@ -12,9 +12,9 @@ import pyarrow as pa
 
 from udrl.evaluate.document import (
     UNKNOWN,
+    Interval,
     JudgeProfile,
     Measurements,
-    PairedComparison,
     PolicyComparison,
     PolicyScores,
     Quality,
@@ -35,7 +35,7 @@ def compute(
     *,
     judges: Mapping[str, JudgeProfile],
     training: Iterable[pa.Table] | None,
-    embed: Embed | None,
+    embed: Embed,
     subject_words: Mapping[int, Sequence[str]],
     bootstrap: int = 1000,
     seed: int = 0,
@@ -134,32 +134,21 @@ def _compare_with_student(
 def _compare_policies(
     student: Columns, other: Columns, judges: Mapping[str, JudgeProfile], bootstrap: Bootstrap
 ) -> PolicyComparison:
-    accepted, other_accepted = (select(rows, ~rows["rejected"]) for rows in (student, other))
+    def sides(column: str) -> tuple[Sample, Sample]:
+        return _sample(student, column), _sample(other, column)
+
+    def ratio_above_unrelated(judge: JudgeProfile | None, column: str) -> Interval:
+        if judge is None or not judge.ratio_scale or judge.unrelated_score is None:
+            return UNKNOWN
+        zero = judge.unrelated_score  # taken as known
+        above, other_above = (side._replace(values=side.values - zero) for side in sides(column))
+        return bootstrap.ratio(above, other_above) if (bootstrap.mean(other_above).low or 0) > 0 else UNKNOWN
+
+    # The harder reading for a student that is rejected less often.
+    accepted = [_sample(select(rows, ~rows["rejected"]), "relevance") for rows in (student, other)]
     return PolicyComparison(
-        **{name: _compare(student, other, column, bootstrap) for name, column in QUALITIES.items()},
-        # The harder reading for a student that is rejected less often.
-        relevance_accepted=_compare(accepted, other_accepted, "relevance", bootstrap),
-        copied_8=_compare(student, other, novelty.COPIED_8, bootstrap) if novelty.COPIED_8 in student else None,
-        judges={
-            judge: _compare_by_judge(column, judges.get(judge), student, other, bootstrap)
-            for judge, column in judge_columns(student).items()
-        },
+        **{name: bootstrap.ratio(*sides(column)) for name, column in QUALITIES.items()},
+        relevance_accepted=bootstrap.ratio(*accepted),
+        copied_8=bootstrap.difference(*sides(novelty.COPIED_8)) if novelty.COPIED_8 in student else UNKNOWN,
+        judges={judge: ratio_above_unrelated(judges.get(judge), column) for judge, column in judge_columns(student).items()},
     )
-
-
-def _compare(student: Columns, other: Columns, column: str, bootstrap: Bootstrap) -> PairedComparison:
-    sides = _sample(student, column), _sample(other, column)
-    return PairedComparison(difference=bootstrap.difference(*sides), ratio=bootstrap.ratio(*sides))
-
-
-def _compare_by_judge(
-    column: str, judge: JudgeProfile | None, student: Columns, other: Columns, bootstrap: Bootstrap
-) -> PairedComparison:
-    """Compare by a judge; its ratio is of the scores above those of unrelated prompts, which are taken as known."""
-    sides = _sample(student, column), _sample(other, column)
-    ratio = UNKNOWN
-    if judge is not None and judge.ratio_scale and judge.unrelated_score is not None:
-        above, other_above = (side._replace(values=side.values - judge.unrelated_score) for side in sides)
-        if (bootstrap.mean(other_above).low or 0) > 0:
-            ratio = bootstrap.ratio(above, other_above)
-    return PairedComparison(difference=bootstrap.difference(*sides), ratio=ratio)

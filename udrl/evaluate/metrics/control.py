@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 from scipy import stats
 
-from udrl.evaluate.document import UNKNOWN, Interval, LengthControl, LengthErrors, LengthLevel, RewardControl, RewardCurve
+from udrl.evaluate.document import UNKNOWN, Interval, LengthControl, LengthLevel, RewardControl, RewardCurve
 from udrl.evaluate.metrics.intervals import Bootstrap, Sample
 from udrl.evaluate.outputs import Columns, judge_columns, select
 
@@ -20,15 +20,23 @@ from udrl.evaluate.outputs import Columns, judge_columns, select
 def length_control(rows: Columns, bootstrap: Bootstrap) -> LengthControl:
     """Compare commanded with achieved words; ``rows`` are one task's of the probe ``length`` or ``reach``."""
     rows = select(rows, rows["command_words"] >= 1)
-    commanded = rows["command_words"]
-    by_level = [select(rows, commanded == words) for words in np.unique(commanded)]
-    achieved = [Sample(np.where(level["rejected"], np.nan, level["n_words"]), level["intent_id"]) for level in by_level]
-    accepted = select(rows, ~rows["rejected"])
+    commanded, accepted = rows["command_words"], ~rows["rejected"]
+    error = np.abs(rows["n_words"] - commanded)
+    within_2 = (error <= 2) & accepted
+    lengths = np.unique(commanded).tolist()
+    by_length = [select(rows, (commanded == words) & accepted) for words in lengths]
+    achieved = [Sample(level["n_words"], level["intent_id"]) for level in by_length]
     return LengthControl(
-        **dict(_length_errors(rows, bootstrap)),
-        spearman=spearman(accepted["command_words"], accepted["n_words"]),
+        n=len(error),
+        rejected=average(rows["rejected"]),
+        mean=average(rows["n_words"][accepted]),
+        mae=average(error[accepted]),
+        exact=average((error == 0) & accepted),
+        within_2=bootstrap.mean(Sample(within_2, rows["intent_id"])),
+        within_2_accepted=average(within_2[accepted]),
+        spearman=spearman(commanded[accepted], rows["n_words"][accepted]),
         rises=all_met(_is_positive(bootstrap.difference(upper, lower)) for lower, upper in pairwise(achieved)),
-        levels=[_length_level(level, bootstrap) for level in by_level],
+        levels=[_length_level(words, level["n_words"]) for words, level in zip(lengths, by_length, strict=True)],
     )
 
 
@@ -38,25 +46,9 @@ def length_control_over_tasks(rows: Columns, by_task: Iterable[LengthControl], b
     return overall.model_copy(update={"rises": all_met(task.rises for task in by_task), "levels": []})
 
 
-def _length_level(rows: Columns, bootstrap: Bootstrap) -> LengthLevel:
-    achieved = rows["n_words"][~rows["rejected"]]
+def _length_level(words: int, achieved: np.ndarray) -> LengthLevel:
     p10, p90 = np.quantile(achieved, [0.1, 0.9]).tolist() if len(achieved) else (None, None)
-    return LengthLevel(**dict(_length_errors(rows, bootstrap)), words=int(rows["command_words"][0]), p10=p10, p90=p90)
-
-
-def _length_errors(rows: Columns, bootstrap: Bootstrap) -> LengthErrors:
-    accepted = ~rows["rejected"]
-    error = np.abs(rows["n_words"] - rows["command_words"])
-    within_2 = (error <= 2) & accepted
-    return LengthErrors(
-        n=len(error),
-        rejected=average(~accepted),
-        mean=average(rows["n_words"][accepted]),
-        mae=average(error[accepted]),
-        exact=average((error == 0) & accepted),
-        within_2=bootstrap.mean(Sample(within_2, rows["intent_id"])),
-        within_2_accepted=average(within_2[accepted]),
-    )
+    return LengthLevel(words=words, mean=average(achieved), p10=p10, p90=p90)
 
 
 def _is_positive(estimate: Interval) -> bool | None:

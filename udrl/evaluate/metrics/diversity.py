@@ -21,26 +21,16 @@ SAMPLE = 500  # texts in the Vendi score, which takes the cube of their number
 NAN = float("nan")
 
 
-def word_pairs(text: Words) -> list[tuple[str, str]]:
-    return list(pairwise(text))
-
-
 def distinct_pairs(texts: Iterable[Words]) -> float:
     """Return the share of distinct word pairs among all (distinct-2: Li et al. 2016)."""
-    pairs = [pair for text in texts for pair in word_pairs(text)]
+    pairs = [pair for text in texts for pair in pairwise(text)]
     return len(set(pairs)) / len(pairs) if pairs else NAN
 
 
-def similarities(texts: Sequence[Words], embed: Embed | None = None) -> np.ndarray:
-    """Return the cosines (texts, texts) of the embeddings, or of the counts of word pairs without ``embed``."""
-    if embed is None:
-        from sklearn.feature_extraction.text import TfidfVectorizer
-
-        counts = TfidfVectorizer(analyzer=word_pairs, use_idf=False).fit_transform(texts)
-        return np.asarray((counts @ counts.T).toarray())
-    lines = [" ".join(text) for text in texts]
-    distinct_lines, positions = np.unique(np.array(lines, dtype=object), return_inverse=True)
-    vectors = np.asarray(embed(distinct_lines.tolist()), dtype=float)[positions]
+def similarities(texts: Sequence[Words], embed: Embed) -> np.ndarray:
+    """Return the cosines (texts, texts) of the embeddings."""
+    lines, positions = np.unique(np.array([" ".join(text) for text in texts], dtype=object), return_inverse=True)
+    vectors = np.asarray(embed(lines.tolist()), dtype=float)[positions]
     return np.asarray(vectors @ vectors.T)
 
 
@@ -84,9 +74,9 @@ def measure_task(
     rows: Columns,
     writers: Sequence[str],
     *,
-    embed: Embed | None = None,
+    embed: Embed,
+    groups: IntentGroups,
     seed: int = 0,
-    groups: IntentGroups | None = None,
 ) -> TaskDiversity:
     """Measure each writer's diversity on one task's rows of the default probe.
 
@@ -96,8 +86,8 @@ def measure_task(
 
     Args:
         writers: all policies but the trivial baselines.
-        embed: gives the similarity of the Vendi score; None: the cosine of the counts of word pairs.
-        groups: also measure without each of these, for :func:`with_ratios`.
+        embed: gives the similarity of the Vendi score.
+        groups: measure also without each of these, for :func:`with_ratios`.
     """
     texts = {policy: _texts_by_intent(rows, policy) for policy in writers}
     answered = [len(by_intent) for by_intent in texts.values() if by_intent]
@@ -112,8 +102,7 @@ def measure_task(
         firsts = [by_intent[intent][0] for intent in shared]
         similarity = similarities(firsts[:SAMPLE], embed)
         figures[policy] = DiversityFigures(distinct_2=distinct_pairs(firsts), vendi=vendi(similarity))
-        if groups is not None:
-            without[policy] = _without_groups(firsts, similarity, groups.remaining[:, np.searchsorted(groups.intents, shared)])
+        without[policy] = _without_groups(firsts, similarity, groups.remaining[:, np.searchsorted(groups.intents, shared)])
     words, n = (length if shared else 0), len(shared)
     return TaskDiversity(Diversity(words=words, n=n, fewest=n, policies=figures), without)
 

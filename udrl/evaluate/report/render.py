@@ -6,7 +6,6 @@ nothing, even if a prompt in it held markup; the texts of a run are escaped in t
 
 import re
 from base64 import b64encode
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -74,42 +73,23 @@ def render_page(markdown: str, plots: Mapping[str, bytes]) -> str:
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
     html = parser.render(_FORBIDDEN.sub("\ufffd", markdown))
     # All tags are the parser's: it escapes those that a text holds.
-    html = _fold_appendix(_anchor_headings(html))
+    html = _fold_appendix(html)
     html = re.sub(r"<table>\n<thead>\n<tr>\n<th[^>]*>(.*?)</th>", _scroll, html).replace("</table>", "</table></div>")
     html = html.replace("<th>", '<th scope="col">').replace("<th style", '<th scope="col" style')
     html = re.sub(r"<strong>(.*?)</strong>", _color_verdict, html)
     for name, png in plots.items():
         html = html.replace(f'<img src="{name}.png"', f'<img src="data:image/png;base64,{b64encode(png).decode()}"')
-    headings = re.findall(r'<h2 id="([^"]+)">(.*?)</h2>', html)
-    title = re.sub(r"<[^>]+>", "", re.findall(r"<h1[^>]*>(.*?)</h1>", html)[0])
-    head, *rest = html.partition("<h2")
+    title = re.sub(r"<[^>]+>", "", re.findall(r"<h1>(.*?)</h1>", html)[0])
     page = template_environment(autoescape=True).get_template("page.html.j2")
-    return page.render(policy=CONTENT_POLICY, title=title, head=head, contents=headings, body="".join(rest)) + "\n"
-
-
-def _anchor_headings(html: str) -> str:
-    """Give each heading an id of its own."""
-    used: Counter[str] = Counter()
-
-    def anchor(heading: re.Match[str]) -> str:
-        level, text = heading.groups()
-        name = re.sub(r"[^a-z0-9]+", "-", re.sub(r"<[^>]+>|&\w+;", "", text).lower()).strip("-")
-        used[name] += 1
-        return (
-            f'<{level} id="{name}-{used[name]}">{text}</{level}>'
-            if used[name] > 1
-            else f'<{level} id="{name}">{text}</{level}>'
-        )
-
-    return re.sub(r"<(h[123])>(.*?)</h[123]>", anchor, html)
+    return page.render(policy=CONTENT_POLICY, title=title, body=html) + "\n"
 
 
 def _fold_appendix(html: str) -> str:
     """Make each part of the appendix one that the reader unfolds."""
     front, heading, appendix = html.partition(">Appendix</h2>")
-    lead, *parts = re.split(r"<h3( id=.*?)</h3>", appendix)
+    lead, *parts = re.split(r"<h3>(.*?)</h3>", appendix)
     folded = [
-        f"<details><summary{title}</summary>{body}</details>\n" for title, body in zip(parts[::2], parts[1::2], strict=True)
+        f"<details><summary>{title}</summary>{body}</details>\n" for title, body in zip(parts[::2], parts[1::2], strict=True)
     ]
     return "".join([front, heading, lead, *folded])
 

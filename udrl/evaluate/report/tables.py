@@ -7,7 +7,6 @@ from udrl.evaluate.document import (
     ControlKind,
     EvaluationDocument,
     Interval,
-    PairedComparison,
     PolicyComparison,
     PolicyScores,
 )
@@ -79,11 +78,10 @@ def task_table(document: EvaluationDocument) -> str:
     """By task: the student against the reference policy, by each deciding judge, the scorer and the main figures."""
     reference = reference_policy(document) or TEACHER
 
-    def ratio(get: Callable[[PolicyComparison], PairedComparison | None]) -> Callable[[Row], str]:
+    def ratio(get: Callable[[PolicyComparison], Interval | None]) -> Callable[[Row], str]:
         def cell(row: Row) -> str:
             comparison = row.part.comparisons.get(reference)
-            paired = get(comparison) if comparison else None
-            return interval(paired.ratio if paired else None, percent)
+            return interval(get(comparison) if comparison else None, percent)
 
         return cell
 
