@@ -19,32 +19,28 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("base", metavar="RUN_A", help="storage of a run, or the folder of its evaluation")
     parser.add_argument("candidates", metavar="RUN_B", nargs="+", help="the runs to compare with it")
     parser.add_argument("--thresholds", metavar="FILE", help="YAML list of rules; one that fails makes the exit code 1")
-    parser.add_argument("--out", metavar="FOLDER", help="write compare.md and compare.json there")
+    parser.add_argument("--out", metavar="FOLDER", help="write compare.txt and compare.json there")
     parser.add_argument("--policy", default="student", help="whose outputs are compared (default: student)")
     parser.add_argument("--json", action="store_true", help="print the comparison as JSON, as the last line")
     options = parser.parse_intermixed_args(argv)
 
     from udrl import storage
     from udrl.evaluate.compare import thresholds
-    from udrl.evaluate.compare.comparison import compare, markdown, plain_text, verdict_line
+    from udrl.evaluate.compare.comparison import compare, plain_text
     from udrl.evaluate.compare.evaluated_runs import load_runs
 
     rules = thresholds.load_rules(options.thresholds) if options.thresholds else []
     comparison = compare(load_runs([options.base, *options.candidates]), options.policy)
-    for warning in [*comparison.warnings, *thresholds.doubtful_rules(rules, comparison)]:
+    for warning in comparison.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    print(plain_text(comparison))
     comparison.thresholds = thresholds.check(rules, comparison)
-    lines = [verdict_line(comparison, verdict) for verdict in comparison.thresholds]
-    failures = [line for line, verdict in zip(lines, comparison.thresholds, strict=True) if not verdict.holds]
-    if rules:
-        print("\n".join(["", *failures, f"thresholds: {len(lines) - len(failures)} of {len(lines)} hold"]))
+    print(plain_text(comparison))
     if options.out:
-        storage.write_bytes(storage.join(options.out, "compare.md"), markdown(comparison, lines).encode())
+        storage.write_bytes(storage.join(options.out, "compare.txt"), plain_text(comparison).encode())
         comparison.save(storage.join(options.out, "compare.json"))
     if options.json:
         print(comparison.model_dump_json())
-    if failures:
+    if not all(verdict.holds for verdict in comparison.thresholds):
         raise SystemExit(1)
 
 

@@ -25,6 +25,7 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
     renamed_keys: ClassVar[dict[str, str]] = {}  # old name -> new name; recipes of earlier versions keep working
+    removed_keys: ClassVar[dict[str, str]] = {}  # old name -> reason; it is ignored
 
     @model_validator(mode="before")
     @classmethod
@@ -36,6 +37,10 @@ class Section(BaseModel):
             if old in values and new not in values:
                 log.warning("recipe: %s is now called %s; rename the key", old, new)
                 values = {**{key: value for key, value in values.items() if key != old}, new: values[old]}
+        for old, reason in cls.removed_keys.items():
+            if old in values:
+                log.warning("recipe: %s is ignored: %s; remove the key", old, reason)
+                values = {key: value for key, value in values.items() if key != old}
         for key, field in cls.model_fields.items():
             if isinstance(field.default, Section) and isinstance(values.get(key), dict):
                 values = {**values, key: {**field.default.model_dump(exclude_unset=True), **values[key]}}
@@ -277,14 +282,14 @@ class Baseline(Section):
 class Judge(Section):
     """Who scores outputs for the report, next to the scorer that made the training reward."""
 
-    kind: Literal["gated", "coverage", "likelihood", "embedding", "rubric", "pairwise"] = Field(
+    kind: Literal["gated", "coverage", "rubric"] = Field(
         description="cosine of static word embeddings, or share of the intent's words, each with gates against echoes; "
-        "mutual information of prompt and intent; cosine; a language model's score of 1-10; two prompts compared"
+        "a language model's score of 1-10"
     )
     name: str | None = Field(None, pattern=r"^[a-z0-9][a-z0-9_-]*$", description="its name in the report; default: its kind")
     model: str = Field("", description=f"{MODEL}; default: {JUDGE_MODELS}")
     revision: str | None = Field(None, description=REVISION)
-    style: Literal["completion", "chat"] = Field("chat", description="of rubric and pairwise judges")
+    style: Literal["completion", "chat"] = Field("chat", description="of a rubric judge")
     engine: Engine = Field(Engine(), description="of the judge")
     placement: Placement = Field(Placement(), description="of the judge")
 
@@ -304,6 +309,12 @@ class Evaluate(Section):
     """The evaluate stage."""
 
     renamed_keys: ClassVar[dict[str, str]] = {"yardsticks": "trivial_baselines"}
+    removed_keys: ClassVar[dict[str, str]] = {"pairs": "there is no pairwise judge"}
+    removed_judges: ClassVar[dict[str, str]] = {  # kind -> reason; it is ignored
+        "likelihood": "an echo of the intent wins it, so it could never decide",
+        "embedding": "an echo of the intent wins it, so it could never decide",
+        "pairwise": "it had no scale, so it could never decide",
+    }
 
     intents: int = Field(60, ge=1, description="held-out intents; every task is evaluated on each")
     source: str | None = Field(None, description="evaluate on these intents instead of the run's held-out ones")
@@ -327,7 +338,6 @@ class Evaluate(Section):
     judges: list[Judge] = Field(
         default_factory=lambda: [Judge(kind="gated"), Judge(kind="coverage")], description="who scores the outputs"
     )
-    pairs: int = Field(50, ge=1, description="pairs per task and policy that a pairwise judge compares")
     bootstrap: int = Field(1000, ge=100, description="resamples of the confidence intervals")
     folder: str = Field(
         "evaluation", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder of the report, under the run's storage"
@@ -335,6 +345,23 @@ class Evaluate(Section):
     latency_requests: int = Field(
         8, ge=0, description="requests sent one at a time before the start, to measure latency and memory; 0: none"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ignore_removed_judges(cls, values: Any) -> Any:
+        """Ignore judges that only earlier versions had; if no other is named, the default ones are asked."""
+        judges = values.get("judges") if isinstance(values, dict) else None
+        if not isinstance(judges, list):
+            return values
+        kinds = [str(judge.get("kind")) if isinstance(judge, dict) else "" for judge in judges]
+        removed = [kind for kind in kinds if kind in cls.removed_judges]
+        if not removed:
+            return values
+        for kind in removed:
+            log.warning("recipe: evaluate.judges: a %s judge is ignored: %s; remove it", kind, cls.removed_judges[kind])
+        kept = [judge for judge, kind in zip(judges, kinds, strict=True) if kind not in cls.removed_judges]
+        others = {key: value for key, value in values.items() if key != "judges"}
+        return {**others, "judges": kept} if kept else others
 
     @model_validator(mode="after")
     def _check_names(self) -> "Evaluate":
@@ -476,9 +503,7 @@ class Recipe(Section):
     def _check_independence(self, judge: Judge) -> None:
         """Refuse the reward's scorer as a judge: the student was trained towards it, so its verdict proves nothing."""
         rewards = self.rewards
-        is_embedder = rewards.relevance == "embedding" and judge.kind == "embedding" and judge.model == rewards.embedder
-        is_judge = rewards.relevance == "judge" and judge.kind in ("rubric", "pairwise") and judge.model == rewards.judge.model
-        if is_embedder or is_judge:
+        if rewards.relevance == "judge" and judge.kind == "rubric" and judge.model == rewards.judge.model:
             raise ValueError(
                 f"evaluate.judges: {judge.display_name}: {judge.model} made the training reward; choose another model"
             )

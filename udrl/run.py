@@ -184,10 +184,6 @@ class EvaluationPaths:
         return storage.join(self.folder, "outputs.parquet")
 
     @property
-    def pairwise(self) -> str:
-        return storage.join(self.folder, "pairwise.parquet")
-
-    @property
     def report_markdown(self) -> str:
         return storage.join(self.folder, "report.md")
 
@@ -216,7 +212,7 @@ class EvaluationPaths:
 
 @dataclass(frozen=True)
 class EvaluatedPolicyPaths:
-    """The outputs of one policy in an evaluation, and its speed."""
+    """The outputs of one policy in an evaluation."""
 
     folder: str
 
@@ -228,10 +224,6 @@ class EvaluatedPolicyPaths:
     @property
     def scoring(self) -> ScoringPaths:
         return ScoringPaths(self.folder)
-
-    @property
-    def rates(self) -> str:
-        return storage.join(self.folder, "speed.json")
 
 
 @dataclass(frozen=True)
@@ -247,10 +239,6 @@ class JudgePaths:
     @property
     def scores(self) -> str:
         return storage.join(self.folder, "scores")
-
-    @property
-    def rate(self) -> str:
-        return storage.join(self.folder, "rate.json")
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,8 @@ import pyarrow as pa
 import pytest
 
 from udrl import storage
-from udrl.evaluate.judges.answers import load_embedder
-from udrl.evaluate.judges.controls import Pair, make_controls, shuffle_intents
-from udrl.evaluate.judges.judging import JudgedOutputs, ask_judges, compare_pairs, score_pairs
-from udrl.evaluate.judges.validation import areas_by_task, is_validated
+from udrl.evaluate.judges.controls import shuffle_intents
+from udrl.evaluate.judges.judging import JudgedOutputs, ask_judges, score_pairs
 from udrl.evaluate.outputs import OUTPUTS, columns, select
 from udrl.recipe import Judge, Recipe
 from udrl.run import EvaluationPaths, JudgePaths, Run
@@ -43,10 +41,9 @@ PAIRS = [
     ("wolf in a forest", "Grey wolf stepping out of a dark pine forest, snow on its back, breath in the cold air."),
 ]  # fmt: skip
 JUDGES = [
-    Judge(kind="likelihood"),
-    Judge(kind="embedding", model="bundled:minilm"),
+    Judge(kind="gated"),
+    Judge(kind="coverage"),
     Judge(kind="rubric", style="completion", engine={"max_num_seqs": 32}),  # type: ignore[arg-type]
-    Judge(kind="pairwise", style="completion", engine={"max_num_seqs": 32}),  # type: ignore[arg-type]
 ]
 
 
@@ -60,8 +57,7 @@ def row(policy: str, number: int, prompt: str) -> dict[str, Any]:
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     values: dict[str, Any] = {"name": "judges", "storage": str(tmp_path_factory.mktemp("judges")), "tasks": ["text_to_image"]}
     values |= {"intents": {"limit": 9}, "evaluate": {"judges": [judge.model_dump() for judge in JUDGES]}}
-    # A judge may not be the embedder that made the reward; nothing is trained here.
-    return Recipe.model_validate({**values, "rewards": {"embedder": "bundled:smollm2-135m-instruct"}})
+    return Recipe.model_validate(values)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +85,7 @@ def scores_of(judged: JudgedOutputs, policy: str, judge: str) -> np.ndarray:
     return select(rows, rows["policy"] == policy)["judge_" + judge]
 
 
-@pytest.mark.parametrize("name", ["likelihood", "embedding"])
+@pytest.mark.parametrize("name", ["gated", "coverage"])
 def test_the_mean_score_rises_as_better_prompts_are_mixed_in(judged: JudgedOutputs, name: str) -> None:
     true, student = scores_of(judged, "teacher", name), scores_of(judged, "student", name)
     assert not np.isnan([*true, *student]).any()
@@ -101,31 +97,20 @@ def test_the_mean_score_rises_as_better_prompts_are_mixed_in(judged: JudgedOutpu
 
 def test_every_judge_is_validated_on_true_pairs_and_controls(judged: JudgedOutputs) -> None:
     profiles = judged.judges
-    relations = {"likelihood": "scorer", "embedding": "independent", "rubric": "scorer", "pairwise": "scorer"}
-    assert {name: profile.relation for name, profile in profiles.items()} == relations  # one model made the reward here
+    relations = {"gated": "independent", "coverage": "independent", "rubric": "teacher"}
+    assert {name: profile.relation for name, profile in profiles.items()} == relations
     for profile in profiles.values():
         assert profile.pairs == len(PAIRS)
         assert set(profile.tasks) == {TASKS[0].name}
         assert all(0 <= area.value <= 1 for area in profile.auc.values())
-    for name in ("likelihood", "embedding"):
-        profile = profiles[name]
-        assert profile.auc["shuffled"].low > 0.8
-        assert profile.auc["echo"].value < 0.5, "neither sees that an echo adds nothing"
-        assert (profile.validated, profile.ratio_scale) == (False, False)
+    for name in ("gated", "coverage"):
+        assert profiles[name].auc["shuffled"].low > 0.7
+        assert profiles[name].auc["echo"].low > 0.7
         mean = scores_of(judged, "teacher", name).mean()
-        assert 0 < profile.unrelated_score < mean / 2, "it is low, but nothing makes it 0"
-    assert profiles["rubric"].parse_failures < 0.1
-    assert profiles["pairwise"].parse_failures < 0.1
-
-
-def test_a_small_pairwise_judge_answers_in_both_orders(judged: JudgedOutputs) -> None:
-    table = judged.comparisons
-    assert table.num_rows == len(PAIRS)
-    assert set(table["other"].to_pylist()) == {"teacher"}
-    orders = np.array([table["first"].to_pylist(), table["second"].to_pylist()])
-    assert ((orders > 0) & (orders < 1)).all(), "probabilities, not sampled answers"
-    bias = float(np.mean(orders[0] - orders[1]))
-    assert judged.judges["pairwise"].position_bias == pytest.approx(bias, abs=1e-6)
+        assert 0 <= profiles[name].unrelated_score < mean / 2
+    rubric = profiles["rubric"]
+    assert rubric.parse_failures < 0.1
+    assert (rubric.validated, rubric.ratio_scale) == (False, False), "a model of 135M parameters can't grade"
 
 
 def test_a_second_evaluation_starts_no_pass_and_gives_the_same_results(
@@ -140,42 +125,18 @@ def test_a_second_evaluation_starts_no_pass_and_gives_the_same_results(
         monkeypatch.setattr(ray.data, name, fail)
     again = ask_judges(recipe, TASKS, outputs, evaluation)
     assert again.outputs.equals(judged.outputs)
-    assert again.comparisons.equals(judged.comparisons)
     assert again.judges == judged.judges
-    # With the prompts swapped, the same answers give the other's preference.
-    prompt_of = {(r["policy"], r["intent_id"]): r["prompt"] for r in outputs.to_pylist()}
-    rows = again.comparisons.to_pylist()
-    swapped_pairs = [
-        {"intent_id": n, "intent": PAIRS[n][0], "task": TASKS[0].name}
-        | {"prompt": prompt_of["teacher", n], "other_prompt": prompt_of["student", n]}
-        for n in (r["intent_id"] for r in rows)
-    ]
-    swapped, _ = compare_pairs(JUDGES[3], swapped_pairs, recipe, TASKS, evaluation)
-    assert [c.first for c in swapped] == pytest.approx([1 - r["second"] for r in rows], abs=1e-6)
-    assert [c.second for c in swapped] == pytest.approx([1 - r["first"] for r in rows], abs=1e-6)
 
 
 def test_a_killed_pass_asks_only_what_is_missing(judged: JudgedOutputs, recipe: Recipe, evaluation: EvaluationPaths) -> None:
-    [folder] = [name for name in storage.list_folders(evaluation.work) if "embedding" in name]
+    [folder] = [name for name in storage.list_folders(evaluation.work) if "rubric" in name]
     paths = JudgePaths(storage.join(evaluation.work, folder))
     [part] = [storage.join(paths.scores, name) for name in storage.list_files(paths.scores)]
     before = storage.read_table(part)
     storage.remove(part)
     pairs = [{"intent_id": 0, "intent": PAIRS[0][0], "task": TASKS[0].name, "prompt": PAIRS[0][1]}]
-    scores, _ = score_pairs(JUDGES[1], pairs, recipe, TASKS, evaluation)
+    scores, _ = score_pairs(JUDGES[2], pairs, recipe, TASKS, evaluation)
     after = storage.read_table(part)
     assert after["episode_id"].equals(before["episode_id"])
     assert after["score"].to_numpy() == pytest.approx(before["score"].to_numpy(), abs=1e-5)
-    assert scores[0] == pytest.approx(judged.outputs["judge_embedding"][0].as_py(), abs=1e-5)
-
-
-def test_cosines_of_a_language_model_s_mean_states_do_not_validate() -> None:
-    intents, prompts = [i for i, _ in PAIRS], [p for _, p in PAIRS]
-    controls = make_controls([Pair(intent, "t", prompt) for intent, prompt in PAIRS], 0)
-    embedder = load_embedder("bundled:smollm2-135m-instruct", 32)
-    true = embedder.relevance(intents, prompts).astype(float)
-    scores = embedder.relevance(controls["intent"].to_pylist(), controls["prompt"].to_pylist()).astype(float)
-    assert min(np.median(true), np.median(scores)) > 0.85, "all cosines are high"
-    areas = areas_by_task(true, scores, controls, ["t"] * len(PAIRS))[None]
-    assert areas["shuffled"].value < 0.9
-    assert not is_validated(areas)
+    assert scores[0] == pytest.approx(judged.outputs["judge_rubric"][0].as_py(), abs=1e-5)

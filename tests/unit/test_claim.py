@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from fakes.fake_evaluation import TASKS, areas, document, interval, judge, outputs, row, table
+from fakes.fake_evaluation import TASKS, areas, document, embed, interval, judge, outputs, row, table
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,9 +14,7 @@ from udrl.evaluate.document import (
     ClaimPart,
     DiversityRatios,
     Interval,
-    JudgeComparison,
     JudgeProfile,
-    RelevanceComparison,
     Scope,
     Target,
 )
@@ -45,9 +43,8 @@ def scope(
     """All tasks together: the same ratios to each of ``rivals``; by both judges, the same, only if ``rubric`` is given."""
     whole = document(TASKS, dict.fromkeys(("student", *rivals), "baseline")).overall
     for comparison in whole.comparisons.values():
-        comparison.relevance = RelevanceComparison(difference=relevance, ratio=relevance, ratio_accepted=relevance)
-        judged = JudgeComparison(difference=rubric, ratio=rubric) if rubric else None
-        comparison.judges = {"rubric": judged, "gated": judged.model_copy()} if judged else {}
+        comparison.relevance = relevance
+        comparison.judges = {"rubric": rubric, "gated": rubric} if rubric else {}
     ratio = diversity or interval(1)
     whole.diversity.ratios = {name: DiversityRatios(distinct_2=ratio, vendi=ratio) for name in rivals}
     whole.diversity.fewest = fewest
@@ -78,8 +75,8 @@ def test_the_claim_is_met_by_all_parts_and_missed_by_one(ratios: list[float]) ->
     names = tuple(f"model-{i}" for i in range(len(ratios)))
     overall = scope(interval(1, 0), interval(1, 0), rivals=names)
     for name, ratio in zip(names, ratios, strict=True):
-        overall.comparisons[name].judges["rubric"].ratio = interval(ratio, 0)
-        overall.comparisons[name].judges["gated"].ratio = interval(1, 0)
+        overall.comparisons[name].judges["rubric"] = interval(ratio, 0)
+        overall.comparisons[name].judges["gated"] = interval(1, 0)
     assert decide(overall, FIT).met is (min(ratios) >= claim.BOUND)
 
 
@@ -87,7 +84,7 @@ def test_diversity_counts_by_its_interval() -> None:
     decided = decide(scope(interval(1), interval(1), interval(0.9)), FIT)
     assert verdicts(decided) == [True, True, False, False]
     assert decided.met is False
-    assert "diversity (Vendi) against llama3-8b is 90.0% (88.0% to 92.0%)" in decided.text
+    assert "diversity (Vendi) against llama3-8b is 90.0% [88.0%, 92.0%]" in decided.text
     assert "relevance (" not in decided.text  # only the parts that missed
 
 
@@ -120,9 +117,9 @@ def test_two_judges_must_agree_that_the_claim_is_met_and_one_can_convict() -> No
     alone = decide(overall, {"rubric": RUBRIC})
     assert (alone.met, verdicts(alone)) == (None, [True, None, True, True])
     assert "1 judge is validated and independent; two must agree" in alone.text
-    overall.comparisons["llama3-8b"].judges["gated"].ratio = interval(0.8)
+    overall.comparisons["llama3-8b"].judges["gated"] = interval(0.8)
     assert decide(overall, FIT).met is False
-    overall.comparisons["llama3-8b"].judges["gated"].ratio = interval(0.95, 0.1)
+    overall.comparisons["llama3-8b"].judges["gated"] = interval(0.95, 0.1)
     assert decide(overall, FIT).met is None
 
 
@@ -163,7 +160,7 @@ def test_the_claim_is_about_the_baselines_and_the_teacher() -> None:
     decided = decide(three, FIT)
     assert (decided.met, len(decided.parts)) == (True, 12)
     assert "within 6% of llama3-8b, qwen3-8b and the teacher in" in decided.text
-    three.comparisons["teacher"].judges["rubric"].ratio = interval(0.8)
+    three.comparisons["teacher"].judges["rubric"] = interval(0.8)
     assert decide(three, FIT).met is False
     teacher_only = decide(scope(interval(1), interval(1), rivals=("teacher",)), FIT)
     assert "within 6% of the teacher (no baseline wrote) in" in teacher_only.text
@@ -172,14 +169,7 @@ def test_the_claim_is_about_the_baselines_and_the_teacher() -> None:
 def targets(policies: tuple[str, ...], intents: int = 80, **changes: Any) -> list[Target]:
     made_up = outputs(policies={name: name for name in policies}, intents=intents)
     rows = [{**r, **changes} if r["policy"] == "student" and r["task"] == "image_search" else r for r in made_up.to_pylist()]
-    nothing: dict[str, Any] = {
-        "tasks": [],
-        "judges": {},
-        "pairwise": None,
-        "training": None,
-        "embed": None,
-        "subject_words": {},
-    }
+    nothing: dict[str, Any] = {"judges": {}, "training": None, "embed": embed, "subject_words": {}}
     return metrics.compute(pa.Table.from_pylist(rows, schema=made_up.schema), **nothing, bootstrap=200).targets
 
 

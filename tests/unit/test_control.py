@@ -26,32 +26,20 @@ def test_length_control_against_hand_counts() -> None:
     # A refusal is a miss, however many words it had.
     rows.append(row(probe="length", intent=3, command_words=12, n_words=12, prompt="", reason="repetitive"))
     measured = measure(rows)
-    six, twelve = measured.levels or ()
-    assert (six.words, six.n, six.mean, six.mae) == (6, 3, pytest.approx(22 / 3), pytest.approx(4 / 3))
-    assert [six.exact, six.within_1, six.within_2] == pytest.approx([1 / 3, 2 / 3, 2 / 3])
-    assert [twelve.exact, twelve.within_1, twelve.within_2] == pytest.approx([2 / 4, 2 / 4, 3 / 4])
-    assert (twelve.n, twelve.rejected, twelve.mean, twelve.mae) == (4, 0.25, pytest.approx(34 / 3), pytest.approx(2 / 3))
-    assert twelve.accepted is not None
-    assert [twelve.accepted.exact, twelve.accepted.within_2] == pytest.approx([2 / 3, 1])
-    assert [measured.within_2, measured.within_2_interval.value] == pytest.approx([5 / 7, 5 / 7])
+    six, twelve = measured.levels
+    assert (six.words, six.mean, six.p10, six.p90) == (6, pytest.approx(22 / 3), pytest.approx(6.2), pytest.approx(8.6))
+    assert (twelve.words, twelve.mean) == (12, pytest.approx(34 / 3))
+    assert (measured.n, measured.rejected, measured.mean) == (7, pytest.approx(1 / 7), pytest.approx(28 / 3))
+    assert (measured.mae, measured.exact) == (pytest.approx((0 + 1 + 3 + 0 + 0 + 2) / 6), pytest.approx(3 / 7))
+    assert measured.within_2_accepted == pytest.approx(5 / 6)
+    assert measured.within_2.value == pytest.approx(5 / 7)
+    assert measured.within_2.low < 5 / 7 < measured.within_2.high
     assert measured.rises is True
 
 
 def test_an_output_that_is_always_rejected_has_no_length() -> None:
     measured = measure([row(probe="length", command_words=6, n_words=6, prompt="", reason="echo")])
-    assert (measured.within_2, measured.exact, measured.mean, measured.rejected) == (0, 0, None, 1)
-
-
-def test_bias_has_the_sign_of_the_error() -> None:
-    measured = measure(lengths({10: [12, 13, 10], 20: [15, 19, 20]}))
-    assert [level.bias for level in measured.levels or ()] == pytest.approx([5 / 3, -2])
-    assert measured.bias == pytest.approx(-1 / 6)
-    assert measured.mae == pytest.approx(11 / 6)
-
-
-def test_within_ten_per_cent_is_of_the_commanded_words() -> None:
-    measured = measure(lengths({9: [9, 10], 10: [9, 11, 12], 30: [27, 33, 34]}))
-    assert [level.within_10pct for level in measured.levels or ()] == pytest.approx([1 / 2, 2 / 3, 2 / 3])
+    assert (measured.within_2.value, measured.exact, measured.mean, measured.rejected) == (0, 0, None, 1)
 
 
 def test_over_tasks_the_length_rises_only_if_it_does_on_every_task() -> None:
@@ -60,7 +48,7 @@ def test_over_tasks_the_length_rises_only_if_it_does_on_every_task() -> None:
     assert control.length_control_over_tasks(rows, [up, up], Bootstrap(100)).rises is True
     assert control.length_control_over_tasks(rows, [up, down], Bootstrap(100)).rises is False
     assert control.length_control_over_tasks(rows, [], Bootstrap(100)).rises is None
-    assert control.length_control_over_tasks(rows, [up], Bootstrap(100)).levels is None
+    assert control.length_control_over_tasks(rows, [up], Bootstrap(100)).levels == []
 
 
 def test_a_rise_that_half_of_the_intents_contradict_is_open() -> None:
@@ -86,23 +74,23 @@ def rewards(*means: float, **by_judge: list[float]) -> RewardControl:
     return control.reward_control(columns(table(*rows, judges=tuple(by_judge))), Bootstrap(100))
 
 
-def test_reward_control_says_whether_the_curve_rises_and_whether_at_every_step() -> None:
+def test_reward_control_says_whether_the_curve_rises() -> None:
     up, bent, down = rewards(0.1, 0.2, 0.3), rewards(0.1, 0.4, 0.3), rewards(0.3, 0.2)
-    assert [(t.rises, t.monotone) for t in (up, bent, down)] == [(True, True), (True, False), (False, False)]
-    assert up.spearman == pytest.approx(1)
-    assert up.difference.value == pytest.approx(0.2)
-    assert [level.relevance.value for level in bent.levels] == pytest.approx([0.1, 0.4, 0.3])
-    assert (rewards(0.3).rises, rewards(0.3).monotone) == (None, None)
+    assert [t.rises for t in (up, bent, down)] == [True, True, False]
+    assert up.relevance.spearman == pytest.approx(1)
+    assert up.relevance.difference.value == pytest.approx(0.2)
+    assert [mean.value for mean in bent.relevance.means] == pytest.approx([0.1, 0.4, 0.3])
+    assert rewards(0.3).rises is None
 
 
 def test_a_judge_sees_a_reward_curve_of_its_own() -> None:
     measured = rewards(0.1, 0.2, 0.3, agrees=[1.0, 2.0, 4.0], differs=[0.5, 0.3, 0.4])
     agrees, differs = measured.judges["agrees"], measured.judges["differs"]
-    assert (agrees.difference.value, agrees.monotone) == (pytest.approx(3), True)
-    assert (differs.difference.value, differs.monotone) == (pytest.approx(-0.1), False)
+    assert agrees.difference.value == pytest.approx(3)
+    assert differs.difference.value == pytest.approx(-0.1)
     assert agrees.spearman == pytest.approx(1)
     assert differs.spearman == pytest.approx(-0.5)
-    assert [level.judges["agrees"].value for level in measured.levels] == pytest.approx([1, 2, 4])
+    assert [mean.value for mean in agrees.means] == pytest.approx([1, 2, 4])
 
 
 def test_a_top_bin_that_refuses_does_not_rise() -> None:
@@ -110,7 +98,7 @@ def test_a_top_bin_that_refuses_does_not_rise() -> None:
     rows += [row(intent=i, probe="reward", command_reward=1, prompt="", reason="echo") for i in range(30)]
     rows += [row(intent=i, probe="reward", command_reward=1, relevance=0.9, judge_x=0.9) for i in range(30, 40)]
     measured = control.reward_control(columns(table(*rows, judges=("x",))), Bootstrap(100))
-    assert measured.levels[1].relevance.value == pytest.approx(0.9)
-    assert measured.levels[1].judges["x"].value == pytest.approx(0.9)  # of accepted prompts, as relevance is
-    assert measured.levels[1].rejected == 0.75
+    assert measured.relevance.means[1].value == pytest.approx(0.9)
+    assert measured.judges["x"].means[1].value == pytest.approx(0.9)  # of accepted prompts, as relevance is
+    assert measured.rejected[1] == 0.75
     assert measured.rises is False

@@ -1,12 +1,10 @@
 """Diversity on values worked out by hand, and properties of any texts."""
 
 import math
-import zlib
-from collections import Counter
 
 import numpy as np
 import pytest
-from fakes.fake_evaluation import WORDS, row, table
+from fakes.fake_evaluation import WORDS, embed, row, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,67 +13,22 @@ from udrl.evaluate.metrics import diversity
 from udrl.evaluate.outputs import Columns, columns
 
 texts = st.lists(st.lists(st.sampled_from(WORDS), min_size=4, max_size=4), min_size=2, max_size=12)
-uneven = st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=7), min_size=2, max_size=6)
-
-
 WRITERS = ["student", "teacher"]
-ACROSS = ("distinct_1", "distinct_2", "compression", "self_bleu", "vendi")
 
 
 def measure(rows: Columns, writers: list[str]) -> Diversity:
-    return diversity.measure_task(rows, writers).diversity
+    groups = diversity.IntentGroups.of(rows["intent_id"])
+    return diversity.measure_task(rows, writers, embed=embed, groups=groups).diversity
 
 
 def letters(*lines: str) -> list[list[str]]:
     return [list(line) for line in lines]
 
 
-def test_distinct_and_compression_against_hand_counts() -> None:
-    assert diversity.distinct(letters("abab"), 2) == pytest.approx(2 / 3)  # ab ba ab
-    assert diversity.distinct(letters("abab"), 1) == pytest.approx(1 / 2)
-    assert diversity.distinct(letters("ab", "cd"), 2) == 1
-    assert math.isnan(diversity.distinct(letters("a"), 2))
-    raw = b"soft light\nsoft light"
-    assert diversity.compression_ratio(["soft light", "soft light"]) == len(raw) / len(zlib.compress(raw, 9))
-
-
-def test_self_bleu_against_hand_counts() -> None:
-    # 4 of 5 words, 3 of 4 pairs, 2 of 3 triples, 1 of 2 fours stand in the other
-    assert diversity.self_bleu(letters("abcde", "abcdf")) == pytest.approx((4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
-    # a stands three times in one and twice in the other: two count; no triple and no four in common: 0.1 of 2, 0.1 of 1
-    assert diversity.self_bleu(letters("aaab", "aacd")) == pytest.approx((2 / 4 * 1 / 3 * 0.1 / 2 * 0.1) ** 0.25)
-    assert diversity.self_bleu(letters("abcd", "efgh")) == 0
-    assert diversity.self_bleu(letters("abcd", "abcd", "abcd")) == pytest.approx(1)
-    assert math.isnan(diversity.self_bleu(letters("abcd")))
-
-
-def test_self_bleu_makes_a_text_pay_for_being_shorter_than_its_references() -> None:
-    short = math.exp(1 - 4 / 2) * (0.1 * 0.1) ** 0.25  # all of its word and pair match
-    long = (2 / 4 * 1 / 3 * 0.1 / 2 * 0.1) ** 0.25
-    assert diversity.self_bleu(letters("ab", "abcd")) == pytest.approx((short + long) / 2)
-
-
-def plain_self_bleu(lines: list[list[str]]) -> float:
-    """The definition, text by text."""
-    scores = []
-    for i, line in enumerate(lines):
-        others = lines[:i] + lines[i + 1 :]
-        score, shares_a_word = 1.0, False
-        for n in range(1, 5):
-            grams = [Counter(tuple(t[k : k + n]) for k in range(len(t) - n + 1)) for t in (line, *others)]
-            matched = sum(min(count, max(other[gram] for other in grams[1:])) for gram, count in grams[0].items())
-            shares_a_word |= bool(matched)
-            score *= ((matched or 0.1) / max(1, sum(grams[0].values()))) ** 0.25
-        closest = min((abs(len(other) - len(line)), len(other)) for other in others)[1]
-        penalty = 1.0 if len(line) >= closest else math.exp(1 - closest / len(line))
-        scores.append(score * penalty if shares_a_word else 0.0)
-    return sum(scores) / len(scores)
-
-
-@settings(deadline=None, max_examples=60)
-@given(uneven)
-def test_self_bleu_is_its_definition(lines: list[list[str]]) -> None:
-    assert diversity.self_bleu(lines) == pytest.approx(plain_self_bleu(lines))
+def test_distinct_pairs_against_hand_counts() -> None:
+    assert diversity.distinct_pairs(letters("abab")) == pytest.approx(2 / 3)  # ab ba ab
+    assert diversity.distinct_pairs(letters("ab", "cd")) == 1
+    assert math.isnan(diversity.distinct_pairs(letters("a")))
 
 
 def test_vendi_score_against_hand_counts() -> None:
@@ -87,12 +40,12 @@ def test_vendi_score_against_hand_counts() -> None:
     assert math.isnan(diversity.vendi(np.zeros((0, 0))))
 
 
-def test_without_embeddings_texts_are_as_alike_as_their_word_pairs() -> None:
-    similar = diversity.similarities(letters("abc", "abd", "xyz"))
+def test_the_fake_embeddings_are_as_alike_as_their_word_pairs() -> None:
+    similar = diversity.similarities(letters("abc", "abd", "xyz"), embed)
     assert similar == pytest.approx(np.array([[1, 0.5, 0], [0.5, 1, 0], [0, 0, 1]]))
 
 
-def test_with_embeddings_texts_are_as_alike_as_their_vectors() -> None:
+def test_texts_are_as_alike_as_their_vectors() -> None:
     vectors = {"a b": [1.0, 0.0], "b a": [0.6, 0.8]}
     similar = diversity.similarities(letters("ab", "ba", "ab"), lambda lines: np.array([vectors[line] for line in lines]))
     assert similar == pytest.approx(np.array([[1, 0.6, 1], [0.6, 1, 0.6], [1, 0.6, 1]]))
@@ -102,25 +55,9 @@ def test_with_embeddings_texts_are_as_alike_as_their_vectors() -> None:
 @given(texts)
 def test_copies_are_the_least_varied_texts(words: list[list[str]]) -> None:
     copies = [words[0]] * len(words)
-    of_copies, of_words = (diversity.figures_across(t, diversity.similarities(t)) for t in (copies, words))
-    for higher in ("distinct_1", "distinct_2", "vendi"):
-        assert of_copies[higher] <= of_words[higher] + 1e-9
-    assert of_copies["vendi"] == pytest.approx(1)
-    assert of_words["vendi"] <= len(words) + 1e-9
-    assert of_copies["self_bleu"] == pytest.approx(1)
-    assert of_words["self_bleu"] <= 1 + 1e-9
-    same, mixed = diversity.figures_within([copies]), diversity.figures_within([words])
-    assert (same["within_distance"], same["within_vendi"]) == (0, pytest.approx(1))
-    assert mixed["within_distance"] >= 0
-    assert mixed["within_vendi"] >= 1 - 1e-9
-
-
-def test_within_an_intent_only_its_own_prompts_are_compared() -> None:
-    figures = diversity.figures_within([letters("abc", "bcd"), letters("xyz", "uvw"), letters("abc")])
-    assert figures["within_distance"] == pytest.approx((0.5 + 1) / 2)  # 2 of 4 words in common; none
-    half = diversity.vendi(np.array([[1, 0.5], [0.5, 1]]))  # one of two word pairs in common
-    assert figures["within_vendi"] == pytest.approx((half + 2) / 2)
-    assert all(math.isnan(value) for value in diversity.figures_within([letters("abc")]).values())
+    assert diversity.distinct_pairs(copies) <= diversity.distinct_pairs(words)
+    assert diversity.vendi(diversity.similarities(copies, embed)) == pytest.approx(1)
+    assert 1 - 1e-9 <= diversity.vendi(diversity.similarities(words, embed)) <= len(words) + 1e-9
 
 
 def test_diversity_compares_equal_lengths_and_equal_numbers() -> None:
@@ -135,23 +72,18 @@ def test_diversity_compares_equal_lengths_and_equal_numbers() -> None:
     assert (measured.words, measured.n) == (10, 40)
     student, teacher = measured.policies["student"], measured.policies["teacher"]
     assert student.distinct_2 == pytest.approx(teacher.distinct_2, rel=0.15)
-    assert student.self_bleu == pytest.approx(teacher.self_bleu, rel=0.15)
     assert student.vendi == pytest.approx(teacher.vendi, rel=0.15)
-    assert student.compression == pytest.approx(teacher.compression, rel=0.1)
-    assert student.within_distance is None
-    assert teacher.within_vendi > 1
 
 
-def test_a_trivial_baseline_does_not_shorten_the_cut_of_the_others() -> None:
+def test_a_trivial_baseline_has_no_figures_and_does_not_shorten_the_cut() -> None:
     rng = np.random.default_rng(0)
     rows = [
         row(intent=i, policy=policy, prompt=" ".join(rng.choice(WORDS, words)), n_words=words)
         for i in range(10)
-        for policy, words in (("student", 12), ("teacher", 12), ("echo", 4), ("shuffled", 12))
+        for policy, words in (("student", 12), ("teacher", 12), ("echo", 4))
     ]
     measured = measure(columns(table(*rows)), WRITERS)
-    assert (measured.words, measured.n) == (12, 10)
-    assert set(measured.policies) == {"student", "teacher", "shuffled"}  # an echo has no prompt of twelve words
+    assert (measured.words, measured.n, set(measured.policies)) == (12, 10, set(WRITERS))
 
 
 def rows_of(*prompts: tuple[str, int, int, str | None]) -> Columns:
@@ -175,8 +107,7 @@ def test_across_intents_each_policy_contributes_its_first_accepted_prompt_that_i
     )
     measured = measure(rows, WRITERS)
     assert (measured.words, measured.n) == (3, 3)
-    assert measured.policies["student"].distinct_1 == pytest.approx(6 / 9)  # d e f, d e f, x y z
-    assert measured.policies["student"].within_distance == pytest.approx((1 + 0) / 2)  # all prompts for intents 0 and 2
+    assert measured.policies["student"].distinct_2 == pytest.approx(4 / 6)  # d e f, d e f, x y z
 
 
 def test_more_prompts_for_an_intent_do_not_lower_the_figures_across_intents() -> None:
@@ -185,9 +116,7 @@ def test_more_prompts_for_an_intent_do_not_lower_the_figures_across_intents() ->
     again = [(p, i, v, prompt) for p, i, _, prompt in once for v in range(4)]
     one, four = (measure(rows_of(*rows), WRITERS) for rows in (once, again))
     assert (one.n, four.n) == (30, 30)
-    for policy in WRITERS:
-        across = [measured.policies[policy].model_dump(include=set(ACROSS)) for measured in (one, four)]
-        assert across[0] == across[1]
+    assert one.policies == four.policies
 
 
 def test_writers_are_compared_on_the_intents_that_all_of_them_have_a_prompt_for() -> None:
@@ -197,29 +126,7 @@ def test_writers_are_compared_on_the_intents_that_all_of_them_have_a_prompt_for(
     )
     measured = measure(rows, WRITERS)
     assert measured.n == 4  # 0, 1, 2 and 4
-    assert measured.policies["student"].distinct_1 == 1  # a b is used for intent 0 only
-
-
-def test_trivial_baselines_with_one_prompt_an_intent_have_figures() -> None:
-    rng = np.random.default_rng(0)
-    rows = [(p, i, v, " ".join(rng.choice(WORDS, 8))) for p in WRITERS for i in range(20) for v in range(2)]
-    rows += [(p, i, 0, " ".join(rng.choice(WORDS, 8))) for p in ("echo", "best-of-2") for i in range(20)]
-    rows.append(("student", 7, 0, None))
-    measured = measure(rows_of(*rows), WRITERS)
-    for policy in ("echo", "best-of-2"):
-        assert None not in measured.policies[policy].model_dump(include=set(ACROSS)).values()
-
-
-def test_a_trivial_baseline_contributes_others_for_the_intents_that_it_lacks() -> None:
-    rows = rows_of(
-        *((p, i, 0, f"{p}{i} x{i}" if (p, i) != ("student", 0) else None) for p in WRITERS for i in range(5)),
-        *(("best-of-2", i, 0, f"b{i} c{i}") for i in (0, 2, 3, 4)),
-        *(("shuffled", i, 0, f"b{i} c{i}") for i in (2, 3, 4)),
-    )
-    measured = measure(rows, WRITERS)
-    assert measured.n == 4
-    assert measured.policies["best-of-2"].distinct_1 == 1
-    assert "shuffled" not in measured.policies
+    assert measured.policies["student"].distinct_2 == 1  # a b is used for intent 0 only
 
 
 def test_a_writer_with_nearly_everything_rejected_leaves_the_others_comparable() -> None:
@@ -241,21 +148,21 @@ def test_a_writer_with_nearly_everything_rejected_leaves_the_others_comparable()
     assert measure(rows_of(*half), policies).n == 15  # half as many as the median: it counts
 
 
-@settings(deadline=None, max_examples=30)
-@given(texts, st.integers(0, 9))
-def test_figures_of_a_subset_are_those_of_its_texts(lines: list[list[str]], seed: int) -> None:
-    subsets = np.random.default_rng(seed).random((5, len(lines))) < 0.5
-    pairs = diversity.distinct_of_subsets(lines, 2, subsets)
-    scores = diversity.vendi_of_subsets(diversity.similarities(lines), subsets)
-    for i, subset in enumerate(subsets):
-        texts = [line for line, keep in zip(lines, subset, strict=True) if keep]
-        assert pairs[i] == pytest.approx(diversity.distinct(texts, 2), nan_ok=True)
-        assert scores[i] == pytest.approx(diversity.vendi(diversity.similarities(texts)), nan_ok=True)
+def test_figures_without_a_group_are_those_of_the_texts_that_remain() -> None:
+    rng = np.random.default_rng(0)
+    prompts = [" ".join(rng.choice(WORDS, 6)) for _ in range(30)]
+    rows = rows_of(*(("student", i, 0, prompt) for i, prompt in enumerate(prompts)))
+    groups = diversity.IntentGroups.of(rows["intent_id"])
+    without = diversity.measure_task(rows, ["student"], embed=embed, groups=groups).without["student"]
+    stays = dict(zip(groups.intents.tolist(), groups.remaining[3].tolist(), strict=True))
+    kept = [p.split() for p, intent in zip(prompts, rows["intent_id"].tolist(), strict=True) if stays[intent]]
+    assert without["distinct_2"][3] == pytest.approx(diversity.distinct_pairs(kept))
+    assert without["vendi"][3] == pytest.approx(diversity.vendi(diversity.similarities(kept, embed)))
 
 
 def measure_with_groups(prompts: dict[str, list[str]]) -> diversity.TaskDiversity:
     rows = rows_of(*((p, i, 0, prompt) for p, texts in prompts.items() for i, prompt in enumerate(texts)))
-    return diversity.measure_task(rows, list(prompts), groups=diversity.IntentGroups.of(rows["intent_id"]))
+    return diversity.measure_task(rows, list(prompts), embed=embed, groups=diversity.IntentGroups.of(rows["intent_id"]))
 
 
 def test_the_ratio_of_a_policy_to_itself_is_one_without_doubt() -> None:
@@ -296,7 +203,7 @@ def test_over_tasks_a_ratio_is_of_the_means_and_needs_every_task() -> None:
 def task(n: int = 9, words: int = 5, **vendi: float | None) -> diversity.TaskDiversity:
     """One task's diversity: the Vendi score of each policy."""
     figures = {policy: DiversityFigures(vendi=score) for policy, score in vendi.items()}
-    return diversity.TaskDiversity(Diversity(words=words, n=n, policies=figures), {})
+    return diversity.TaskDiversity(Diversity(words=words, n=n, fewest=n, policies=figures), {})
 
 
 def test_over_tasks_the_figures_are_averaged() -> None:

@@ -11,7 +11,7 @@ from udrl.evaluate.evaluated_policies import EvaluatedIntent, EvaluatedPolicy, s
 from udrl.evaluate.outputs import columns
 from udrl.evaluate.policy_outputs import trivial_baseline_outputs
 from udrl.evaluate.speed import PolicySpeed
-from udrl.evaluate.stage import JudgeWork, plan_lines
+from udrl.evaluate.stage import plan_lines
 from udrl.policies.teacher import teacher_policy
 from udrl.recipe import Recipe, Teacher
 from udrl.tasks import load_tasks
@@ -108,17 +108,9 @@ def test_the_plan_counts_missing_work_and_names_the_basis_of_its_times(tmp_path:
             latency_p50=1, latency_p95=1, prompts_per_second=10, tokens_per_second=200, memory_mib=300, startup_seconds=20
         )
     }
-    judges = [JudgeWork("rubric", 500, 50.0), JudgeWork("pmi", 0, None), JudgeWork("new", 50, None)]
-    assert plan_lines([teacher], {"teacher": 600}, speeds, judges) == [
-        "evaluate: about 2m01s in total",
+    assert plan_lines([teacher], {"teacher": 600}, speeds) == [
+        "evaluate: to write",
         "  teacher: 600 prompts, about 1m49s (measured 10.0 prompts/s)",
-        "  judge rubric: at most 500 texts, about 10s (measured before 50 texts/s)",
-        "  judge pmi: all scores exist already",
-        "  judge new: at most 50 texts, about 2s (assumed 25 texts/s)",
     ]
-    assert plan_lines([teacher], {"teacher": 0}, speeds, []) == [
-        "evaluate: nothing left to generate or judge",
-        "  teacher: all 1,000 prompts exist already",
-    ]
-    untimed = plan_lines([teacher], {"teacher": 600}, {}, judges[:1])
-    assert untimed[0] == "evaluate: about 10s, not counting the policies whose speed was not measured"
+    assert plan_lines([teacher], {"teacher": 0}, speeds) == ["evaluate: nothing left to write"]
+    assert plan_lines([teacher], {"teacher": 600}, {})[1] == "  teacher: 600 prompts; speed not measured"

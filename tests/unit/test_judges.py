@@ -1,10 +1,9 @@
-"""Judges: mutual information, comparisons in both orders, validation against controls, and questions that are asked once."""
+"""Judges: validation against controls, gates, and questions that are asked once."""
 
 import math
 import re
 import shutil
 from collections.abc import Callable
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ from hypothesis import strategies as st
 from udrl import models, storage
 from udrl.episodes import COMPONENTS
 from udrl.errors import UserError
-from udrl.evaluate.document import UNKNOWN
-from udrl.evaluate.judges import pairwise
+from udrl.evaluate.document import UNKNOWN, Areas
 from udrl.evaluate.judges.answers import QUESTIONS, SCORES, add_questions, judge_paths, question
 from udrl.evaluate.judges.controls import (
     CONTROL_KINDS,
@@ -32,90 +30,22 @@ from udrl.evaluate.judges.controls import (
     truncate,
 )
 from udrl.evaluate.judges.gated import GatedJudge, coverage_relevance, embedding_relevance
-from udrl.evaluate.judges.judging import JudgedOutputs, ask_judges, compare_pairs, relate, score_pairs
-from udrl.evaluate.judges.likelihood import WITH_PROMPT, WITHOUT_PROMPT, LikelihoodJudge
+from udrl.evaluate.judges.judging import JudgedOutputs, ask_judges, relate, score_pairs
 from udrl.evaluate.judges.validation import (
     FORESEEN_KINDS,
     MIN_AUC,
-    Areas,
     areas_by_task,
     auc,
     is_validated,
-    preferences_by_task,
     weakest,
 )
-from udrl.evaluate.outputs import OUTPUTS, PAIRWISE
+from udrl.evaluate.outputs import OUTPUTS
 from udrl.recipe import Judge, Recipe
 from udrl.run import EvaluationPaths, JudgePaths
 from udrl.scoring.parsing import parse_row
 from udrl.tasks import load_task, shipped_tasks
 
 TASK = load_task("image_search").model_copy(update={"name": "own_search"})  # without gold: the pairs below validate
-WORDS = "soft vivid poster cheerful dinosaur party balloons retro golden watercolor minimal logo floral vintage rocket leaves"
-
-# --- likelihood ---
-
-
-def _tiny_model(folder: Path, kind: str) -> str:
-    """A random causal LM with a byte-level BPE tokenizer, saved as a Hugging Face folder."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator([WORDS, WITH_PROMPT], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="<s>")
-    torch.manual_seed(0)
-    model: Any
-    if kind == "llama":
-        sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-        llama = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=256, initializer_range=0.3, **sizes)
-        model = LlamaForCausalLM(llama)
-    else:
-        gpt2 = GPT2Config(vocab_size=len(tokenizer), n_positions=256, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3)
-        model = GPT2LMHeadModel(gpt2)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
-def likelihood(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LikelihoodJudge:
-    folder = _tiny_model(tmp_path_factory.mktemp(request.param), request.param)
-    return LikelihoodJudge(folder, batch_size=4, dtype="float32", threads=1)
-
-
-def _reference_score(judge: LikelihoodJudge, prompt: str, intent: str) -> float:
-    """PMI from one plain forward pass each, token by token."""
-    import torch
-
-    means = []
-    for context in (WITH_PROMPT.format(prompt=prompt), WITHOUT_PROMPT):
-        head = [judge.tokenizer.bos_token_id, *judge.tokenizer(context, split_special_tokens=True)["input_ids"]]
-        tail = judge.tokenizer(" " + intent, split_special_tokens=True)["input_ids"]
-        with torch.no_grad():
-            logits = judge.model(torch.tensor([head + tail])).logits[0].log_softmax(-1)
-        means.append(np.mean([logits[len(head) + k - 1, token].item() for k, token in enumerate(tail)]))
-    return float(means[0] - means[1])
-
-
-def test_batched_padded_scores_equal_an_unbatched_reference(likelihood: LikelihoodJudge) -> None:
-    prompts = ["a soft {golden} balloon", "poster", WORDS, "typed <s> by a user", "retro logo, minimal"]
-    intents = ["dinosaur party", "a long vintage request for a rocket", "logo", "party", "dinosaur party"]
-    expected = [_reference_score(likelihood, p, i) for p, i in zip(prompts, intents, strict=True)]
-    assert np.std(expected) > 0.01
-    assert likelihood.score(prompts, intents) == pytest.approx(expected, abs=1e-4)
-
-
-def test_an_empty_text_has_no_likelihood_score_and_a_long_one_is_truncated(likelihood: LikelihoodJudge) -> None:
-    scores = likelihood.score(["soft balloon", " ", WORDS * 30, "logo"], ["party", "party", "dinosaur party", ""])
-    assert np.isnan(scores).tolist() == [False, True, False, True]
-    assert likelihood.score([], []).shape == (0,)
-
 
 # --- controls and validation ---
 
@@ -266,21 +196,6 @@ def test_a_judge_without_scores_is_not_validated() -> None:
     assert not is_validated(failed)
 
 
-def test_a_pairwise_judge_is_measured_by_how_often_it_prefers_the_true_prompt() -> None:
-    number = np.cumsum(IS_SHUFFLED)  # of the shuffled control
-    of_shuffled = np.select([number <= 30, number <= 36], [0.51, 0.5 + 1e-9], 0.01)  # 30 won, 6 even, 4 lost
-    preferences = np.select([IS_SHUFFLED, KINDS_OF_40 == "echo"], [of_shuffled, 0.4], np.nan)
-    measured = preferences_by_task(preferences, CONTROLS_OF_40)
-    assert measured[None]["shuffled"].value == pytest.approx((30 + 6 / 2) / 40)
-    assert measured["u"]["echo"].value == 0
-    assert measured[None]["stuffed"] == UNKNOWN
-
-
-def test_a_judge_that_always_prefers_the_first_prompt_is_at_chance() -> None:
-    first = np.random.default_rng(0).uniform(0.5, 1, len(KINDS_OF_40))
-    assert preferences_by_task((first + (1 - first)) / 2, CONTROLS_OF_40)[None]["shuffled"].value == 0.5
-
-
 # --- gated judges ---
 
 
@@ -318,48 +233,6 @@ def test_the_scores_of_a_gated_judge_are_shares_and_fall_with_each_attack(name: 
     assert GATED[name].score([]).shape == (0,)
 
 
-# --- comparisons ---
-
-
-def logs(*shares: float) -> list[float]:
-    return [math.log(share) for share in shares]
-
-
-def test_a_preference_is_the_share_of_a_among_a_and_b() -> None:
-    assert pairwise.preference(["A", " B", "The", " A"], logs(0.4, 0.2, 0.3, 0.1)) == pytest.approx((0.5 / 0.7, 0.7))
-    assert pairwise.preference(["B"], logs(0.9)) == pytest.approx((0.0, 0.9))
-    value, mass = pairwise.preference(["a", "AB", ""], logs(0.5, 0.3, 0.2))
-    assert math.isnan(value)
-    assert mass == 0
-
-
-shares = st.tuples(st.floats(0, 1), st.floats(0, 1))
-
-
-@given(shares, shares)
-def test_swapping_the_prompts_swaps_the_preference_in_both_orders(one: tuple[float, float], two: tuple[float, float]) -> None:
-    comparison, swapped = pairwise.combine_orders(one, two), pairwise.combine_orders(two, one)
-    assert swapped.first == pytest.approx(1 - comparison.second)
-    assert swapped.second == pytest.approx(1 - comparison.first)
-    assert comparison.parsed == swapped.parsed == (one[1] >= 0.5 and two[1] >= 0.5)
-
-
-def test_the_comparison_prompt_ends_before_the_answer_and_its_examples_are_balanced() -> None:
-    render = pairwise.RenderComparison({TASK.name: TASK}, False, "", None)
-    row = {"task": TASK.name, "intent": "a red fox", "judged": "red fox\nBetter: A", "against": "blue owl"}
-    text = render(row)["prompt"]
-    assert text.endswith("Request: a red fox\nA: red fox Better: A\nB: blue owl\nBetter:")
-    assert sorted(better for _, better in pairwise.compared_examples(TASK)) == ["A", "A", "B", "B"]
-    assert text.count("\nBetter: A\n") == text.count("\nBetter: B\n") == 2
-
-
-def test_a_rejected_output_loses_without_a_judge() -> None:
-    assert pairwise.settle_without_judge(True, True) is None
-    assert pairwise.settle_without_judge(True, False) == 1
-    assert pairwise.settle_without_judge(False, True) == 0
-    assert pairwise.settle_without_judge(False, False) == 0.5
-
-
 # --- a table of outputs ---
 
 
@@ -373,24 +246,6 @@ def output(policy: str, intent: int, prompt: str | None = None, **values: Any) -
 
 def outputs(*rows: dict[str, Any]) -> pa.Table:
     return pa.Table.from_pylist(list(rows), schema=OUTPUTS)
-
-
-def test_the_student_is_compared_with_every_other_policy_on_the_same_intent_task_and_variation() -> None:
-    table = outputs(
-        *(output("student", i, variation=v) for i in range(3) for v in range(2)),
-        *(output("teacher", i, variation=v, prompt=f"{i} {v}") for i in range(3) for v in range(2)),
-        *(output("echo", i) for i in range(2)),  # one variation, and not of every intent
-        output("student", 0, variation=2000, probe="reward"),
-    )
-    pairs = pairwise.pairs_to_compare(table, 50, seed=0)
-    keys = {(o["policy"], s["intent_id"], s["variation"], o["variation"]) for s, o in pairs}
-    assert keys == {("teacher", i, v, v) for i in range(3) for v in range(2)} | {
-        ("echo", i, v, 0) for i in range(2) for v in range(2)
-    }
-    few = pairwise.pairs_to_compare(table, 3, seed=1)
-    assert [sum(o["policy"] == name for _, o in few) for name in ("teacher", "echo")] == [3, 3]
-    assert few == pairwise.pairs_to_compare(table, 3, seed=1)
-    assert few != pairwise.pairs_to_compare(table, 3, seed=2)
 
 
 # --- questions and answers. A judge without a model writes its questions and fails; the test answers in its place. ---
@@ -424,7 +279,7 @@ def length(row: dict[str, Any]) -> tuple[float, float]:
     return float(len(row["prompt"])), 1.0
 
 
-WITHOUT_MODEL = Judge(kind="likelihood", model="/nowhere")
+WITHOUT_MODEL = Judge(kind="rubric", model="/nowhere")
 
 
 def test_equal_texts_are_judged_once_and_known_answers_need_no_model(tmp_path: Path) -> None:
@@ -448,22 +303,26 @@ def test_equal_texts_are_judged_once_and_known_answers_need_no_model(tmp_path: P
 def test_another_model_never_reuses_an_answer(tmp_path: Path) -> None:
     evaluation = EvaluationPaths(str(tmp_path))
     for name in ("/nowhere", "/elsewhere"):
-        judge = Judge(kind="likelihood", model=name)
+        judge = Judge(kind="rubric", model=name)
         with pytest.raises(UserError, match=name):
             score_pairs(judge, pairs_of(("fox", "red fox")), recipe(tmp_path, judge), [TASK], evaluation)
         assert answer_open_questions(evaluation, length) == 1
 
 
 def test_answers_of_earlier_versions_are_reused(tmp_path: Path) -> None:
-    paths = judge_paths(WITHOUT_MODEL, EvaluationPaths(str(tmp_path)), [TASK])
-    assert paths.folder == str(tmp_path / "work" / "judge-likelihood-57ea27f14563f0d6")
-    row = {"intent_id": 1, "intent": "fox", "task": "image_search"}
-    assert question(row, "red fox", "grey fox")["episode_id"] == 4077211307524989216
+    evaluation = EvaluationPaths(str(tmp_path))
+    folders = [judge_paths(Judge(kind=kind), evaluation, [TASK]).folder for kind in ("coverage", "gated")]
+    assert folders == [
+        str(tmp_path / "work" / name) for name in ("judge-coverage-74a2d4d1f3ce4041", "judge-gated-ec8f62f8864a43d7")
+    ]
+    assert judge_paths(WITHOUT_MODEL, evaluation, [TASK]).folder == str(tmp_path / "work" / "judge-rubric-782aa7a09a392d6c")
+    row = {"intent_id": 1, "intent": "fox", "task": "image_search", "prompt": "red fox"}
+    assert question(row)["episode_id"] == 2839163946133407567
 
 
 def test_questions_are_written_once_in_files_of_bounded_size(tmp_path: Path) -> None:
     paths = JudgePaths(str(tmp_path))
-    questions = [question(row, row["prompt"]) for row in pairs_of(*((f"i{n % 7}", f"p{n}") for n in range(1100)))]
+    questions = [question(row) for row in pairs_of(*((f"i{n % 7}", f"p{n}") for n in range(1100)))]
     add_questions(paths, questions[:600])
     add_questions(paths, questions)
     names = storage.list_files(paths.questions)
@@ -487,30 +346,6 @@ def test_a_rubric_without_a_score_gives_nan_and_counts_as_a_parse_failure(tmp_pa
     assert parse_failures == pytest.approx(2 / 3)
 
 
-TEXTS = ["red fox", "blue owl", "old map"]
-
-
-def test_each_pair_is_shown_in_both_orders_and_shares_its_questions_with_its_swap(tmp_path: Path) -> None:
-    judge, evaluation = Judge(kind="pairwise", model="/nowhere"), EvaluationPaths(str(tmp_path))
-    orders = [(a, b) for a, b in combinations(TEXTS, 2)] + [(b, a) for a, b in combinations(TEXTS, 2)]
-    firsts = pairs_of(*(("i", a) for a, _ in orders))
-    pairs = [{**row, "other_prompt": b} for row, (_, b) in zip(firsts, orders, strict=True)]
-    with pytest.raises(UserError):
-        compare_pairs(judge, pairs, recipe(tmp_path, judge), [TASK], evaluation)
-
-    def biased(row: dict[str, Any]) -> tuple[float, float]:
-        """Prefers the later text of the list, and a little the text that is shown first."""
-        is_better = TEXTS.index(row["prompt"]) > TEXTS.index(row["other_prompt"])
-        return (0.75 if is_better else 0.25) + 0.125, 0.9 if row["prompt"] != "old map" else 0.3
-
-    assert answer_open_questions(evaluation, biased) == 6
-    comparisons, parse_failures = compare_pairs(judge, pairs, recipe(tmp_path, judge), [TASK], evaluation)
-    assert [c.first for c in comparisons] == pytest.approx([0.375] * 3 + [0.875] * 3)
-    assert [c.second for c in comparisons] == pytest.approx([0.125] * 3 + [0.625] * 3)
-    assert [c.parsed for c in comparisons] == [True, False, False] * 2
-    assert parse_failures == pytest.approx(1 / 3)
-
-
 # --- all judges of a recipe ---
 
 
@@ -525,14 +360,9 @@ def ask_and_answer(config: Recipe, table: pa.Table, tmp_path: Path, answer: Answ
 
 
 def likes_relevant_prompts(row: dict[str, Any]) -> tuple[float, float]:
-    """Likes prompts that write of the intent and of nothing else; compares likewise, with a bonus for the first."""
-
-    def worth(prompt: str) -> float:
-        return 0.1 if prompt == row["intent"] else 0.8 if re.fullmatch(rf"\w+ writes of {row['intent']}", prompt) else 0.0
-
-    if row["other_prompt"]:
-        return 0.5 + (worth(row["prompt"]) - worth(row["other_prompt"])) / 2 + 0.1, 1.0
-    return worth(row["prompt"]), 1.0
+    """Likes prompts that write of the intent and of nothing else."""
+    is_good = re.fullmatch(rf"\w+ writes of {row['intent']}", row["prompt"])
+    return 0.1 if row["prompt"] == row["intent"] else 0.8 if is_good else 0.0, 1.0
 
 
 def test_judges_score_accepted_outputs_and_are_validated_on_the_teachers(tmp_path: Path) -> None:
@@ -546,32 +376,21 @@ def test_judges_score_accepted_outputs_and_are_validated_on_the_teachers(tmp_pat
         output("student", 2, "", probe="reward", variation=2001, reason="empty"),
         output("student", 2, "", probe="length", variation=1001, reason="empty"),
     )
-    judges = [Judge(kind="rubric", model="/nowhere", name="big"), Judge(kind="pairwise", model="/nowhere"), WITHOUT_MODEL]
+    judges = [Judge(kind="rubric", model="/nowhere", name="big"), WITHOUT_MODEL]
     judged = ask_and_answer(recipe(tmp_path, *judges), table, tmp_path, likes_relevant_prompts)
     assert judged.outputs.select(table.column_names).equals(table)
-    assert judged.outputs.column_names[-2:] == ["judge_big", "judge_likelihood"]
+    assert judged.outputs.column_names[-2:] == ["judge_big", "judge_rubric"]
     expected = [0.8] * 28 + [0.0, 0.1, math.nan, 0.0, 0.0, math.nan]
     assert judged.outputs["judge_big"].to_pylist() == pytest.approx(expected, nan_ok=True)
 
-    assert judged.comparisons.schema.equals(PAIRWISE)
-    row_of = {(row["other"], row["intent_id"]): row for row in judged.comparisons.to_pylist()}
-    assert set(row_of) == {("teacher", i) for i in range(5)} | {("echo", 0)}
-    assert (row_of["teacher", 0]["first"], row_of["teacher", 0]["second"]) == pytest.approx((0.6, 0.4))
-    assert [row_of["teacher", 4][name] for name in ("first", "second", "parsed")] == [0, 0, True]
-    assert row_of["echo", 0]["first"] == pytest.approx(0.95)
-
-    assert list(judged.judges) == ["big", "pairwise", "likelihood"]
+    assert list(judged.judges) == ["big", "rubric"]
     big = judged.judges["big"]
-    assert (big.kind, big.model, big.unit, big.relation) == ("rubric", "/nowhere", "score, 0 to 1", "independent")
+    assert (big.kind, big.model, big.relation) == ("rubric", "/nowhere", "independent")
     assert (big.validated, big.ratio_scale, big.unrelated_score, big.parse_failures) == (True, True, 0, 0)
     assert (big.pairs, big.gold_pairs, big.gold) == (24, 0, {})
     assert {kind: area.value for kind, area in big.auc.items()} == dict.fromkeys(set(CONTROL_KINDS) - {"wrong_task"}, 1)
     assert big.tasks == {TASK.name: big.auc}
-    likelihood, pairwise_judge = judged.judges["likelihood"], judged.judges["pairwise"]
-    assert (likelihood.ratio_scale, likelihood.unrelated_score, likelihood.parse_failures) == (True, 0, None)
-    assert pairwise_judge.position_bias == pytest.approx(0.2), "of the judge's own verdicts, not of settled pairs"
-    assert (pairwise_judge.auc["shuffled"].value, pairwise_judge.ratio_scale) == (1, False)
-    assert set(pairwise_judge.tasks[TASK.name]) == set(CONTROL_KINDS) - {"wrong_task"}
+    assert judged.judges["rubric"] == big
 
 
 @pytest.mark.parametrize("zero", [-0.5, 0.25])
@@ -587,45 +406,22 @@ def test_a_rejected_output_gets_the_mean_score_of_unrelated_prompts(tmp_path: Pa
         return zero + (row["intent"] in row["prompt"]), 1.0
 
     judged = ask_and_answer(recipe(tmp_path, WITHOUT_MODEL), table, tmp_path, shifted)
-    assert judged.judges["likelihood"].unrelated_score == pytest.approx(zero)
-    assert judged.outputs["judge_likelihood"].to_pylist()[-3:] == pytest.approx([zero, zero, math.nan], nan_ok=True)
-
-
-def test_unparsed_answers_of_a_pairwise_judge_count_neither_as_wins_nor_as_bias(tmp_path: Path) -> None:
-    config = recipe(tmp_path, Judge(kind="pairwise", model="/nowhere"))
-    table = outputs(*(output(policy, i) for i in range(24) for policy in ("student", "teacher")))
-
-    def often_unclear(row: dict[str, Any]) -> tuple[float, float]:
-        """Parses for half of the comparisons of policies, and among the controls only for shuffled ones."""
-        if "student" in row["prompt"] + row["other_prompt"]:
-            is_clear = int(row["intent"].split()[-1]) % 2 == 1
-        else:
-            is_clear = "teacher" in row["prompt"] and "teacher" in row["other_prompt"]
-        return (0.7, 0.9) if is_clear else (1.0, 0.2)
-
-    judged = ask_and_answer(config, table, tmp_path, often_unclear)
-    profile = judged.judges["pairwise"]
-    assert sum(judged.comparisons["parsed"].to_pylist()) == 12
-    assert profile.position_bias == pytest.approx(0.4)  # 0.7 first, 0.3 second
-    assert profile.auc["shuffled"].value == 0.5
-    assert profile.auc["echo"] == UNKNOWN
+    assert judged.judges["rubric"].unrelated_score == pytest.approx(zero)
+    assert judged.outputs["judge_rubric"].to_pylist()[-3:] == pytest.approx([zero, zero, math.nan], nan_ok=True)
 
 
 def test_without_a_teacher_judges_are_validated_on_the_student(tmp_path: Path) -> None:
-    config = recipe(tmp_path, WITHOUT_MODEL, Judge(kind="pairwise", model="/nowhere"))
+    config = recipe(tmp_path, WITHOUT_MODEL)
     judged = ask_and_answer(config, outputs(*(output("student", i) for i in range(3))), tmp_path, likes_relevant_prompts)
-    assert judged.comparisons.num_rows == 0
-    assert judged.judges["likelihood"].pairs == judged.judges["pairwise"].pairs == 3
-    assert judged.judges["pairwise"].position_bias is None
+    assert judged.judges["rubric"].pairs == 3
 
 
 def test_without_any_accepted_output_a_judge_is_not_validated(tmp_path: Path) -> None:
-    config = recipe(tmp_path, WITHOUT_MODEL, Judge(kind="pairwise", model="/nowhere"))
     rejected = outputs(output("student", 0, "", reason="empty", **dict.fromkeys(COMPONENTS)))
-    judged = ask_judges(config, [TASK], rejected, EvaluationPaths(str(tmp_path)))
-    assert judged.outputs["judge_likelihood"].to_pylist() == [0]  # no shuffled pair tells the score of unrelated prompts
-    assert (judged.judges["likelihood"].pairs, judged.judges["likelihood"].validated) == (0, False)
-    assert ask_judges(recipe(tmp_path), [TASK], rejected, EvaluationPaths(str(tmp_path))).judges == {}
+    judged = ask_judges(recipe(tmp_path, Judge(kind="coverage")), [TASK], rejected, EvaluationPaths(str(tmp_path)))
+    assert judged.outputs["judge_coverage"].to_pylist() == [0]  # no shuffled pair tells the score of unrelated prompts
+    assert (judged.judges["coverage"].pairs, judged.judges["coverage"].validated) == (0, False)
+    assert ask_judges(recipe(tmp_path).model_copy(), [TASK], rejected, EvaluationPaths(str(tmp_path))).judges == {}
 
 
 @pytest.fixture(scope="module")
@@ -650,12 +446,12 @@ def test_a_judge_is_recognized_by_its_weights_and_not_by_its_name(tmp_path: Path
     def relation(kind: str, model: str) -> str:
         return relate(Judge.model_validate({"kind": kind, "model": model}), config)
 
-    assert relation("likelihood", renamed) == "teacher"
-    assert relation("likelihood", sibling) == "teacher's family"
-    assert relation("embedding", models.resolve("bundled:minilm")) == "scorer"
+    assert relation("rubric", renamed) == "teacher"
+    assert relation("rubric", sibling) == "teacher's family"
+    assert relation("rubric", models.resolve("bundled:minilm")) == "scorer"
     assert relation("gated", "bundled:wordllama") == "independent"
     assert relation("coverage", "") == "independent"
     assert relation("rubric", "/nowhere") == "independent"
     values = {**config.model_dump(), "teacher": {"model": "/elsewhere"}}
     values["evaluate"]["baselines"] = [{"name": "small", "model": "bundled:smollm2-135m-instruct"}]
-    assert relate(Judge(kind="likelihood", model=renamed), Recipe.model_validate(values)) == "baseline"
+    assert relate(Judge(kind="rubric", model=renamed), Recipe.model_validate(values)) == "baseline"

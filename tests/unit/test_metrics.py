@@ -2,26 +2,23 @@
 
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pytest
-from fakes.fake_evaluation import judge, outputs, row, table
+from fakes.fake_evaluation import embed, judge, outputs, row, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from udrl.evaluate.document import UNKNOWN, CopiedShares, Interval, Measurements, PairwiseComparison, Scope
+from udrl.evaluate.document import UNKNOWN, Interval, Measurements, Scope
 from udrl.evaluate.metrics import compute as metrics
-from udrl.evaluate.outputs import OUTPUTS, PAIRWISE
+from udrl.evaluate.outputs import OUTPUTS
 from udrl.hashing import stable_id
-from udrl.tasks import load_tasks
 
-TASKS = load_tasks(["text_to_image", "text_to_template", "image_search"])
 NATS = judge()
 WEAK = judge(validated=False, ratio_scale=False)
 
 
 def compute(table: pa.Table, **changes: Any) -> Measurements:
-    defaults = {"tasks": TASKS, "judges": {}, "pairwise": None, "training": None, "embed": None, "bootstrap": 100, "seed": 0}
+    defaults: dict[str, Any] = {"judges": {}, "training": None, "embed": embed, "bootstrap": 100, "seed": 0}
     defaults["subject_words"] = {stable_id(0): ["balloon"], stable_id(1): ["kites", "golden"]}
     return metrics.compute(table, **{**defaults, **changes})
 
@@ -34,9 +31,9 @@ def test_a_rejected_output_counts_as_zero_and_for_a_judge_as_it_stands_in_the_ta
     scope = compute(
         table(
             row(intent=0, policy="teacher", relevance=0.8, judge_x=2.0),
-            row(intent=1, policy="teacher", relevance=None, prompt="", reason="echo", n_words=0, judge_x=-1.0),
+            row(intent=1, policy="teacher", relevance=None, prompt="", reason="echo", n_words=0, judge_x=0.0),
             row(intent=0, policy="student", relevance=0.6, judge_x=1.0),
-            row(intent=1, policy="student", relevance=0.9, prompt="", reason="truncated", n_words=7, judge_x=-1.0),
+            row(intent=1, policy="student", relevance=0.9, prompt="", reason="truncated", n_words=7, judge_x=0.0),
             row(intent=2, policy="student", relevance=0.3, judge_x=2.0),
             judges=("x",),
         ),
@@ -44,12 +41,12 @@ def test_a_rejected_output_counts_as_zero_and_for_a_judge_as_it_stands_in_the_ta
     ).tasks["text_to_image"]
     assert scope.policies["teacher"].relevance.value == pytest.approx(0.4)
     assert scope.policies["student"].relevance.value == pytest.approx(0.3)
-    assert scope.policies["student"].judges["x"].value == pytest.approx(2 / 3)
+    assert scope.policies["student"].judges["x"].value == pytest.approx(1)
     assert scope.policies["student"].rejected == pytest.approx(1 / 3)
     comparison = scope.comparisons["teacher"]
-    assert comparison.relevance.ratio.value == pytest.approx(0.75)
-    assert comparison.relevance.ratio_accepted.value == pytest.approx(0.45 / 0.8)
-    assert comparison.judges["x"].difference.value == pytest.approx(2 / 3 - 1 / 2)
+    assert comparison.relevance.value == pytest.approx(0.75)
+    assert comparison.relevance_accepted.value == pytest.approx(0.45 / 0.8)
+    assert comparison.judges["x"].value == pytest.approx((1 + 1) / (1 + 1))
 
 
 def test_coverage_repetition_and_copies_count_rejected_outputs_as_misses() -> None:
@@ -64,12 +61,10 @@ def test_coverage_repetition_and_copies_count_rejected_outputs_as_misses() -> No
     assert student.coverage.value == pytest.approx((1 + 0.5 + 0) / 3)
     assert student.clean.value == pytest.approx(1 / 3)
     assert (student.accepted["coverage"].value, student.accepted["clean"].value) == pytest.approx((0.75, 0.5))
-    assert student.repetition is not None
-    assert (student.repetition.repeated_pair, student.repetition.doubled_word) == (0.5, 0)
+    assert (student.rejected, student.reasons) == (pytest.approx(1 / 3), {"echo": 1})
     assert student.copied_8 == UNKNOWN  # no prompt has eight words
     comparison = scope.comparisons["teacher"]
-    assert comparison.coverage is not None
-    assert comparison.coverage.ratio.value == pytest.approx(0.5)
+    assert comparison.coverage.value == pytest.approx(0.5)
 
 
 def judge_ratio(student: list[float], teacher: list[float], **profile: Any) -> Interval:
@@ -78,7 +73,7 @@ def judge_ratio(student: list[float], teacher: list[float], **profile: Any) -> I
         row(intent=i, policy=p, judge_x=s) for p, v in (("student", student), ("teacher", teacher)) for i, s in enumerate(v)
     ]
     measured = compute(table(*rows, judges=("x",)), judges={"x": judge(**profile)})
-    return measured.overall.comparisons["teacher"].judges["x"].ratio
+    return measured.overall.comparisons["teacher"].judges["x"]
 
 
 def test_a_judge_s_ratio_is_of_the_scores_above_those_of_unrelated_prompts() -> None:
@@ -95,11 +90,11 @@ def test_there_is_no_ratio_to_a_policy_that_is_not_surely_above_unrelated_prompt
     assert judge_ratio([1.0] * 6, [0.5] * 6, unrelated_score=0.0).value == pytest.approx(2)
 
 
-def test_a_likelihood_judge_can_decide_the_claim() -> None:
-    parts = compute(outputs(intents=24), judges={"likelihood": NATS}).claim.parts
+def test_a_validated_judge_can_decide_the_claim() -> None:
+    parts = compute(outputs(intents=24), judges={"gated": NATS}).claim.parts
     parts = [part for part in parts if part.name.startswith("relevance (judge")]
     names = [part.name for part in parts]
-    assert names == [f"relevance (judge likelihood) against {name}" for name in ("llama3-8b", "qwen3-8b", "teacher")]
+    assert names == [f"relevance (judge gated) against {name}" for name in ("llama3-8b", "qwen3-8b", "teacher")]
     assert all(part.interval.value is not None for part in parts)
 
 
@@ -122,7 +117,7 @@ def test_a_model_that_is_rejected_on_one_task_has_no_ratio_of_diversity_over_all
         {**r, "prompt": "", "reason": "empty"} if r["policy"] == "teacher" and r["task"] == "image_search" else r
         for r in outputs(intents=30).to_pylist()
     ]
-    measured = compute(table(*rows, judges=("likelihood",)))
+    measured = compute(table(*rows, judges=("gated",)))
     assert measured.overall.diversity.ratios["teacher"].vendi == UNKNOWN
     assert measured.overall.diversity.ratios["llama3-8b"].vendi.value > 0
     assert measured.tasks["text_to_image"].diversity.ratios["teacher"].vendi.value > 0
@@ -148,11 +143,11 @@ def test_the_student_is_compared_with_every_other_policy() -> None:
     for scope in both_scopes(measured):
         assert set(scope.comparisons) == set(scope.policies) - {"student"}
         for name, comparison in scope.comparisons.items():
-            assert comparison.judges["weak"].ratio == UNKNOWN
+            assert comparison.judges["weak"] == UNKNOWN
             if name != "shuffled":
-                assert comparison.judges["nats"].ratio.value > 0
-    assert measured.overall.comparisons["echo"].relevance.difference.high < 0
-    assert measured.overall.comparisons["shuffled"].relevance.difference.low > 0
+                assert comparison.judges["nats"].value > 0
+    assert measured.overall.comparisons["echo"].relevance.high < 1
+    assert measured.overall.comparisons["shuffled"].relevance.low > 1
 
 
 def test_only_the_default_probe_counts_for_the_quality_of_a_policy() -> None:
@@ -161,65 +156,21 @@ def test_only_the_default_probe_counts_for_the_quality_of_a_policy() -> None:
     measured = compute(table(*rows))
     student = measured.overall.policies["student"]
     assert (student.n, student.rejected, student.relevance.value) == (1, 0, 0.5)
-    assert [level.words for level in measured.tasks["text_to_image"].reach.levels or ()] == [40]
+    assert [level.words for level in measured.tasks["text_to_image"].reach.levels] == [40]
     assert measured.overall.length.n == 1
 
 
-def pair(intent: int, first: float | None, second: float | None, **values: Any) -> dict[str, Any]:
-    fixed = {"judge": "p", "task": "text_to_image", "policy": "student", "other": "teacher", "variation": 0, "parsed": True}
-    return {**fixed, "intent_id": stable_id(intent), "first": first, "second": second, **values}
-
-
-def compare_pairwise(rows: list[dict], pairs: list[dict], other: str) -> PairwiseComparison:
-    measured = compute(table(*rows), pairwise=pa.Table.from_pylist(pairs, schema=PAIRWISE))
-    return measured.overall.comparisons[other].pairwise["p"]
-
-
-def test_a_pairwise_judge_s_preference_is_the_mean_of_both_orders() -> None:
-    rows = [row(intent=i, policy=p) for i in range(4) for p in ("student", "teacher")]
-    rows[6] |= {"prompt": "", "reason": "echo"}  # the student's for the last intent: settled without the judge
-    pairs = [pair(0, 0.9, 0.7), pair(1, 0.8, 0.2), pair(2, 0.9, 0.9, parsed=False), pair(3, 0.0, 0.0)]
-    comparison = compare_pairwise(rows, pairs, "teacher")
-    assert comparison.preferred.value == pytest.approx((0.8 + 0.5 + 0.0) / 3)
-    assert (comparison.n, comparison.settled) == (3, 1)
-    assert comparison.consistent == 0.5
-
-
-def test_a_policy_with_one_sample_is_settled_by_that_sample() -> None:
-    rows = [row(variation=v) for v in range(2)]
-    rows.append(row(policy="best-of-2", prompt="", reason="echo"))
-    pairs = [pair(0, 1.0, 1.0, other="best-of-2", variation=v) for v in range(2)]
-    comparison = compare_pairwise(rows, pairs, "best-of-2")
-    assert (comparison.n, comparison.settled, comparison.consistent) == (2, 2, None)
-
-
-def test_rejections_without_a_verdict_are_not_a_judge_s_preference() -> None:
-    rows = [row(intent=i, policy=p) for i in range(3) for p in ("student", "teacher")]
-    rows[5] |= {"prompt": "", "reason": "echo"}
-    pairs = [pair(0, 0.9, 0.9, parsed=False), pair(1, None, None, parsed=False), pair(2, 1.0, 1.0)]
-    comparison = compare_pairwise(rows, pairs, "teacher")
-    assert (comparison.preferred, comparison.n, comparison.settled) == (UNKNOWN, 1, 1)
-
-
-def test_training_is_read_once_for_novelty_and_for_accuracy() -> None:
-    prompts = [f"{word} owl {i} {word} light {word}" for word in ("paint", "plan", "find") for i in range(20)]
-    names = [task.name for task in TASKS for _ in range(20)]
-    rows = [row(name, i, prompt=prompt, n_words=6) for i, (name, prompt) in enumerate(zip(names, prompts, strict=True))]
-    parts = iter([pa.table({"task": names, "prompt": prompts, "policy": ["teacher"] * 60})])
+def test_copies_are_looked_for_in_all_parts_of_training() -> None:
+    prompts = [f"paint an owl {i} in soft light at dawn" for i in range(20)]
+    rows = [row(intent=i, prompt=prompt, n_words=9) for i, prompt in enumerate(prompts)]
+    parts = iter([pa.table({"prompt": prompts[:10]}), pa.table({"prompt": ["x", *prompts[10:15]]})])
     measured = compute(table(*rows), training=parts)
-    assert measured.novelty.training == 60
-    assert measured.novelty.policies["student"] == CopiedShares(exact=1, copied_5=1, copied_8=None)
-    assert measured.overall.accuracy["student"].recognized == 1
-    image = measured.tasks["text_to_image"].accuracy["student"]
-    assert (image.recognized, image.well_formed) == (1, 1)
+    assert measured.training_prompts == 16
+    assert measured.overall.policies["student"].copied_8.value == pytest.approx(15 / 20)
 
 
 def test_the_same_outputs_give_the_same_numbers() -> None:
-    def embed(texts: list[str]) -> np.ndarray:
-        vectors = np.array([[1 + len(set(text)), len(text), text.count("a")] for text in texts], dtype=float)
-        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-    one, two = (compute(outputs(), judges={"likelihood": NATS}, embed=embed) for _ in range(2))
+    one, two = (compute(outputs(), judges={"gated": NATS}) for _ in range(2))
     assert one.model_dump_json() == two.model_dump_json()
 
 

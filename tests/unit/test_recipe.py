@@ -107,6 +107,17 @@ def test_a_key_by_its_former_name_still_works_and_is_reported(path: str, caplog:
     assert "yardsticks is now called trivial_baselines" in caplog.text
 
 
+def test_judges_and_keys_that_only_earlier_versions_had_are_ignored_with_a_warning(
+    path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    some = command_line.load(path, ["evaluate.judges=[{kind: pairwise, name: duel}, {kind: rubric}]", "evaluate.pairs=9"])
+    assert [judge.kind for judge in some.evaluate.judges] == ["rubric"]
+    assert "evaluate.judges: a pairwise judge is ignored: it had no scale, so it could never decide; remove it" in caplog.text
+    assert "pairs is ignored: there is no pairwise judge; remove the key" in caplog.text
+    none = command_line.load(path, ["evaluate.judges=[{kind: likelihood}, {kind: embedding}]"])
+    assert [judge.kind for judge in none.evaluate.judges] == ["gated", "coverage"]
+
+
 # Documentation
 
 

@@ -14,19 +14,21 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jinja2 import UndefinedError
 
+from udrl.evaluate import formatting
 from udrl.evaluate.document import EvaluationDocument, Interval
+from udrl.evaluate.formatting import code, escape_markdown
 from udrl.evaluate.judges.validation import MIN_AUC
 from udrl.evaluate.metrics.intervals import GROUPS
-from udrl.evaluate.outputs import OUTPUTS, PAIRWISE
-from udrl.evaluate.report import formatting, render, tables
+from udrl.evaluate.outputs import OUTPUTS
+from udrl.evaluate.report import plots, render, tables
 from udrl.evaluate.report import write_report as report
-from udrl.evaluate.report.formatting import code, escape_markdown
-from udrl.evaluate.report.selection import best_judge, order_policies, pointwise_judges, reference_policy
+from udrl.evaluate.report.examples import example_tables
+from udrl.evaluate.report.selection import order_policies, ordered_judges, reference_policy, validated_judges
 from udrl.evaluate.speed import REPEATS
 from udrl.run import EvaluationPaths
 
 TEMPLATE = (Path(render.__file__).parent / "page.html.j2").read_text()
-VOID = {"meta", "link", "br", "path", "use", "rect"}
+VOID = {"meta", "link", "br", "img"}
 HOSTILE = "<script>alert(1)</script> | `code` *bold* [a](http://x) & \"quoted\" 'x' $y_z$ \\ ![i](u) --> ]]>"
 
 
@@ -70,30 +72,26 @@ def as_json(document: EvaluationDocument) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("report") / "evaluation"
-    pair = {"judge": "duel", "policy": "student", "other": "teacher", "first": 0.5, "second": 0.5, "parsed": True}
-    pairwise = pa.Table.from_pylist([pair], schema=PAIRWISE)
-    files = report.write_report(EvaluationPaths(str(folder)), made_up.outputs(), made_up.document(), pairwise)
+    files = report.write_report(EvaluationPaths(str(folder)), made_up.outputs(), made_up.document())
     return folder, {**as_json(made_up.document()), "files": files}
 
 
 def test_all_files_are_written_and_named(written: tuple[Path, dict[str, Any]]) -> None:
     folder, document = written
-    pictures = {f"{name}.png" for name in ("relevance", "length_control", "reward_control", "quality_cost", "training_loss")}
-    tables = {"outputs.parquet", "pairwise.parquet"}
-    assert set(document["files"]) == {"report.md", "report.html", "metrics.json", *tables, *pictures}
+    pictures = {f"{name}.png" for name in ("length_control", "reward_control")}
+    assert set(document["files"]) == {"report.md", "report.html", "metrics.json", "outputs.parquet", *pictures}
     assert list(document["files"])[-1] == "report.md"  # where it is, all is
     for name, uri in document["files"].items():
         assert uri == str(folder / name)
         assert (folder / name).stat().st_size
-    assert pq.read_schema(folder / "outputs.parquet").names == [*OUTPUTS.names, "judge_likelihood"]
+    assert pq.read_schema(folder / "outputs.parquet").names == [*OUTPUTS.names, "judge_gated"]
 
 
 def test_a_second_report_leaves_nothing_of_the_first(tmp_path: Path) -> None:
-    for name in ("pairwise.parquet", "training_loss.png"):
+    for name in ("pairwise.parquet", "training_loss.png", "reward_control.png"):
         (tmp_path / name).write_text("of the first")
-    report.write_report(EvaluationPaths(str(tmp_path)), made_up.outputs(), made_up.document(losses=[]), PAIRWISE.empty_table())
-    assert not (tmp_path / "pairwise.parquet").exists()
-    assert not (tmp_path / "training_loss.png").exists()
+    report.write_report(EvaluationPaths(str(tmp_path)), made_up.table(made_up.row()), made_up.bare())
+    assert {file.name for file in tmp_path.iterdir()} == {"report.md", "report.html", "metrics.json", "outputs.parquet"}
 
 
 def test_metrics_json_is_strict_and_holds_the_document_with_none_for_what_is_unknown(
@@ -102,7 +100,7 @@ def test_metrics_json_is_strict_and_holds_the_document_with_none_for_what_is_unk
     folder, document = written
     stored = json.loads((folder / "metrics.json").read_text(), parse_constant=pytest.fail)  # no bare NaN
     assert stored == {name: part for name, part in document.items() if name != "files"}
-    assert stored["overall"]["comparisons"]["teacher"]["judges"]["rubric"]["ratio"]["value"] is None
+    assert stored["overall"]["comparisons"]["teacher"]["judges"]["rubric"]["value"] is None
     assert stored["claim"]["parts"][0]["interval"]["low"] == pytest.approx(0.92)
 
 
@@ -117,20 +115,20 @@ def test_the_claim_comes_first_then_control_then_examples_then_the_rest(written:
     page = (folder / "report.html").read_text()
     assert re.findall(r"<h2[^>]*>(.*?)</h2>", page) == heads
     appendix = page[page.index(">Appendix</h2>") :]
-    parts = ["Policies side by side", "Subject words", "Judges", "Diversity", "Every command of", "Limits", "Settings"]
-    places = [appendix.index(f'">{part}') for part in parts]
+    parts = ["Metrics by task and policy", "Models, decoding", "Judges", "Diversity", "Limits", "Settings"]
+    places = [appendix.index(f"<summary>{part}") for part in parts]
     assert places == sorted(places)
-    assert appendix.count("<details>") == appendix.count("</details>") > len(parts)
+    assert appendix.count("<details>") == appendix.count("</details>") == len(parts)
 
 
 def test_the_first_screen_states_the_claim_the_judges_and_the_intervals() -> None:
     head = markdown_of(made_up.document()).split("## Control")[0]
     assert "a student of 104.0M parameters writes prompts as well as llama3-8b and qwen3-8b and its teacher" in head
     assert "Relevance is the cosine of intent and prompt by the scorer that made the training reward" in head
-    assert "judges that are independent of it decide: likelihood" in head
+    assert "judges that are independent of it decide: gated" in head
     assert "| part of the claim | verdict | student / other |" in head
     assert "**open** | 95.0% [92.0%, 98.0%] |" in head
-    assert "| task | likelihood: student / teacher |" in head
+    assert "| task | gated: student / teacher |" in head
 
 
 def test_both_files_hold_the_same_numbers_in_the_same_cells(written: tuple[Path, dict[str, Any]]) -> None:
@@ -138,7 +136,7 @@ def test_both_files_hold_the_same_numbers_in_the_same_cells(written: tuple[Path,
     text = (folder / "report.md").read_text().split("```yaml")[0]
     rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
     cells = [cell.strip() for row in rows for cell in re.split(r"(?<!\\)\|", row)[1:-1]]
-    assert len(cells) > 500
+    assert len(cells) > 400
     shown = Page((folder / "report.html").read_text()).cells
     assert [re.sub(r"[\\*`]", "", cell) for cell in cells] == [re.sub(r"[\\*`]", "", cell) for cell in shown]
 
@@ -147,12 +145,12 @@ def test_the_page_loads_nothing_and_runs_nothing(written: tuple[Path, dict[str, 
     folder, _ = written
     page = Page((folder / "report.html").read_text())
     tags = {tag for tag, _ in page.elements}
-    assert not tags & {"script", "iframe", "img", "object", "embed", "form", "base"}
+    assert not tags & {"script", "iframe", "object", "embed", "form", "base"}
     for tag, attributes in page.elements:
         for name, value in attributes.items():
             assert not name.startswith("on")
             if name in ("src", "href", "xlink:href", "action"):
-                assert (value or "").startswith("#") or value == "data:,", (tag, name)
+                assert (value or "").startswith(("#", "data:image/png;base64,")) or value == "data:,", (tag, name)
     policy = next(a["content"] for t, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
     assert (policy or "").startswith("default-src 'none'")
     style = (folder / "report.html").read_text().split("</style>")[0]
@@ -167,15 +165,12 @@ def test_the_page_is_marked_up_for_readers_of_all_kinds(written: tuple[Path, dic
     assert ("html", {"lang": "en"}) in page.elements
     assert ("meta", {"charset": "utf-8"}) in page.elements
     assert [tag for tag, _ in page.elements].count("h1") == 1
-    ids = [a["id"] for _, a in page.elements if "id" in a]
-    assert len(ids) == len(set(ids))
-    links = [(a.get("href") or a.get("xlink:href") or "") for t, a in page.elements if t in ("a", "use")]
-    assert links
-    assert all(link[1:] in ids for link in links)
-    figures = [a for t, a in page.elements if t == "svg"]
-    assert len(figures) == 5
-    assert all(a["role"] == "img" and a["aria-label"] for a in figures)
-    assert text.count("<p><em>Read: ") == 5
+    assert [a["alt"] for t, a in page.elements if t == "img"] == list(plots.ALTS.values())
+    assert text.count("<p><em>Read: ") == 2
+    assert all(a.get("scope") == "col" for t, a in page.elements if t == "th")
+    boxes = [a for _, a in page.elements if a.get("class") == "scroll"]
+    assert len(boxes) == text.count("<table>") > 10
+    assert all(box["aria-label"] and box["tabindex"] == "0" for box in boxes)
     assert "prefers-color-scheme: dark" in text
 
 
@@ -225,35 +220,30 @@ def table_of(text: str, head: str) -> dict[str, dict[str, str]]:
 def test_the_judges_table_says_who_decides_and_why() -> None:
     text = markdown_of(made_up.document())
     judges = table_of(text, "judge | kind")
-    assert [judges[name]["verdict"] for name in judges] == ["validated", "not validated", "validated"]
-    assert [judges[name]["role"] for name in judges] == ["decides", "shown", "shown"]
-    assert judges["likelihood"]["weakest control"] == "echo 0.85 [0.82, 0.88]"
+    assert [judges[name]["verdict"] for name in judges] == ["validated", "not validated"]
+    assert [judges[name]["role"] for name in judges] == ["decides", "shown"]
+    assert judges["gated"]["weakest control"] == "echo 0.85 [0.82, 0.88]"
     assert judges["rubric"]["relation"] == "teacher"
-    assert [judges[name]["score of shuffled"] for name in judges] == ["0.16", "0.40", "-"]
-    areas = table_of(text, "control | likelihood")
-    assert areas["echo"]["rubric"] == "0.50 [0.47, 0.53]"
-    assert "spliced (held out)" in areas
-
-
-def test_pairs_that_a_pairwise_judge_never_saw_are_shown() -> None:
-    against = table_of(markdown_of(made_up.document()), "student against")
-    row = against["teacher"]
-    columns = ("pairs", "decided by a rejection", "same winner in both orders")
-    assert [row[f"pairwise: {column}"] for column in columns] == ["50", "4", "64%"]
+    assert [judges[name]["score of shuffled"] for name in judges] == ["0.16", "0.40"]
+    areas = table_of(text, "judge: pairs")
+    assert areas["rubric: own"]["echo"] == "0.50 [0.47, 0.53]"
+    assert "spliced (held out)" in areas["gated: gold"]
 
 
 def test_rejected_outputs_are_misses_and_the_share_among_accepted_ones_stands_next_to_them() -> None:
     text = markdown_of(made_up.document())
-    wording = table_of(text, "task | policy | subject's words kept")
-    assert wording["image_search"]["subject's words kept"] == "60% [58%, 62%] (63%)"
+    scores = table_of(text, "task | policy | relevance")
+    assert scores["image_search"]["subject's words kept"] == "60% [58%, 62%] (63%)"
+    assert "| 5% (echo 4%, repetitive 1%) |" in text
     lengths = table_of(text, "task | lengths")
-    assert lengths["all tasks"]["within 2"] == "31% (33%)"  # the last row: outside
+    assert lengths["all tasks"]["within 2"] == "31% [29%, 33%] (33%)"  # the last row: outside
 
 
 def test_decoding_settings_stand_next_to_each_policy() -> None:
-    scores = table_of(markdown_of(made_up.document()), "policy | kind")
-    assert scores["student"]["decoding"] == "temperature 0.7"
-    assert scores["echo"]["decoding"] == "-"
+    policies = table_of(markdown_of(made_up.document()), "policy | model")
+    assert policies["student"]["decoding"] == "temperature 0.7, seed 7"
+    assert policies["student"]["prompts/s [least, most]"] == "210.0 [190.0, 230.0]"
+    assert "echo" not in policies
     document = made_up.document()
     assert "Decoding (student / teacher) is the same." in markdown_of(document)
     document.policies["teacher"].sampling["frequency_penalty"] = 0.3
@@ -271,22 +261,22 @@ def test_trivial_baselines_are_marked_and_the_student_comes_first() -> None:
     names = list(made_up.POLICIES)
     assert order_policies(set(names), made_up.document().policies) == names
     text = markdown_of(made_up.document())
-    assert [*table_of(text, "policy | kind")][:2] == ["student", "teacher"]
-    assert "| *echo* | trivial baseline |" in text
+    assert [*table_of(text, "policy | model")][:2] == ["student", "teacher"]
+    assert "| **all tasks** | *echo* |" in text
 
 
 def test_the_judge_to_read_is_the_deciding_one() -> None:
     document = made_up.document()
-    assert best_judge(document) == "likelihood"
-    assert list(pointwise_judges(document)) == ["likelihood", "rubric"]
+    assert validated_judges(document) == ["gated"]
+    assert list(ordered_judges(document)) == ["gated", "rubric"]
     rubric = document.judges["rubric"]
     document.judges["rubric"] = rubric.model_copy(
-        update={"validated": True, "ratio_scale": True, "gold": document.judges["likelihood"].gold | {}}
+        update={"validated": True, "ratio_scale": True, "gold": document.judges["gated"].gold | {}}
     )
-    assert best_judge(document) == "likelihood"  # the rubric's model is the teacher's
+    assert validated_judges(document) == ["gated", "rubric"]  # the rubric's model is the teacher's
     for judge in document.judges.values():
         judge.validated = False
-    assert best_judge(document) is None
+    assert validated_judges(document) == []
 
 
 def test_without_a_teacher_the_student_is_compared_with_the_first_baseline() -> None:
@@ -294,7 +284,7 @@ def test_without_a_teacher_the_student_is_compared_with_the_first_baseline() -> 
     document = made_up.document(made_up.TASKS, policies)
     assert reference_policy(document) == "llama3-8b"
     text = markdown_of(document, made_up.outputs(policies=policies))
-    assert "likelihood: student / llama3-8b" in text
+    assert "gated: student / llama3-8b" in text
     assert "The teacher did not write" in text
     assert reference_policy(made_up.bare()) is None
 
@@ -313,7 +303,7 @@ def test_missing_parts_leave_dashes_and_no_error(document: EvaluationDocument, o
     for name in ("report.md", "report.html"):
         text = (tmp_path / name).read_text()
         assert not re.search(r"\b(nan|None)\b", Page(text).text if name.endswith("html") else text)
-    assert report.short_table(document).startswith("claim: open")
+    assert report.verdict_lines(document).startswith("claim: open")
 
 
 def test_a_prompt_is_shown_as_it_is_and_never_read_as_markup(tmp_path: Path) -> None:
@@ -341,7 +331,11 @@ texts = st.text(max_size=40)
 @example(HOSTILE, "[1] [2](x) \\[3] `|`")
 @example("\x00\x1b\ufffe", "\u202e|\u2028#")
 def test_any_text_stays_one_cell(first: str, second: str) -> None:
-    table = tables.table(["a", "b"], [[escape_markdown(first) or "-", f"{code(second)} *{escape_markdown(first) or '-'}*"]], 2)
+    columns = [
+        tables.Column("a", lambda row: escape_markdown(row[0]) or "-", True),
+        tables.Column("b", lambda row: f"{code(row[1])} *{escape_markdown(row[0]) or '-'}*", True),
+    ]
+    table = tables.table(columns, [(first, second)])
     row = table.splitlines()
     assert len(row) == 3
     assert len(re.findall(r"(?<!\\)(?:\\\\)*\|", row[2])) == 3  # bars that end a cell
@@ -375,25 +369,25 @@ def test_an_unknown_number_is_a_dash() -> None:
 def test_markdown_becomes_a_page_with_headings_folds_plots_and_verdicts() -> None:
     text = "# Title\n\nAll.\n\n## One \\& two\n\n**met** and **bold**\n\n![A line](p.png)\n\n## Appendix\n\n### More\n\n"
     text += "```yaml\nk: <v>\n```\n\n### Again\n\nEnd.\n"
-    page = render.render_page(text, {"p": "<svg viewBox='0 0 1 1'></svg>"})
+    page = render.render_page(text, {"p": b"bytes"})
     assert "<title>Title</title>" in page
-    assert '<a href="#one-two">One &amp; two</a>' in page
+    assert "<h2>One &amp; two</h2>" in page
     assert '<strong class="good">met</strong> and <strong>bold</strong>' in page
-    assert '<figure>\n<div><svg role="img" aria-label="A line"' in page
-    assert '<details><summary id="more">More</summary>' in page
+    assert '<img src="data:image/png;base64,Ynl0ZXM=" alt="A line"' in page
+    assert "<details><summary>More</summary>" in page
     assert "k: &lt;v&gt;" in page
     assert page.count("<details>") == page.count("</details>") == 2
 
 
-def _examples(*scores: float | None, judge: str | None = "likelihood") -> list[str]:
+def _examples(*scores: float | None, judge: str | None = "gated") -> list[str]:
     rows = [
-        made_up.row(intent=i, relevance=-score if score is not None else 0.0, judge_likelihood=score, prompt=f"prompt {i}")
+        made_up.row(intent=i, relevance=-score if score is not None else 0.0, judge_gated=score, prompt=f"prompt {i}")
         if score is not None
         else made_up.row(intent=i, prompt="", reason="echo", relevance=None)
         for i, score in enumerate(scores)
     ]
     document = made_up.document(("text_to_image",), {"student": "student"})
-    text = tables.example_tables(document, made_up.table(*rows, judges=("likelihood",)), judge)["text_to_image"]
+    text = example_tables(document, made_up.table(*rows, judges=("gated",)), judge)["text_to_image"]
     return [f"{label} {row['student'].split(' (')[0]}" for label, row in table_of(text, "student's").items()]
 
 
@@ -417,22 +411,15 @@ def test_examples_show_every_writer_to_the_same_intent_and_its_first_prompt() ->
         "silent": "baseline",
         "echo": "trivial baseline",
     }
-    text = tables.example_tables(made_up.document(("text_to_image",), policies), made_up.table(*rows), None)["text_to_image"]
+    text = example_tables(made_up.document(("text_to_image",), policies), made_up.table(*rows), None)["text_to_image"]
     row = table_of(text, "student's")["best"]
     shown = {policy: row[policy].split(" (")[0] for policy in ("student", "teacher", "llama3-8b", "silent")}
     assert shown == {"student": "student 0", "teacher": "teacher 0", "llama3-8b": "llama3-8b 0", "silent": "-"}
     assert "echo" not in row
 
 
-def test_the_short_table_fits_a_terminal_starts_with_the_claim_and_names_what_missed() -> None:
-    document = made_up.document(("text_to_template", "a task with a very long name indeed", "x"))
-    document.policies["student"].model = "runs/" + "long/" * 30
-    lines = report.short_table(document).splitlines()
+def test_the_last_lines_of_the_job_fit_a_terminal_and_start_with_the_claim() -> None:
+    lines = report.verdict_lines(made_up.document()).splitlines()
     assert max(map(len, lines)) <= report.WIDTH
     assert lines[0].startswith("claim: open. Relevance is within 6%")
-    text = "\n".join(lines)
-    assert "MISSED     80% of prompts land within two words: 71.0%" in text
-    assert "104.0M parameters, 4,100 tokens/s, latency p50 40 ms" in text
-    assert "judge likelihood: validated; weakest control echo, AUC 0.85 [0.82, 0.88]" in text
-    assert "judge rubric: NOT VALIDATED, not independent (teacher); weakest control echo" in text
-    assert "echo:" not in text  # a trivial baseline has no model
+    assert "MISSED     80% of prompts land within two words: 71.0%" in lines

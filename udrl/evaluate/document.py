@@ -1,20 +1,19 @@
 """The content of ``metrics.json``: every number of an evaluation, and how it was made.
 
 An unknown number or verdict is None, here and on disk. A part rejects unknown keys when code builds it, so that a misspelled
-name never looks like a missing number; ``load`` ignores the keys that only other versions know, and accepts the names that
-were used until 2026-11-25.
+name never looks like a missing number. ``jobs.compare`` reads files of every version by its own, smaller view
+(:mod:`udrl.evaluate.compare.evaluated_runs`).
 """
 
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, JsonValue
 
-from udrl.commands import CommandVocabulary
 from udrl.run import Document
 
 PolicyKind = Literal["student", "teacher", "baseline", "trivial baseline"]
-JudgeKind = Literal["gated", "coverage", "likelihood", "embedding", "rubric", "pairwise"]
+JudgeKind = Literal["gated", "coverage", "rubric"]
 # Prompts that are worse than the true one by construction; see udrl.evaluate.judges.controls.
 ControlKind = Literal[
     "shuffled",
@@ -59,77 +58,58 @@ UNKNOWN = Interval(value=None)
 
 
 class PolicyProfile(Part):
-    """A policy's model, how it samples, and the cost of one replica. A trivial baseline has a kind only.
+    """A policy's model, how it samples, and the speed of one replica. A trivial baseline has a kind only.
 
-    Rates and costs are None if nothing was timed; times are seconds. A cost per 1,000 is for 1,000 prompts: of GPUs if the
-    policy has any, else of cores, and in dollars if the recipe gives a price.
+    Speeds are None if nothing was timed; times are seconds.
     """
 
-    kind: Annotated[PolicyKind, BeforeValidator(lambda kind: "trivial baseline" if kind == "yardstick" else kind)]
+    kind: PolicyKind
     model: str = "-"
     revision: str | None = None
     sampling: dict[str, JsonValue] = Field(default_factory=dict)
     seed: int | None = None
     parameters: int | None = Field(None, description="None for a model on a hub")
     tokens_per_second: Number = None
-    prompts_per_second: Number = None
-    prompts_per_second_spread: Interval | None = Field(None, description="median, least and most of the repetitions")
+    prompts_per_second: Interval = Field(UNKNOWN, description="median, least and most of the repetitions")
     latency_p50: Number = None
     latency_p95: Number = None
     memory_mib: Number = None
-    core_seconds_per_1000: Number = None
-    gpu_seconds_per_1000: Number = None
-    dollars_per_1000: Number = None
+    dollars_per_1000: Number = Field(None, description="cost of 1,000 prompts, if the recipe gives a price")
 
 
 Relation = Literal["independent", "scorer", "teacher", "teacher's family", "baseline"]
-# An AUC; files written until 2026-11-25 have it without bounds.
-Area = Annotated[
-    Interval, BeforeValidator(lambda area: {"value": area} if area is None or isinstance(area, int | float) else area)
-]
+Areas = dict[ControlKind, Interval]  # AUC against each kind of control
 
 
 class JudgeProfile(Part):
     """A judge, how well it tells true pairs of intent and prompt from controls, and how it is related to the policies.
 
-    An AUC is the probability that a true pair scores above a control, or that a pairwise judge prefers the true prompt.
+    An AUC is the probability that a true pair scores above a control.
     """
 
     kind: JudgeKind
     model: str
-    unit: str = ""
     relation: Relation = Field("independent", description="by the hash of its weights and of its vocabulary")
-    validated: bool = Field(
-        validation_alias=AliasChoices("validated", "believable"),
-        description="it tells true pairs from every foreseen kind of control, by the whole interval",
-    )
+    validated: bool = Field(description="it tells true pairs from every foreseen kind of control, by the whole interval")
     ratio_scale: bool = Field(
-        validation_alias=AliasChoices("ratio_scale", "ratio"),
-        description="scores above unrelated_score can be divided: the judge is validated and true pairs score above it",
+        description="scores above unrelated_score can be divided: the judge is validated and true pairs score above it"
     )
     unrelated_score: Number = Field(
         None,
-        validation_alias=AliasChoices("unrelated_score", "unrelated"),
         description="mean score of shuffled pairs of the run: the zero of the scale, and the score of a rejected output",
     )
-    gold: dict[ControlKind, Area] = Field(default_factory=dict, description="AUC on hand-written pairs")
-    gold_tasks: dict[str, dict[ControlKind, Area]] = Field(default_factory=dict, description="the same by task")
+    gold: Areas = Field(default_factory=dict, description="on hand-written pairs")
+    gold_tasks: dict[str, Areas] = Field(default_factory=dict, description="the same by task")
     gold_pairs: int = Field(0, description="hand-written pairs that were scored")
-    auc: dict[ControlKind, Area] = Field(default_factory=dict, description="AUC on the run's own pairs")
-    tasks: dict[str, dict[ControlKind, Area]] = Field(default_factory=dict, description="the same by task")
+    auc: Areas = Field(default_factory=dict, description="on the run's own pairs")
+    tasks: dict[str, Areas] = Field(default_factory=dict, description="the same by task")
     pairs: int = Field(0, description="true pairs of the run that were scored")
     parse_failures: Number = Field(None, description="share of answers that were not one; None unless the judge generates")
-    position_bias: Number = Field(None, description="preference for the first of two prompts; pairwise judges only")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _accept_old_relation(cls, values: Any) -> Any:
-        """Accept ``is_teacher`` or ``of_teacher``, as in files written until 2026-11-25."""
-        if not isinstance(values, dict):
-            return values
-        old = [values.get("is_teacher"), values.get("of_teacher")]
-        known = {name: value for name, value in values.items() if name not in ("is_teacher", "of_teacher")}
-        return {"relation": "teacher", **known} if any(old) else known
+    @property
+    def deciding_areas(self) -> Areas:
+        """The AUCs that validate it: on the gold set, or on the run's own pairs if its tasks have no gold."""
+        return self.gold or self.auc
 
 
 # ---- quality
@@ -143,102 +123,60 @@ class PolicyScores(Part):
 
     n: int
     rejected: Number
+    reasons: dict[str, int] = Field(default_factory=dict, description="rejected outputs by reason")
     words: Number = Field(description="mean of the accepted prompts")
     relevance: Interval
     coverage: Interval = Field(UNKNOWN, description="share of the subject's words, or of the intent's content words, kept")
     clean: Interval = Field(UNKNOWN, description="share of outputs that say nothing twice")
     accepted: dict[Quality, Interval] = Field(default_factory=dict, description="the same three among accepted prompts")
-    repetition: "Repetition | None" = None
     copied_8: Interval = Field(
         UNKNOWN, description="mean share of an accepted prompt's runs of 8 words that stand in training prompts"
     )
-    judges: dict[str, Interval] = Field(default_factory=dict, description="by pointwise judge")
-
-
-class Repetition(Part):
-    """Shares of accepted prompts."""
-
-    doubled_word: Number = Field(description="the same word twice in a row")
-    repeated_pair: Number = Field(description="a word pair twice")
-    repeated_trigram: Number
-
-
-class PairedComparison(Part):
-    """The student minus, and over, another policy."""
-
-    difference: Interval
-    ratio: Interval
-
-
-class RelevanceComparison(PairedComparison):
-    ratio_accepted: Interval = Field(description="without the rejected prompts of either side")
-
-
-class JudgeComparison(Part):
-    difference: Interval
-    ratio: Interval = Field(
-        description="of scores above unrelated_score; unknown without a ratio scale, or if the other is not surely above it"
-    )
-
-
-class PairwiseComparison(Part):
-    """How often a pairwise judge prefers the student's prompt."""
-
-    preferred: Interval = Field(description="mean preference, 0.5 is even; unknown if the judge answered for no pair")
-    n: int = Field(description="pairs with a verdict")
-    settled: int = Field(description="of these, decided without the judge because a prompt was rejected")
-    consistent: Number = Field(description="share of the judge's own verdicts with the same winner in both orders")
+    judges: dict[str, Interval] = Field(default_factory=dict)
 
 
 class PolicyComparison(Part):
-    """The student minus, or over, another policy, paired by intent."""
+    """The student against another policy, paired by intent: ratios of means, except of ``copied_8``.
 
-    relevance: RelevanceComparison
-    coverage: PairedComparison | None = None
-    clean: PairedComparison | None = None
-    copied_8: PairedComparison | None = None
-    judges: dict[str, JudgeComparison] = Field(default_factory=dict)
-    pairwise: dict[str, PairwiseComparison] = Field(default_factory=dict)
+    A judge's ratio is of scores above its unrelated_score. It is unknown without a ratio scale, or if the other policy is not
+    surely above that score.
+    """
+
+    relevance: Interval
+    relevance_accepted: Interval = Field(description="without the rejected prompts of either side")
+    coverage: Interval
+    clean: Interval
+    copied_8: Interval = Field(description="student minus other; unknown if training is")
+    judges: dict[str, Interval] = Field(default_factory=dict)
 
 
 # ---- control
 
 
-class LengthShares(Part):
-    """Shares of outputs by their distance in words from the commanded length."""
+class LengthLevel(Part):
+    """Achieved words of the accepted outputs of one commanded length."""
 
-    exact: Number
-    within_1: Number
-    within_2: Number
-    within_10pct: Number = Field(description="share within 10% of the commanded words")
-
-
-class LengthErrors(LengthShares):
-    """Commanded against achieved words of ``n`` outputs: a rejected one misses in every share, and is not in the means."""
-
-    n: int
-    rejected: Number = None
-    accepted: LengthShares | None = Field(None, description="the shares among accepted outputs")
-    mean: Number = Field(description="achieved words")
-    mae: Number
-    bias: Number = Field(description="mean of achieved minus commanded words")
-
-
-class LengthLevel(LengthErrors):
-    """The outputs of one commanded length."""
-
-    words: int
+    words: int = Field(description="commanded")
+    mean: Number
     p10: Number
     p90: Number
 
 
-class LengthControl(LengthErrors):
-    within_2_interval: Interval = UNKNOWN
+class LengthControl(Part):
+    """Commanded against achieved words of ``n`` outputs: a rejected one misses, and is not in the means."""
+
+    n: int
+    rejected: Number
+    mean: Number = Field(description="achieved words")
+    mae: Number
+    exact: Number = Field(description="share with the commanded number of words")
+    within_2: Interval = Field(description="share at most two words off")
+    within_2_accepted: Number = Field(description="the same among accepted outputs")
     spearman: Number
     rises: bool | None = Field(
         description="every step between commanded lengths is up, by its whole interval, on every task; None if that is open"
     )
-    levels: list[LengthLevel] | None = Field(None, description="None over all tasks, since their lengths differ")
+    levels: list[LengthLevel] = Field(default_factory=list, description="empty over all tasks, since their lengths differ")
 
 
 class RewardCurve(Part):
@@ -246,46 +184,27 @@ class RewardCurve(Part):
 
     spearman: Number
     difference: Interval = Field(description="top bin minus bottom bin, paired by intent; unknown with fewer than two bins")
-    monotone: bool | None = Field(
-        description="every step is up, by its whole interval; False if one is surely not; None if that is open"
-    )
+    means: list[Interval] = Field(description="of each bin")
 
 
-class RewardLevel(Part):
-    """The outputs of one commanded bin; intervals are of the accepted prompts."""
-
-    bin: int
-    n: int
-    rejected: Number
-    relevance: Interval
-    reward: Interval
-    judges: dict[str, Interval] = Field(default_factory=dict)
-
-
-class RewardControl(RewardCurve):
+class RewardControl(Part):
+    bins: list[int]
+    rejected: list[Number] = Field(description="share of each bin")
     rises: bool | None = Field(
         description="top bin above bottom bin, by the whole interval, among accepted prompts and with rejected ones as 0"
     )
-    levels: list[RewardLevel] = Field(default_factory=list)
+    relevance: RewardCurve
     judges: dict[str, RewardCurve] = Field(default_factory=dict)
 
 
-# ---- diversity, accuracy, novelty
+# ---- diversity
 
 
 class DiversityFigures(Part):
-    """One policy's diversity across intents and within them; None if it has too few prompts.
+    """One policy's diversity across intents; None if it has too few prompts."""
 
-    Lower is more varied in ``compression`` and ``self_bleu``, higher in the others.
-    """
-
-    distinct_1: Number = None
     distinct_2: Number = None
-    compression: Number = None
-    self_bleu: Number = None
     vendi: Number = None
-    within_distance: Number = None
-    within_vendi: Number = None
 
 
 class DiversityRatios(Part):
@@ -298,38 +217,16 @@ class DiversityRatios(Part):
 class Diversity(Part):
     words: float = Field(description="words that every prompt is cut to")
     n: int = Field(description="prompts of each policy")
-    fewest: int | None = Field(None, description="n of the task with the fewest; None within a task")
+    fewest: int = Field(description="n of the task with the fewest")
     policies: dict[str, DiversityFigures]
     ratios: dict[str, DiversityRatios] = Field(default_factory=dict, description="by other policy, trivial baselines left out")
-
-
-class TaskAccuracy(Part):
-    """Shares of a policy's outputs; a rejected one is neither recognized nor well-formed. None: not measured."""
-
-    recognized: Number = Field(
-        description="assigned to their own task by a classifier that was trained on the teacher's prompts"
-    )
-    well_formed: Number = Field(description="keep the task's format rules")
-    recognized_accepted: Number = Field(description="the same among accepted prompts")
-    well_formed_accepted: Number
-
-
-class CopiedShares(Part):
-    exact: Number = Field(description="share of prompts that are training prompts")
-    copied_5: Number = Field(description="mean share of a prompt's 5-grams that stand in training prompts")
-    copied_8: Number
-
-
-class Novelty(Part):
-    training: int = Field(description="training prompts; 0 if they are unknown")
-    policies: dict[str, CopiedShares]
 
 
 # ---- verdicts
 
 
 class ClaimPart(Part):
-    name: str = Field(validation_alias=AliasChoices("name", "what"))
+    name: str
     interval: Interval
     met: bool | None = Field(description="None: open")
 
@@ -346,7 +243,7 @@ class Claim(Part):
 class Target(Part):
     """A target is met if the whole interval is on its right side, missed if all of it is on the wrong one, else open."""
 
-    name: str = Field(validation_alias=AliasChoices("name", "target"))
+    name: str
     met: bool | None = Field(description="None: open, or not measured")
     measured: str
 
@@ -358,28 +255,10 @@ class Scope(Part):
     """Everything that is measured over all tasks together, and within one."""
 
     policies: dict[str, PolicyScores]
-    comparisons: dict[str, PolicyComparison] = Field(
-        validation_alias=AliasChoices("comparisons", "against"), description="by other policy; empty without a student"
-    )
+    comparisons: dict[str, PolicyComparison] = Field(description="by other policy; empty without a student")
     diversity: Diversity
     length: LengthControl = Field(description="lengths between the 5th and the 95th percentile of training")
     reach: LengthControl = Field(description="lengths outside")
-    accuracy: dict[str, TaskAccuracy] = Field(default_factory=dict, description="by policy")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _accept_old_accuracy(cls, values: Any) -> Any:
-        """Accept one table per measure instead of one per policy, as in files written until 2026-11-25."""
-        accuracy = values.get("accuracy") if isinstance(values, dict) else None
-        if not isinstance(accuracy, dict) or "classifier" not in accuracy:
-            return values
-        recognized, well_formed = (accuracy[name]["policies"] for name in ("classifier", "format"))
-        unknown = {"recognized_accepted": None, "well_formed_accepted": None}
-        by_policy = {
-            policy: {"recognized": recognized.get(policy), "well_formed": well_formed.get(policy), **unknown}
-            for policy in {**recognized, **well_formed}
-        }
-        return {**values, "accuracy": by_policy}
 
 
 class TaskScope(Scope):
@@ -387,15 +266,15 @@ class TaskScope(Scope):
 
 
 class Measurements(Part):
-    """All that follows from the tables of outputs and of comparisons."""
+    """All that follows from the table of outputs."""
 
     intents: int
     rows: int
     bootstrap: int = Field(description="resamples of an interval")
     seed: int
+    training_prompts: int = Field(description="in which copies were looked for; 0 if they are unknown")
     overall: Scope
     tasks: dict[str, TaskScope]
-    novelty: Novelty
     claim: Claim
     targets: list[Target]
 
@@ -403,19 +282,10 @@ class Measurements(Part):
 class Environment(Part):
     """The machine and the versions that the numbers were measured on."""
 
-    python: str = ""
+    python: str
     cores: int
     machine: str
-    packages: dict[str, str] = Field(default_factory=dict, description="name -> version")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _nest_packages(cls, values: Any) -> Any:
-        """Accept packages next to the other keys, as in files written until 2026-11-25."""
-        if not isinstance(values, dict) or "packages" in values:
-            return values
-        own = {name: value for name, value in values.items() if name in cls.model_fields}
-        return {**own, "packages": {name: value for name, value in values.items() if name not in own}}
+    packages: dict[str, str] = Field(description="name -> version")
 
 
 class EvaluationDocument(Measurements):
@@ -425,8 +295,5 @@ class EvaluationDocument(Measurements):
     source: str = Field(description="of the intents")
     policies: dict[str, PolicyProfile]
     judges: dict[str, JudgeProfile]
-    losses: list[tuple[int, Number]] = Field(default_factory=list, description="training history: step, loss; empty if unknown")
-    commands: CommandVocabulary
     environment: Environment
     recipe: str = Field(description="resolved, as YAML")
-    seconds: dict[str, float] = Field(description="of each phase of the evaluation")

@@ -120,10 +120,8 @@ class EvaluatedPolicy:
         return evaluation.policy(self.name, fingerprint(inputs))
 
 
-def gather_policies(
-    recipe: Recipe, tasks: Sequence[Task], intents: Sequence[EvaluatedIntent]
-) -> tuple[list[EvaluatedPolicy], CommandVocabulary]:
-    """Return the policies that the recipe evaluates, the student first, and the student's command vocabulary.
+def gather_policies(recipe: Recipe, tasks: Sequence[Task], intents: Sequence[EvaluatedIntent]) -> list[EvaluatedPolicy]:
+    """Return the policies that the recipe evaluates, the student first.
 
     Raises:
         UserError: there is no student yet, or a model is missing.
@@ -137,7 +135,7 @@ def gather_policies(
     for baseline in config.baselines:
         policy = dataclasses.replace(teacher_policy(_as_teacher(baseline), tasks), name=baseline.name)
         policies.append(_with_requests("baseline", policy, tasks, intents, recipe))
-    return policies, vocabulary
+    return policies
 
 
 def _as_teacher(baseline: Baseline) -> Teacher:

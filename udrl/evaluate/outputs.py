@@ -1,4 +1,4 @@
-"""The two tables that metrics are computed from: one row per output, and one row per pair that a pairwise judge compared.
+"""The table that metrics are computed from: one row per output.
 
 One rule holds everywhere: a rejected or empty output counts as relevance 0, and for a judge as a prompt for another intent, for
 every policy, so that refusing never pays. Trivial baselines (:mod:`udrl.evaluate.policy_outputs`) are never rejected.
@@ -14,8 +14,8 @@ from udrl.episodes import COMPONENTS, KEYS
 # The command of a row: the default; words in (length) and out of (reach) the usual range; a reward bin.
 PROBES = ("default", "length", "reach", "reward")
 STUDENT, TEACHER = "student", "teacher"
-# Prefix of the column of each pointwise judge, float32: NaN or null if the judge failed or did not see the row; for a rejected
-# row its mean score of prompts for other intents (see udrl.evaluate.judges.judging).
+# Prefix of the column of each judge, float32: NaN or null if the judge failed or did not see the row; for a rejected row its
+# mean score of prompts for other intents (see udrl.evaluate.judges.judging).
 JUDGE = "judge_"
 
 OUTPUTS = pa.schema(
@@ -29,19 +29,6 @@ OUTPUTS = pa.schema(
         ("reward", pa.float32()),
     ]
 )
-PAIRWISE = pa.schema(
-    [
-        ("judge", pa.string()),
-        ("task", pa.string()),
-        ("intent_id", pa.int64()),
-        ("policy", pa.string()),  # always the student
-        ("other", pa.string()),
-        ("variation", pa.int32()),
-        ("first", pa.float32()),  # probability that the student's prompt is preferred when it is shown first
-        ("second", pa.float32()),  # the same when it is shown second
-        ("parsed", pa.bool_()),
-    ]
-)
 
 Columns = dict[str, np.ndarray]  # arrays of shape (rows,)
 
@@ -49,25 +36,25 @@ Columns = dict[str, np.ndarray]  # arrays of shape (rows,)
 def columns(outputs: pa.Table) -> Columns:
     """Return the table as arrays of shape (rows,), with ``rejected`` as a further one.
 
-    A rejected row has relevance and reward 0; the judges' columns are unchanged, since they cover rejected rows already.
+    A rejected row has relevance 0; the judges' columns are unchanged, since they cover rejected rows already.
     """
-    rows = {name: np.asarray(outputs[name].to_pylist(), dtype=object) for name in ("task", "policy", "probe", "prompt")}
+    texts = ("task", "policy", "probe", "prompt", "reason")
+    rows = {name: np.asarray(outputs[name].to_pylist(), dtype=object) for name in texts}
     rows |= {
         name: _numbers(outputs, name).astype(np.int64) for name in ("command_words", "command_reward", "n_words", "variation")
     }
     rows["intent_id"] = outputs["intent_id"].to_numpy()  # 63 bits, which a float cannot hold
-    reason = np.asarray(outputs["reason"].to_pylist(), dtype=object)
-    rows["rejected"] = np.array([bool(r) or not p for r, p in zip(reason, rows["prompt"], strict=True)], dtype=bool)
-    for name in ("relevance", "reward"):
-        rows[name] = np.where(rows["rejected"], 0.0, _numbers(outputs, name, np.nan))
-    for name in judge_columns(outputs):
-        rows[name] = _numbers(outputs, name, np.nan)
+    rows["rejected"] = np.array([bool(r) or not p for r, p in zip(rows["reason"], rows["prompt"], strict=True)], dtype=bool)
+    rows["relevance"] = np.where(rows["rejected"], 0.0, _numbers(outputs, "relevance", np.nan))
+    for name in outputs.column_names:
+        if name.startswith(JUDGE):
+            rows[name] = _numbers(outputs, name, np.nan)
     return rows
 
 
-def judge_columns(outputs: pa.Table) -> list[str]:
-    """Return the names of the judges' columns."""
-    return [name for name in outputs.column_names if name.startswith(JUDGE)]
+def judge_columns(rows: Columns) -> dict[str, str]:
+    """Return the column of each judge by its name."""
+    return {name.removeprefix(JUDGE): name for name in rows if name.startswith(JUDGE)}
 
 
 def select(rows: Columns, keep: np.ndarray) -> Columns:
@@ -76,6 +63,5 @@ def select(rows: Columns, keep: np.ndarray) -> Columns:
 
 
 def _numbers(outputs: pa.Table, name: str, absent: float = 0.0) -> np.ndarray:
-    column = outputs[name]
-    values: Any = column.to_pylist()
+    values: Any = outputs[name].to_pylist()
     return np.array([absent if value is None else value for value in values], dtype=float)

@@ -11,32 +11,23 @@ import pyarrow as pa
 
 from udrl import storage
 from udrl.context import StageContext
-from udrl.evaluate.document import PolicyProfile
+from udrl.evaluate.document import Interval, PolicyProfile
 from udrl.evaluate.evaluated_policies import EvaluatedPolicy
 from udrl.evaluate.judges.controls import shuffle_intents
 from udrl.evaluate.outputs import OUTPUTS, STUDENT, TEACHER
-from udrl.evaluate.speed import PolicySpeed, costs_per_1000
+from udrl.evaluate.speed import PolicySpeed
 from udrl.hashing import stable_id
 from udrl.policies.policy import Row
 from udrl.policies.requests import Requests
 from udrl.policies.stage import complete
-from udrl.policies.statistics import CompletionStatistics
 from udrl.recipe import Recipe
-from udrl.run import Document, EvaluatedPolicyPaths
+from udrl.run import EvaluatedPolicyPaths
 from udrl.scoring.parsing import clean
 from udrl.scoring.score import score
 from udrl.tasks import Task
 from udrl.text import count_words
 
 SHARD_ROWS = 128
-
-
-class EvaluationRates(Document):
-    """Rates of one replica over the evaluation's own requests, for policies whose speed was not measured."""
-
-    tokens_per_second: float
-    prompts_per_second: float
-    seconds: float
 
 
 def write_outputs(evaluated: EvaluatedPolicy, paths: EvaluatedPolicyPaths, recipe: Recipe, tasks: Sequence[Task]) -> pa.Table:
@@ -47,10 +38,7 @@ def write_outputs(evaluated: EvaluatedPolicy, paths: EvaluatedPolicyPaths, recip
     probes = {row["episode_id"]: row["probe"] for row in evaluated.requests}
     requests = [{name: value for name, value in row.items() if name != "probe"} for row in evaluated.requests]
     context, name = StageContext.of(recipe), evaluated.name
-    statistics = complete(
-        evaluated.policy, Requests.of_rows(requests, SHARD_ROWS), paths.completions, f"evaluate {name}", context=context
-    )
-    _save_rates(statistics, evaluated, paths)
+    complete(evaluated.policy, Requests.of_rows(requests, SHARD_ROWS), paths.completions, f"evaluate {name}", context=context)
     score(paths.completions, paths.scoring, tasks, recipe.rewards, f"score {name}", deduplicate=False, context=context)
     rows = [{**row, "probe": probes[row["episode_id"]]} for row in (*_accepted_rows(paths), *_rejected_rows(paths))]
     return pa.Table.from_pylist([{name: row.get(name) for name in OUTPUTS.names} for row in rows], schema=OUTPUTS)
@@ -68,20 +56,8 @@ def _rejected_rows(paths: EvaluatedPolicyPaths) -> list[Row]:
     ]
 
 
-def _save_rates(statistics: CompletionStatistics, evaluated: EvaluatedPolicy, paths: EvaluatedPolicyPaths) -> None:
-    """Keep the rates if all requests were completed in one go."""
-    if not statistics.rows or statistics.reused or not statistics.seconds:
-        return
-    replicas = evaluated.policy.placement.replicas
-    EvaluationRates(
-        tokens_per_second=statistics.tokens_per_second / replicas,
-        prompts_per_second=statistics.prompts / statistics.seconds / replicas,
-        seconds=statistics.seconds,
-    ).save(paths.rates)
-
-
-def policy_profile(evaluated: EvaluatedPolicy, paths: EvaluatedPolicyPaths, speed: PolicySpeed | None) -> PolicyProfile:
-    """Return the policy's model, sampling and costs. Rates are those of ``speed``, or else of the evaluation's requests."""
+def policy_profile(evaluated: EvaluatedPolicy, speed: PolicySpeed | None) -> PolicyProfile:
+    """Return the policy's model, sampling and speed."""
     policy = evaluated.policy
     profile = PolicyProfile(
         kind=evaluated.kind,
@@ -92,12 +68,12 @@ def policy_profile(evaluated: EvaluatedPolicy, paths: EvaluatedPolicyPaths, spee
         parameters=count_parameters(policy.path),
     )
     if speed is not None:
-        rates = speed.model_dump(exclude={"startup_seconds"})
-        rates |= costs_per_1000(evaluated, speed.prompts_per_second)
-    else:
-        own_rates = EvaluationRates.load_if_exists(paths.rates)
-        rates = own_rates.model_dump(exclude={"seconds"}) if own_rates else {}
-    return PolicyProfile.model_validate({**profile.model_dump(), **rates})
+        profile.tokens_per_second, profile.memory_mib = speed.tokens_per_second, speed.memory_mib
+        profile.latency_p50, profile.latency_p95 = speed.latency_p50, speed.latency_p95
+        profile.prompts_per_second = speed.prompts_per_second_spread or Interval(value=speed.prompts_per_second)
+        price = policy.placement.dollars_per_hour
+        profile.dollars_per_1000 = None if price is None else price / 3600 * 1000 / speed.prompts_per_second
+    return profile
 
 
 def count_parameters(folder: str) -> int | None:

@@ -1,7 +1,7 @@
 """Measures each policy's speed before the evaluation starts: one request at a time, then many at once.
 
 Every policy runs in a bare vLLM with the recipe's settings, in a process of its own, one after the other. The plan's times
-and the report's costs come from these measurements.
+and the report's speeds come from these measurements.
 """
 
 import logging
@@ -147,20 +147,6 @@ def _engine_prompt(policy: Policy, row: Row) -> Any:
     rendered = policy.render(row)
     ids = rendered.get("tokenized_prompt")
     return rendered["prompt"] if ids is None else {"prompt_token_ids": list(ids)}
-
-
-def costs_per_1000(evaluated: EvaluatedPolicy, prompts_per_second: float) -> dict[str, float]:
-    """Return what 1,000 prompts of one replica take: seconds of all its cores or GPUs, and dollars if its price is set."""
-    place = evaluated.policy.placement
-    seconds = 1000 / prompts_per_second
-    if place.gpus:
-        gpus = sum(bundle["GPU"] for bundle in resource_bundles(evaluated.policy.engine, place))
-        costs = {"gpu_seconds_per_1000": seconds * gpus}
-    else:
-        costs = {"core_seconds_per_1000": seconds * (place.threads or cluster.cpu_count())}
-    if place.dollars_per_hour is not None:
-        costs["dollars_per_1000"] = seconds * place.dollars_per_hour / 3600
-    return costs
 
 
 def describe_environment() -> Environment:

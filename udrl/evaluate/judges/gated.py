@@ -16,7 +16,6 @@ classifiers are those that did not see the pair's half of the set.
 
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +24,7 @@ from udrl import models
 from udrl.evaluate.judges.controls import Pair, gold_pairs, is_prose
 from udrl.hashing import stable_id
 from udrl.intents.content_words import FUNCTION_WORDS, content_words, coverage
-from udrl.scoring.rewards import novelty
+from udrl.scoring.rewards import novelty, repetition
 from udrl.tasks import shipped_tasks
 from udrl.text import words
 
@@ -143,10 +142,8 @@ def count_new_words(pair: Pair) -> int:
 
 def share_of_distinct(prompt: str) -> float:
     """Return the share of distinct word pairs, times that of distinct content words: 1 if nothing comes again."""
-    all_words = words(prompt)
-    pairs = list(pairwise(all_words))
-    content = [word for word in all_words if word not in FUNCTION_WORDS]
-    return (len(set(pairs)) / len(pairs) if pairs else 1.0) * (len(set(content)) / len(content) if content else 1.0)
+    content = [word for word in words(prompt) if word not in FUNCTION_WORDS]
+    return repetition(prompt) * (len(set(content)) / len(content) if content else 1.0)
 
 
 # ---- classifiers

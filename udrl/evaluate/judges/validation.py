@@ -5,25 +5,23 @@ The share of (true pair, control) in which the judge prefers the true one is the
 foreseen kind of control lies above :data:`MIN_AUC`: a judge that an echo wins says nothing about a student that echoes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 
-from udrl.evaluate.document import UNKNOWN, ControlKind, Interval
+from udrl.evaluate.document import UNKNOWN, Areas, ControlKind, Interval
 from udrl.evaluate.judges.controls import CONTROL_KINDS, HELD_OUT_KINDS
 
 MIN_AUC = 0.75  # lower bound of the interval
 FORESEEN_KINDS = tuple(kind for kind in CONTROL_KINDS if kind not in HELD_OUT_KINDS)
 Z = 1.959964  # of a two-sided 95% interval
 
-Areas = dict[ControlKind, Interval]
-
 
 def areas_by_task(
     true_scores: np.ndarray, control_scores: np.ndarray, controls: pa.Table, tasks: Sequence[str]
 ) -> dict[str | None, Areas]:
-    """Return a pointwise judge's AUC against each kind of control, by task and, under None, over all tasks.
+    """Return a judge's AUC against each kind of control, by task and, under None, over all tasks.
 
     Args:
         true_scores: of the true pairs, shape (pairs,), NaN if the judge failed.
@@ -31,29 +29,15 @@ def areas_by_task(
         controls: as :data:`~udrl.evaluate.judges.controls.CONTROLS`.
         tasks: of the true pairs.
     """
-    pair_tasks, control_tasks = np.asarray(tasks, dtype=object), _column(controls, "task")
-
-    def area(of_kind: np.ndarray, task: str | None) -> Interval:
-        is_true = np.ones(len(true_scores), dtype=bool) if task is None else pair_tasks == task
-        is_control = of_kind if task is None else of_kind & (control_tasks == task)
-        return auc(true_scores[is_true & ~np.isnan(true_scores)], control_scores[is_control & ~np.isnan(control_scores)])
-
-    return _by_task(area, controls)
-
-
-def preferences_by_task(preferences: np.ndarray, controls: pa.Table) -> dict[str | None, Areas]:
-    """Return how often a pairwise judge prefers the true prompt over each kind of control; a tie counts half.
-
-    ``preferences`` has shape (rows of ``controls``,), NaN if there is no verdict.
-    """
-    control_tasks = _column(controls, "task")
-    wins = (1 + np.sign(np.round(preferences - 0.5, 6))) / 2  # rounding: an even pair is 0.5 only up to float errors
-
-    def share(of_kind: np.ndarray, task: str | None) -> Interval:
-        judged = wins[of_kind & ~np.isnan(wins) & (True if task is None else control_tasks == task)]
-        return wilson(float(judged.mean()), len(judged)) if len(judged) else UNKNOWN
-
-    return _by_task(share, controls)
+    kinds, control_tasks = (np.asarray(controls[name].to_pylist(), dtype=object) for name in ("kind", "task"))
+    pair_tasks = np.asarray(tasks, dtype=object)
+    true_known, control_known = ~np.isnan(true_scores), ~np.isnan(control_scores)
+    areas: dict[str | None, Areas] = {}
+    for task in (None, *sorted(set(control_tasks))):
+        true = true_scores[true_known & (True if task is None else pair_tasks == task)]
+        of_task = control_known & (True if task is None else control_tasks == task)
+        areas[task] = {kind: auc(true, control_scores[of_task & (kinds == kind)]) for kind in CONTROL_KINDS if kind in kinds}
+    return areas
 
 
 def weakest(areas: Mapping[ControlKind, Interval]) -> tuple[ControlKind | None, Interval]:
@@ -109,14 +93,3 @@ def nan_mean(values: np.ndarray) -> float:
     """Return the mean without NaNs; NaN if nothing remains."""
     finite = values[~np.isnan(values)]
     return float(finite.mean()) if len(finite) else float("nan")
-
-
-def _by_task(measure: Callable[[np.ndarray, str | None], Interval], controls: pa.Table) -> dict[str | None, Areas]:
-    kinds = _column(controls, "kind")
-    present = [kind for kind in CONTROL_KINDS if (kinds == kind).any()]
-    scopes: list[str | None] = [None, *sorted(set(controls["task"].to_pylist()))]
-    return {scope: {kind: measure(kinds == kind, scope) for kind in present} for scope in scopes}
-
-
-def _column(table: pa.Table, name: str) -> np.ndarray:
-    return np.asarray(table[name].to_pylist(), dtype=object)

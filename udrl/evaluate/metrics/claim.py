@@ -13,12 +13,12 @@ from udrl.evaluate.document import (
     ClaimPart,
     Interval,
     JudgeProfile,
-    PairedComparison,
     PolicyComparison,
     Scope,
     Target,
     TaskScope,
 )
+from udrl.evaluate.formatting import interval, percent_tenths, points
 from udrl.evaluate.judges.validation import weakest
 from udrl.evaluate.metrics.control import all_met
 from udrl.evaluate.outputs import STUDENT, TEACHER
@@ -51,11 +51,7 @@ def deciding_judges(judges: Mapping[str, JudgeProfile]) -> list[str]:
     a baseline has no say: the student was trained towards the first, and the others may lean to wording of their own.
     """
     fit = [name for name, judge in judges.items() if judge.validated and judge.ratio_scale and judge.relation == "independent"]
-    return sorted(fit, key=lambda name: -(_worst(judges[name]).low or 0.0))
-
-
-def _worst(judge: JudgeProfile) -> Interval:
-    return weakest(judge.gold or judge.auc)[1]
+    return sorted(fit, key=lambda name: -(weakest(judges[name].deciding_areas)[1].low or 0.0))
 
 
 def decide_claim(overall: Scope, judges: Mapping[str, JudgeProfile], intents: int) -> Claim:
@@ -78,11 +74,11 @@ def decide_claim(overall: Scope, judges: Mapping[str, JudgeProfile], intents: in
 def _relevance_parts(comparison: PolicyComparison, deciding: Sequence[str], rival: str, enough: bool) -> list[ClaimPart]:
     parts = []
     for judge in deciding:
-        ratio = comparison.judges[judge].ratio if judge in comparison.judges else UNKNOWN
+        ratio = comparison.judges.get(judge, UNKNOWN)
         parts.append(_part(f"relevance (judge {judge}) against {rival}", ratio, enough, enough))
     if len(deciding) == 1:  # one judge may convict, and two must agree to acquit
         parts.append(ClaimPart(name=f"relevance (a second judge) against {rival}", interval=UNKNOWN, met=None))
-    scorer = _part(f"relevance ({SCORER}) against {rival}", comparison.relevance.ratio, False, enough)
+    scorer = _part(f"relevance ({SCORER}) against {rival}", comparison.relevance, False, enough)
     return [*parts, scorer] if scorer.met is False or not deciding else parts
 
 
@@ -91,22 +87,22 @@ def _diversity_parts(overall: Scope, rival: str) -> list[ClaimPart]:
     enough = prompts >= MIN_PROMPTS
     parts = []
     for figure, label in DIVERSITY_LABELS.items():
-        interval = getattr(ratios, figure) if ratios else UNKNOWN
+        ratio = getattr(ratios, figure) if ratios else UNKNOWN
         qualified = label if enough or not prompts else f"{label}, of {prompts} prompts only"
-        parts.append(_part(f"diversity ({qualified}) against {rival}", interval, enough, enough))
+        parts.append(_part(f"diversity ({qualified}) against {rival}", ratio, enough, enough))
     return parts
 
 
-def _part(name: str, interval: Interval, can_be_met: bool, can_be_missed: bool) -> ClaimPart:
-    met = at_least(interval, BOUND)
-    return ClaimPart(name=name, interval=interval, met=met if (can_be_met if met else can_be_missed) else None)
+def _part(name: str, ratio: Interval, can_be_met: bool, can_be_missed: bool) -> ClaimPart:
+    met = at_least(ratio, BOUND)
+    return ClaimPart(name=name, interval=ratio, met=met if (can_be_met if met else can_be_missed) else None)
 
 
-def at_least(interval: Interval, bound: float) -> bool | None:
+def at_least(measured: Interval, bound: float) -> bool | None:
     """Return whether all of the interval is at least the bound (True) or below it (False); None: neither, or unknown."""
-    if interval.low is None or interval.high is None:
+    if measured.low is None or measured.high is None:
         return None
-    return True if interval.low >= bound else False if interval.high < bound else None
+    return True if measured.low >= bound else False if measured.high < bound else None
 
 
 def _sentence(met: bool | None, names: Sequence[str], parts: Sequence[ClaimPart], intents: int, deciding: Sequence[str]) -> str:
@@ -118,7 +114,13 @@ def _sentence(met: bool | None, names: Sequence[str], parts: Sequence[ClaimPart]
         rivals += " (no baseline wrote)"
     if met:
         return f"The student is within {1 - BOUND:.0%} of {rivals} in relevance and in diversity."
-    reasons = "; ".join(part.name + _measured(part.interval) for part in parts if part.met is met)
+    reasons = "; ".join(
+        f"{part.name} was not measured"
+        if part.interval.value is None
+        else f"{part.name} is {interval(part.interval, percent_tenths)}"
+        for part in parts
+        if part.met is met
+    )
     if met is False:
         return f"The student is not within {1 - BOUND:.0%} of {rivals}: {reasons}."
     text = f"Not decided whether the student is within {1 - BOUND:.0%} of {rivals}: {reasons}."
@@ -129,37 +131,27 @@ def _sentence(met: bool | None, names: Sequence[str], parts: Sequence[ClaimPart]
     return text
 
 
-def _measured(interval: Interval) -> str:
-    if interval.value is None:
-        return " was not measured"
-    if interval.low is None or interval.high is None or interval.low == interval.high:
-        return f" is {interval.value:.1%}"
-    return f" is {interval.value:.1%} ({interval.low:.1%} to {interval.high:.1%})"
-
-
 def check_targets(overall: Scope, tasks: Mapping[str, TaskScope], intents: int) -> list[Target]:
     """Return each target with its measurement and verdict; with fewer than :data:`MIN_INTENTS` intents all are open."""
     teacher = overall.comparisons.get(TEACHER)
-    relevance, coverage, clean = (teacher.relevance, teacher.coverage, teacher.clean) if teacher else (None, None, None)
+
+    def ratio_target(name: str, quality: str) -> Target:
+        return _target(name, getattr(teacher, quality) if teacher else UNKNOWN)
+
     targets = [
-        _ratio_target("student's mean relevance is at least 90% of the teacher's, over all tasks", relevance),
-        _target(
-            "the same among accepted prompts only",
-            teacher.relevance.ratio_accepted if teacher else UNKNOWN,
-        ),
+        ratio_target("student's mean relevance is at least 90% of the teacher's, over all tasks", "relevance"),
+        ratio_target("the same among accepted prompts only", "relevance_accepted"),
         _target_on_every_task(
             "student's mean relevance is at least 90% of the teacher's, on every task",
             {
-                name: at_least(task.comparisons[TEACHER].relevance.ratio, RATIO_TARGET) if TEACHER in task.comparisons else None
+                name: at_least(task.comparisons[TEACHER].relevance, RATIO_TARGET) if TEACHER in task.comparisons else None
                 for name, task in tasks.items()
             },
         ),
-        _ratio_target("student keeps at least 90% as many of the subject's words as the teacher", coverage),
-        _ratio_target("student's share of outputs that say nothing twice is at least 90% of the teacher's", clean),
-        _copied_target(teacher),
-        _target(
-            "80% of outputs land within two words of the commanded length", overall.length.within_2_interval, WITHIN_2_TARGET
-        ),
+        ratio_target("student keeps at least 90% as many of the subject's words as the teacher", "coverage"),
+        ratio_target("student's share of outputs that say nothing twice is at least 90% of the teacher's", "clean"),
+        _copied_target(teacher.copied_8 if teacher else UNKNOWN),
+        _target("80% of outputs land within two words of the commanded length", overall.length.within_2, WITHIN_2_TARGET),
         _target_on_every_task(
             "mean achieved words rises with commanded words, on every task",
             {name: task.length.rises for name, task in tasks.items()},
@@ -172,29 +164,16 @@ def check_targets(overall: Scope, tasks: Mapping[str, TaskScope], intents: int) 
     return targets if intents >= MIN_INTENTS else [target.model_copy(update={"met": None}) for target in targets]
 
 
-def _ratio_target(name: str, comparison: PairedComparison | None) -> Target:
-    return _target(name, comparison.ratio if comparison else UNKNOWN)
+def _target(name: str, measured: Interval, bound: float = RATIO_TARGET) -> Target:
+    return Target(name=name, met=at_least(measured, bound), measured=interval(measured, percent_tenths))
 
 
-def _target(name: str, interval: Interval, bound: float = RATIO_TARGET) -> Target:
-    return Target(name=name, met=at_least(interval, bound), measured=_show(interval))
-
-
-def _copied_target(teacher: PolicyComparison | None) -> Target:
+def _copied_target(difference: Interval) -> Target:
     name = f"student copies runs of 8 words from training at most {100 * COPIED_TARGET:.0f} points more often than the teacher"
-    difference = teacher.copied_8.difference if teacher and teacher.copied_8 else UNKNOWN
     low, high = difference.low, difference.high
     met = None if low is None or high is None else True if high <= COPIED_TARGET else False if low > COPIED_TARGET else None
-    return Target(name=name, met=met, measured=_show(difference, "+.1f", " points"))
-
-
-def _show(interval: Interval, form: str = ".1f", unit: str = "%") -> str:
-    if interval.value is None:
-        return "-"
-    text = f"{100 * interval.value:{form}}{unit}"
-    if interval.low is None or interval.high is None or interval.low == interval.high:
-        return text
-    return f"{text} [{100 * interval.low:{form}}, {100 * interval.high:{form}}]"
+    measured = interval(difference, points)
+    return Target(name=name, met=met, measured=measured if difference.value is None else f"{measured} points")
 
 
 def _target_on_every_task(name: str, met: Mapping[str, bool | None]) -> Target:

@@ -16,7 +16,6 @@ from udrl.evaluate.document import UNKNOWN, Interval
 
 LEVEL = 0.95
 GROUPS = 20  # groups of intents, which a jackknife leaves out in turn
-BLOCK = 4_000_000  # cells of one block of draws: bounds memory at 32 MB for any number of intents
 
 
 class Sample(NamedTuple):
@@ -59,15 +58,7 @@ class Bootstrap:
 
     def _resample(self, sums: np.ndarray) -> np.ndarray:
         """Return the column sums of each resample of the rows of ``sums``, shape (resamples, columns)."""
-        intents = len(sums)
-        if not intents:
-            return np.zeros((self.resamples, sums.shape[1]))
-        if self.resamples * intents <= BLOCK:
-            return _cached_draws(intents, self.resamples, self.seed) @ sums
-        rng = np.random.default_rng(self.seed)
-        step = max(1, BLOCK // intents)
-        blocks = [_draw(rng, intents, min(step, self.resamples - i)) @ sums for i in range(0, self.resamples, step)]
-        return np.vstack(blocks)
+        return _draws(len(sums), self.resamples, self.seed) @ sums if len(sums) else np.zeros((self.resamples, sums.shape[1]))
 
 
 def leave_out_groups(intents: int, seed: int = 0) -> np.ndarray:
@@ -115,14 +106,13 @@ def _sums_by_intent(*samples: Sample) -> list[np.ndarray]:
 
 
 @lru_cache(maxsize=4)
-def _cached_draws(intents: int, resamples: int, seed: int) -> np.ndarray:
-    """One block of draws; a report needs hundreds of intervals over the same number of intents."""
-    return _draw(np.random.default_rng(seed), intents, resamples).astype(float)
+def _draws(intents: int, resamples: int, seed: int) -> np.ndarray:
+    """Return how often each intent is drawn, shape (resamples, intents).
 
-
-def _draw(rng: np.random.Generator, intents: int, resamples: int) -> np.ndarray:
-    """Return how often each intent is drawn, shape (resamples, intents)."""
-    return rng.multinomial(intents, np.full(intents, 1 / intents), size=resamples)
+    A report needs hundreds of intervals over one number of intents.
+    """
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(intents, np.full(intents, 1 / intents), size=resamples).astype(float)
 
 
 def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:

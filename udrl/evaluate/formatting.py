@@ -1,4 +1,4 @@
-"""Numbers, flags and texts as reports print them, with a dash for an unknown number."""
+"""Numbers, verdicts and texts as reports print them, with a dash for an unknown number."""
 
 import math
 import re
@@ -18,12 +18,21 @@ def count(value: float | None) -> str:
     return number(value, ",.0f")
 
 
+def tenths(value: float | None) -> str:
+    return number(value, ",.1f")
+
+
 def percent(value: float | None) -> str:
     return number(value, ".0%")
 
 
 def percent_tenths(value: float | None) -> str:
     return number(value, ".1%")
+
+
+def points(value: float | None) -> str:
+    """Return a difference of shares in percentage points, without the unit."""
+    return DASH if value is None else f"{100 * value:+.1f}"
 
 
 def signed(value: float | None) -> str:
