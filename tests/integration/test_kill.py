@@ -1,6 +1,5 @@
 """After any kill the same command makes every episode exactly once, and only in-flight requests are generated twice."""
 
-import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from fakes.killable_job import HERE, WAIT, Killable, gone, wait
+from fakes.killable_job import HERE, NOTICE_LOST_NODES_AT_ONCE, WAIT, Killable, gone, wait
 
 from udrl import storage
 from udrl.command_line import load
@@ -114,7 +113,10 @@ def job(tmp_path: Path, tiny_teacher: str) -> Iterator[Callable[[str], Job]]:
 
 
 def test_engines_that_die_are_replaced_and_a_killed_driver_resumes_from_its_completed_shards(job: Callable[[str], Job]) -> None:
-    """Kill the core process of an engine, whose actor survives, then the actor that replaces it, then the driver."""
+    """Kill the core process of an engine, whose actor survives, then the actor that replaces it, then the driver.
+
+    The job that resumes has a dummy engine: which engine answers makes no difference to what is resumed.
+    """
     killed = job("vllm")
     killed.part = "all"
     for fault in ("after-hold-2", "after-hold-4", "before-hold-7"):
@@ -132,6 +134,7 @@ def test_engines_that_die_are_replaced_and_a_killed_driver_resumes_from_its_comp
     assert len({pid for _, pid, _ in killed.requests()}) == 3, killed.log_tail()
     killed.kill()
     assert 6 <= killed.files() < REQUESTS / SHARD  # one writer waits, others may still finish
+    killed.engine = "dummy"
     killed.finish()
     killed.assert_exactly_once(kills=3)
     scoring = Run(killed.recipe.storage).scoring
@@ -140,20 +143,21 @@ def test_engines_that_die_are_replaced_and_a_killed_driver_resumes_from_its_comp
     assert len(ids) == len(set(ids)) == REQUESTS
 
 
-def test_a_driver_and_a_writer_can_be_killed_before_and_after_a_file_appears(job: Callable[[str], Job]) -> None:
+def test_a_driver_can_be_killed_after_a_file_appears_and_a_writer_before_and_after(job: Callable[[str], Job]) -> None:
+    """The test above kills the driver before a file appears."""
     killed = job("dummy")
-    for fault in ("before-hold-3", "after-hold-6"):
+    for fault in ("after-hold-3", "before-block-6"):
         killed.fault(fault)
-        killed.start()
-        killed.until(lambda fault=fault: killed.struck(fault))  # type: ignore[misc]
-        killed.kill()
-        assert killed.files() < REQUESTS / SHARD
+    killed.start()
+    killed.until(lambda: killed.struck("after-hold-3"))
+    killed.kill()
+    assert killed.files() < REQUESTS / SHARD
     faults = ("before-kill-8", "after-kill-9")
     for fault in faults:
         killed.fault(fault)
     killed.finish()
     assert all(map(killed.struck, faults))
-    killed.assert_exactly_once(kills=2)
+    killed.assert_exactly_once(kills=1)
 
 
 def test_an_engine_that_hangs_ends_the_job_with_the_cluster_s_state(job: Callable[[str], Job]) -> None:
@@ -174,13 +178,18 @@ def test_an_engine_that_hangs_ends_the_job_with_the_cluster_s_state(job: Callabl
 
 
 def test_a_lost_node_loses_only_its_engine(job: Callable[[str], Job], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run three nodes on one machine: the driver's, which has no CPU for an engine, and two others."""
+    """Run three nodes on one machine: the driver's, which has no CPU for an engine, and two others.
+
+    The engine is a dummy: how Ray replaces its actor does not depend on what the actor holds, and the tests above kill a real
+    one. No file is written after the second, so the engine has no more than a few shards when its node is lost.
+    """
     import ray
     from ray.cluster_utils import Cluster
 
-    killed = job("vllm")
-    killed.fault("after-hold-2")
-    for name, value in killed.environment().items():
+    killed = job("dummy")
+    for fault in ("after-hold-2", "before-block-3"):
+        killed.fault(fault)
+    for name, value in (killed.environment() | NOTICE_LOST_NODES_AT_ONCE).items():
         monkeypatch.setenv(name, value)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
@@ -189,13 +198,9 @@ def test_a_lost_node_loses_only_its_engine(job: Callable[[str], Job], monkeypatc
         monkeypatch.setenv("RAY_ADDRESS", cluster.address)
         killed.start()
         killed.until(lambda: killed.struck("after-hold-2"))
-        (killed.faults / "after-hold-2.struck").unlink()
-        _, pid, lost = killed.requests()[0]
-        cores = psutil.Process(pid).children(recursive=True)
+        _, _, lost = killed.requests()[0]
         cluster.remove_node(nodes[lost], allow_graceful=False)
-        for core in cores:  # they end with a lost machine; here they would survive
-            with contextlib.suppress(psutil.Error):
-                core.kill()
+        killed.release()
         killed.finish()
         assert {node for _, _, node in killed.requests()} == set(nodes)
         killed.assert_exactly_once(kills=1)
