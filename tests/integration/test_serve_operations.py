@@ -35,14 +35,13 @@ class Load:
     """Clients that send one request after another; records status, body and Retry-After of each response."""
 
     def __init__(self, url: str, clients: int) -> None:
-        self.url = url
+        self.url, self.active = url, clients
         self.responses: list[tuple[int, Any, Any]] = []
-        self.stop = threading.Event()
-        self.threads = [threading.Thread(target=self._run) for _ in range(clients)]
+        self.threads = [threading.Thread(target=self._run, args=[number]) for number in range(clients)]
 
-    def _run(self) -> None:
+    def _run(self, number: int) -> None:
         with httpx.Client(base_url=self.url, timeout=60) as http:
-            while not self.stop.is_set():
+            while number < self.active:
                 response = http.post("/v1/prompts", json={"intent": "a card", "task": TASKS[0], "n": 2})
                 self.responses.append((response.status_code, response.json(), response.headers.get("retry-after")))
 
@@ -52,9 +51,13 @@ class Load:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop.set()
+        self.active = 0
         for thread in self.threads:
             thread.join(90)
+
+    def keep(self, clients: int) -> None:
+        """Let all other clients end; an engine that starts meanwhile has the cores for itself."""
+        self.active = clients
 
     def wait_for_responses(self, n: int) -> None:
         """Wait for ``n`` further responses."""
@@ -79,11 +82,13 @@ class Deployment:
         text = {"name": "tiny", "storage": str(folder), "tasks": TASKS, "intents": {"limit": 9}, "serve": SETTINGS}
         (folder / "recipe.yaml").write_text(json.dumps(text))
 
-    def deploy(self, student: int, *overrides: str) -> None:
+    def deploy(self, student: int, engines: int = 1) -> None:
+        """Start new engines; Ray Serve gives each deployment a new version, even if nothing has changed."""
         from ray import serve as ray_serve
 
         args = {"recipe": str(self.folder / "recipe.yaml"), "model": str(self.folder / f"student-{student}")}
-        ray_serve.run(app.build({**args, "overrides": list(overrides)}), name=app.APPLICATION_NAME)
+        overrides = [f"serve.min_replicas={engines}", f"serve.max_replicas={engines}"]
+        ray_serve.run(app.build({**args, "overrides": overrides}), name=app.APPLICATION_NAME)
 
     def n_running_engines(self) -> int:
         from ray import serve as ray_serve
@@ -105,7 +110,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     cluster.connect(num_cpus=4)  # logical CPUs: two engines run at the same time
     try:
         ray_serve.start(http_options={"host": "127.0.0.1", "port": deployment.port})
-        deployment.deploy(0, "serve.max_replicas=1")
+        deployment.deploy(0)
         yield deployment
     finally:
         ray_serve.shutdown()
@@ -113,23 +118,26 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
 
 
 def test_a_rolling_update_under_load_fails_no_request(served: Deployment) -> None:
+    """The update also adds an engine, for the tests that follow: the two new ones start at the same time."""
     with Load(served.url, 4) as load:
         load.wait_for_responses(20)
-        served.deploy(1, "serve.max_replicas=1")
+        load.keep(1)
+        served.deploy(1, engines=2)
         wait_until("the new model answers", lambda: load.responses[-1][1].get("revision") == served.revisions[1])
         load.wait_for_responses(20)
     statuses = Counter(status for status, _, _ in load.responses)
     assert set(statuses) == {200}, [body for status, body, _ in load.responses if status != 200][:3]
     revisions = [body["revision"] for _, body, _ in load.responses]
     assert set(revisions) == set(served.revisions)
-    # The two engines overlap only while the old one completes its requests.
+    # The engines overlap only while the old one completes its requests.
     assert set(revisions[-16:]) == {served.revisions[1]}
     print(f"rolling update under load: {dict(statuses)}, of {Counter(revisions)}")
 
 
 @pytest.mark.parametrize("killed", ["replica", "model process"])
 def test_a_killed_engine_fails_only_its_requests_in_flight_with_a_retryable_error(served: Deployment, killed: str) -> None:
-    served.deploy(1, "serve.min_replicas=2")
+    if served.n_running_engines() < 2:  # this test runs without the one before
+        served.deploy(1, engines=2)
     wait_until("two engines", lambda: served.n_running_engines() == 2)
     clients = 6
     with Load(served.url, clients) as load:
@@ -139,8 +147,10 @@ def test_a_killed_engine_fails_only_its_requests_in_flight_with_a_retryable_erro
         if killed != "replica":
             (victim,) = (child.pid for child in psutil.Process(victim).children() if "EngineCore" in " ".join(child.cmdline()))
         os.kill(victim, signal.SIGKILL)
+        wait_until("the loss is noticed", lambda: served.n_running_engines() < 2)
         load.wait_for_responses(60)
         lost = [(body, retry) for status, body, retry in load.responses[n_before:] if status != 200]
+        load.keep(1)
         wait_until("the engine is replaced", lambda: served.n_running_engines() == 2)
         load.wait_for_responses(20)
     assert {status for status, _, _ in load.responses} <= {200, 503}
