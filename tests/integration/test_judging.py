@@ -1,9 +1,11 @@
 """Real judges on twenty hand-written pairs: bundled models, Ray Data, vLLM."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from udrl import storage
@@ -42,10 +44,11 @@ PAIRS = [
     ("tea ceremony", "Hands whisking green tea in a clay bowl, tatami room, paper screens, quiet light."),
     ("wolf in a forest", "Grey wolf stepping out of a dark pine forest, snow on its back, breath in the cold air."),
 ]  # fmt: skip
+FEW = 6  # pairs for the judges with an engine: each comes with a dozen controls
 JUDGES = [
     Judge(kind="likelihood"),
     Judge(kind="embedding", model="bundled:minilm"),
-    Judge(kind="rubric", style="completion", engine={"max_num_seqs": 32}),  # type: ignore[arg-type]
+    Judge(kind="rubric", style="chat", engine={"max_num_seqs": 32}),  # type: ignore[arg-type]
     Judge(kind="pairwise", style="completion", engine={"max_num_seqs": 32}),  # type: ignore[arg-type]
 ]
 
@@ -56,10 +59,9 @@ def row(policy: str, number: int, prompt: str) -> dict[str, Any]:
     return {f.name: blank[str(f.type)] for f in OUTPUTS} | keys | {"probe": "default", "prompt": prompt}
 
 
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    values: dict[str, Any] = {"name": "judges", "storage": str(tmp_path_factory.mktemp("judges")), "tasks": ["text_to_image"]}
-    values |= {"intents": {"limit": 9}, "evaluate": {"judges": [judge.model_dump() for judge in JUDGES]}}
+def recipe_with(judges: list[Judge], storage_uri: str) -> Recipe:
+    values: dict[str, Any] = {"name": "judges", "storage": storage_uri, "tasks": ["text_to_image"]}
+    values |= {"intents": {"limit": 9}, "evaluate": {"judges": [judge.model_dump() for judge in judges]}}
     # A judge may not be the embedder that made the reward; nothing is trained here.
     return Recipe.model_validate({**values, "rewards": {"embedder": "bundled:smollm2-135m-instruct"}})
 
@@ -74,14 +76,32 @@ def outputs() -> pa.Table:
     return pa.Table.from_pylist(rows, schema=OUTPUTS)
 
 
-@pytest.fixture(scope="module")
-def evaluation(recipe: Recipe) -> EvaluationPaths:
-    return Run(recipe.storage).evaluation("evaluation")
+@dataclass(frozen=True)
+class Judging:
+    """Some judges of one recipe, what they judged, and their answers."""
+
+    recipe: Recipe
+    outputs: pa.Table
+    evaluation: EvaluationPaths
+    judged: JudgedOutputs
+
+    @classmethod
+    def of(cls, recipe: Recipe, outputs: pa.Table) -> "Judging":
+        evaluation = Run(recipe.storage).evaluation("evaluation")
+        return cls(recipe, outputs, evaluation, ask_judges(recipe, TASKS, outputs, evaluation))
 
 
 @pytest.fixture(scope="module")
-def judged(recipe: Recipe, outputs: pa.Table, evaluation: EvaluationPaths) -> JudgedOutputs:
-    return ask_judges(recipe, TASKS, outputs, evaluation)
+def by_models(tmp_path_factory: pytest.TempPathFactory, outputs: pa.Table) -> Judging:
+    """The likelihood and the embedding judge."""
+    return Judging.of(recipe_with(JUDGES[:2], str(tmp_path_factory.mktemp("models"))), outputs)
+
+
+@pytest.fixture(scope="module")
+def by_engines(tmp_path_factory: pytest.TempPathFactory, outputs: pa.Table) -> Judging:
+    """The rubric and the pairwise judge, on the first pairs."""
+    few = outputs.filter(pc.less(outputs["intent_id"], FEW))
+    return Judging.of(recipe_with(JUDGES[2:], str(tmp_path_factory.mktemp("engines"))), few)
 
 
 def scores_of(judged: JudgedOutputs, policy: str, judge: str) -> np.ndarray:
@@ -90,8 +110,8 @@ def scores_of(judged: JudgedOutputs, policy: str, judge: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["likelihood", "embedding"])
-def test_the_mean_score_rises_as_better_prompts_are_mixed_in(judged: JudgedOutputs, name: str) -> None:
-    true, student = scores_of(judged, "teacher", name), scores_of(judged, "student", name)
+def test_the_mean_score_rises_as_better_prompts_are_mixed_in(by_models: Judging, name: str) -> None:
+    true, student = (scores_of(by_models.judged, policy, name) for policy in ("teacher", "student"))
     assert not np.isnan([*true, *student]).any()
     unrelated = student[1::2]
     means = [np.mean([*unrelated, *true[:n]]) for n in (0, 5, 10, 20)]
@@ -99,12 +119,13 @@ def test_the_mean_score_rises_as_better_prompts_are_mixed_in(judged: JudgedOutpu
     assert means[-1] > means[0]
 
 
-def test_every_judge_is_validated_on_true_pairs_and_controls(judged: JudgedOutputs) -> None:
-    profiles = judged.judges
+def test_every_judge_is_validated_on_true_pairs_and_controls(by_models: Judging, by_engines: Judging) -> None:
+    profiles = by_models.judged.judges | by_engines.judged.judges
     relations = {"likelihood": "scorer", "embedding": "independent", "rubric": "scorer", "pairwise": "scorer"}
     assert {name: profile.relation for name, profile in profiles.items()} == relations  # one model made the reward here
+    n_pairs = {"likelihood": len(PAIRS), "embedding": len(PAIRS), "rubric": FEW, "pairwise": FEW}
+    assert {name: profile.pairs for name, profile in profiles.items()} == n_pairs
     for profile in profiles.values():
-        assert profile.pairs == len(PAIRS)
         assert set(profile.tasks) == {TASKS[0].name}
         assert all(0 <= area.value <= 1 for area in profile.auc.values())
     for name in ("likelihood", "embedding"):
@@ -112,24 +133,26 @@ def test_every_judge_is_validated_on_true_pairs_and_controls(judged: JudgedOutpu
         assert profile.auc["shuffled"].low > 0.8
         assert profile.auc["echo"].value < 0.5, "neither sees that an echo adds nothing"
         assert (profile.validated, profile.ratio_scale) == (False, False)
-        mean = scores_of(judged, "teacher", name).mean()
+        mean = scores_of(by_models.judged, "teacher", name).mean()
         assert 0 < profile.unrelated_score < mean / 2, "it is low, but nothing makes it 0"
+    scores = np.concatenate([scores_of(by_engines.judged, policy, "rubric") for policy in ("teacher", "student")])
+    assert ((scores > 0) & (scores < 1)).all(), "expectations, not sampled answers"
     assert profiles["rubric"].parse_failures < 0.1
     assert profiles["pairwise"].parse_failures < 0.1
 
 
-def test_a_small_pairwise_judge_answers_in_both_orders(judged: JudgedOutputs) -> None:
-    table = judged.comparisons
-    assert table.num_rows == len(PAIRS)
+def test_a_small_pairwise_judge_answers_in_both_orders(by_engines: Judging) -> None:
+    table = by_engines.judged.comparisons
+    assert table.num_rows == FEW
     assert set(table["other"].to_pylist()) == {"teacher"}
     orders = np.array([table["first"].to_pylist(), table["second"].to_pylist()])
     assert ((orders > 0) & (orders < 1)).all(), "probabilities, not sampled answers"
     bias = float(np.mean(orders[0] - orders[1]))
-    assert judged.judges["pairwise"].position_bias == pytest.approx(bias, abs=1e-6)
+    assert by_engines.judged.judges["pairwise"].position_bias == pytest.approx(bias, abs=1e-6)
 
 
 def test_a_second_evaluation_starts_no_pass_and_gives_the_same_results(
-    judged: JudgedOutputs, recipe: Recipe, outputs: pa.Table, evaluation: EvaluationPaths, monkeypatch: pytest.MonkeyPatch
+    by_models: Judging, by_engines: Judging, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray
 
@@ -138,35 +161,37 @@ def test_a_second_evaluation_starts_no_pass_and_gives_the_same_results(
 
     for name in ("range", "from_items", "from_arrow"):
         monkeypatch.setattr(ray.data, name, fail)
-    again = ask_judges(recipe, TASKS, outputs, evaluation)
-    assert again.outputs.equals(judged.outputs)
-    assert again.comparisons.equals(judged.comparisons)
-    assert again.judges == judged.judges
+    for first in (by_models, by_engines):
+        again = ask_judges(first.recipe, TASKS, first.outputs, first.evaluation)
+        assert again.outputs.equals(first.judged.outputs)
+        assert again.comparisons.equals(first.judged.comparisons)
+        assert again.judges == first.judged.judges
     # With the prompts swapped, the same answers give the other's preference.
-    prompt_of = {(r["policy"], r["intent_id"]): r["prompt"] for r in outputs.to_pylist()}
-    rows = again.comparisons.to_pylist()
+    prompt_of = {(r["policy"], r["intent_id"]): r["prompt"] for r in by_engines.outputs.to_pylist()}
+    rows = by_engines.judged.comparisons.to_pylist()
     swapped_pairs = [
         {"intent_id": n, "intent": PAIRS[n][0], "task": TASKS[0].name}
         | {"prompt": prompt_of["teacher", n], "other_prompt": prompt_of["student", n]}
         for n in (r["intent_id"] for r in rows)
     ]
-    swapped, _ = compare_pairs(JUDGES[3], swapped_pairs, recipe, TASKS, evaluation)
+    swapped, _ = compare_pairs(JUDGES[3], swapped_pairs, by_engines.recipe, TASKS, by_engines.evaluation)
     assert [c.first for c in swapped] == pytest.approx([1 - r["second"] for r in rows], abs=1e-6)
     assert [c.second for c in swapped] == pytest.approx([1 - r["first"] for r in rows], abs=1e-6)
 
 
-def test_a_killed_pass_asks_only_what_is_missing(judged: JudgedOutputs, recipe: Recipe, evaluation: EvaluationPaths) -> None:
-    [folder] = [name for name in storage.list_folders(evaluation.work) if "embedding" in name]
-    paths = JudgePaths(storage.join(evaluation.work, folder))
+def test_a_killed_pass_asks_only_what_is_missing(by_models: Judging) -> None:
+    work = by_models.evaluation.work
+    [folder] = [name for name in storage.list_folders(work) if "embedding" in name]
+    paths = JudgePaths(storage.join(work, folder))
     [part] = [storage.join(paths.scores, name) for name in storage.list_files(paths.scores)]
     before = storage.read_table(part)
     storage.remove(part)
     pairs = [{"intent_id": 0, "intent": PAIRS[0][0], "task": TASKS[0].name, "prompt": PAIRS[0][1]}]
-    scores, _ = score_pairs(JUDGES[1], pairs, recipe, TASKS, evaluation)
+    scores, _ = score_pairs(JUDGES[1], pairs, by_models.recipe, TASKS, by_models.evaluation)
     after = storage.read_table(part)
     assert after["episode_id"].equals(before["episode_id"])
     assert after["score"].to_numpy() == pytest.approx(before["score"].to_numpy(), abs=1e-5)
-    assert scores[0] == pytest.approx(judged.outputs["judge_embedding"][0].as_py(), abs=1e-5)
+    assert scores[0] == pytest.approx(by_models.judged.outputs["judge_embedding"][0].as_py(), abs=1e-5)
 
 
 def test_cosines_of_a_language_model_s_mean_states_do_not_validate() -> None:
