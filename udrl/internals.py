@@ -10,6 +10,7 @@ Importing this module imports none of the three packages; its functions do.
 import functools
 import json
 import logging
+import sys
 import threading
 from argparse import Namespace
 from typing import Any
@@ -250,7 +251,9 @@ async def generate_final_output(stage: Any, row: dict[str, Any]) -> Any:
 
 
 def fatal_engine_errors() -> tuple[type[Exception], ...]:
-    """Return the errors after which a vLLM engine answers no request."""
+    """Return the errors after which a vLLM engine answers no request; none in a process that has not imported vLLM."""
+    if "vllm" not in sys.modules:  # importing it takes eight seconds, and no engine can have raised one of them
+        return ()
     from ray.llm._internal.common.errors import VLLM_FATAL_ERRORS
 
     return VLLM_FATAL_ERRORS

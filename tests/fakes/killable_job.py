@@ -13,6 +13,12 @@ import psutil
 HERE = Path(__file__).parent
 RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent", "python")
 WAIT = 240  # seconds; a trigger that has not come by then fails the test
+# Ray's documented settings of a node's health checks. With the defaults, a lost node is noticed after a quarter of a minute.
+NOTICE_LOST_NODES_AT_ONCE = {
+    "RAY_health_check_initial_delay_ms": "0",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_failure_threshold": "2",
+}
 
 
 class Killable(abc.ABC):
@@ -39,8 +45,8 @@ class Killable(abc.ABC):
         return (self.faults / f"{name}.struck").exists()
 
     def release(self) -> None:
-        """Let all held processes continue."""
-        for fault in self.faults.glob("*-hold-*.struck"):
+        """Let all held and blocked processes continue."""
+        for fault in [*self.faults.glob("*-hold-*.struck"), *self.faults.glob("*-block-*")]:
             fault.unlink()
 
     def start(self) -> None:

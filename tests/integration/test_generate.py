@@ -17,8 +17,10 @@ from udrl.errors import UserError
 from udrl.generate import plan
 from udrl.generate import stage as generate
 from udrl.policies.ledger import list_parts, load_attempts, read_shard
+from udrl.policies.stage import complete
 from udrl.recipe import Recipe
 from udrl.run import GenerateSummary, GenerationPlan, Run
+from udrl.scoring.parsing import reject_reasons
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 # Ray's workers can't import the tests, so the engines below are pickled by value.
@@ -37,6 +39,10 @@ format: {min_words: 2, max_words: 14}
 """
 
 
+# Of the run below, which asks for 7 prompts per intent and task: 3 x (7 plain requests, and structured ones of 3, 3 and 1).
+PROMPTS, REQUESTS = 3 * 2 * 7, 3 * (7 + 3)
+
+
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Generate with a task from one YAML file and intents from one JSONL file, two of which are unusable."""
@@ -49,7 +55,13 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "storage": str(folder / "run"),
         "tasks": [str(folder / "music.yaml"), "image_search"],
         "intents": {"source": str(folder / "intents.jsonl"), "column": "q", "heldout": 0},
-        "teacher": {"samples": 2, "shard_size": 4, "sampling": {"max_tokens": 24}, "engine": {"max_num_seqs": 8}},
+        "teacher": {
+            "samples": 7,
+            "structured": {"image_search": 3},
+            "shard_size": 4,
+            "sampling": {"max_tokens": 24},
+            "engine": {"max_num_seqs": 16},
+        },
         "evaluate": {"lengths": [6]},
     }
     return {"values": values, "summary": generate.run(Recipe.model_validate(values)), "paths": Run(values["storage"])}
@@ -61,7 +73,7 @@ def run(setup: dict[str, Any], **changes: Any) -> GenerateSummary:
 
 def test_every_request_is_an_episode_or_a_reject(setup: dict[str, Any]) -> None:
     summary, scoring = setup["summary"], setup["paths"].scoring
-    assert summary.requested == 3 * 2 * 2
+    assert summary.requested == PROMPTS
     assert summary.accepted + summary.rejected == summary.requested
     ids = [
         i
@@ -70,6 +82,23 @@ def test_every_request_is_an_episode_or_a_reject(setup: dict[str, Any]) -> None:
         for i in t["episode_id"].to_pylist()
     ]
     assert len(ids) == len(set(ids)) == summary.requested
+
+
+def test_structured_requests_give_the_requested_number_of_prompts(setup: dict[str, Any]) -> None:
+    ledger = setup["paths"].scoring.ledger(setup["summary"].ledger)
+    rows = pa.concat_tables(read_shard(ledger, names) for names in list_parts(ledger).values()).to_pylist()
+    assert len(rows) == REQUESTS
+    assert not [row["error"] for row in rows if row["error"]]
+    structured = [row for row in rows if row["prompts"] > 1]
+    assert {(row["task"], row["prompts"]) for row in structured} == {("image_search", 3)}
+    assert {row["variation"] for row in structured} == {0, 3}
+    assert {row["variation"] for row in rows if row["task"] == "image_search"} == {0, 3, 6}
+    whole = [row for row in structured if row["finish_reason"] == "stop"]
+    assert whole
+    for row in whole:
+        assert len(json.loads(row["completion"])["prompts"]) == 3
+    plain = [row for row in rows if row["prompts"] == 1]
+    assert not any('{"prompts"' in row["completion"] or "\n" in row["completion"] for row in plain)
 
 
 def test_episodes_have_the_schema_and_load_as_a_dataset(setup: dict[str, Any]) -> None:
@@ -94,7 +123,7 @@ class NoEngine(DummyEngine):
 def test_a_finished_job_starts_no_engine(setup: dict[str, Any]) -> None:
     again = generate.run(Recipe.model_validate(setup["values"]), engine_actor=NoEngine)
     assert again.generated_now == 0
-    assert again.reused == again.requested
+    assert again.reused == REQUESTS
     assert again.accepted == setup["summary"].accepted
 
 
@@ -107,7 +136,7 @@ def test_only_lost_files_are_generated_again(setup: dict[str, Any]) -> None:
     again = generate.run(Recipe.model_validate(setup["values"]), engine_actor=DummyEngine)
     assert again.generated_now == len(lost)
     ids = [i for names in list_parts(ledger).values() for i in read_shard(ledger, names)["episode_id"].to_pylist()]
-    assert len(ids) == len(set(ids)) == again.requested
+    assert len(ids) == len(set(ids)) == REQUESTS
     assert set(lost) <= set(ids)
 
 
@@ -129,20 +158,33 @@ def test_other_weights_rescore_without_generating(setup: dict[str, Any]) -> None
     assert after["reward"].to_pylist() == pytest.approx(after["novelty"].to_pylist())
 
 
-def test_a_teacher_can_write_through_its_chat_template(tmp_path: Path, setup: dict[str, Any]) -> None:
-    teacher = setup["values"]["teacher"] | {"style": "chat", "samples": 1, "sampling": {"max_tokens": 48}}
-    summary = run(setup, storage=str(tmp_path / "run"), teacher=teacher)
-    assert summary.requested == 3 * 2
-    ledger = Run(f"{tmp_path}/run").scoring.ledger(summary.ledger)
-    table = pa.concat_tables(read_shard(ledger, names) for names in list_parts(ledger).values())
-    assert all(table["error"].to_numpy(zero_copy_only=False) == "")
-    assert all("<|im_" not in text and text.strip() for text in table["completion"].to_pylist())
+def test_a_chat_teacher_writes_and_what_vllm_refuses_is_a_reject(tmp_path: Path, setup: dict[str, Any]) -> None:
+    """Through the chat template, the requests of ``image_search`` are longer than the engine's context."""
+    teacher = setup["values"]["teacher"] | {"style": "chat", "samples": 1, "structured": {}, "sampling": {"max_tokens": 48}}
+    teacher |= {"engine": {"max_model_len": 160}}
+    recipe = Recipe.model_validate(setup["values"] | {"storage": str(tmp_path / "run"), "teacher": teacher})
+    prepared = generate.prepare_generation(recipe)
+    complete(prepared.policy, prepared.requests, prepared.ledger, "chat")
+    rows = pa.concat_tables(read_shard(prepared.ledger, names) for names in list_parts(prepared.ledger).values()).to_pylist()
+    written, refused = ([row for row in rows if row["task"] == task.name] for task in prepared.tasks)
+    assert (len(written), len(refused)) == (3, 3)
+    assert not [row["error"] for row in written if row["error"]]
+    assert all("<|im_" not in row["completion"] and row["completion"].strip() for row in written)
+    reasons = [reason for row in refused for reason, _ in reject_reasons(prepared.tasks[1], row)]
+    assert reasons == 3 * ["input_too_long"]
+
+
+class Refusing(DummyEngine):
+    """Refuse every request."""
+
+    async def answer(self, row: dict[str, Any]) -> dict[str, Any]:
+        raise ValueError("The decoder prompt (length 80) is longer than the maximum model length of 64.")
 
 
 def test_an_engine_that_refuses_every_request_ends_the_job_with_its_error(tmp_path: Path, setup: dict[str, Any]) -> None:
-    teacher = setup["values"]["teacher"] | {"engine": {"max_model_len": 64}}  # shorter than the few-shot prefix
-    with pytest.raises(UserError, match="refuses every request"):
-        run(setup, storage=str(tmp_path / "run"), teacher=teacher)
+    recipe = Recipe.model_validate(setup["values"] | {"storage": str(tmp_path / "run")})
+    with pytest.raises(UserError, match=r"refuses every request: ValueError: .* maximum model length of 64"):
+        generate.run(recipe, engine_actor=Refusing)
     assert not list((tmp_path / "run").rglob("part-*"))
 
 
@@ -158,18 +200,18 @@ def test_a_finished_run_shows_its_cost(setup: dict[str, Any]) -> None:
     ):
         assert part in text
     ledger = setup["paths"].scoring.ledger(setup["summary"].ledger)
-    assert sum(attempt.rows for attempt in load_attempts(ledger)) >= setup["summary"].requested
+    assert sum(attempt.rows for attempt in load_attempts(ledger)) >= REQUESTS
 
 
 def test_a_dry_run_plans_without_leaving_completions(setup: dict[str, Any], tmp_path: Path) -> None:
     values = setup["values"] | {"storage": str(tmp_path / "planned"), "dry_run": True}
-    calibrated = plan.plan_generation(Recipe.model_validate(values))
-    assert "12 for 12 prompts (counted)" in plan.describe_plan(calibrated)
+    calibrated = plan.plan_generation(Recipe.model_validate(values), engine_actor=DummyEngine)
+    assert f"{REQUESTS} for {PROMPTS} prompts (counted)" in plan.describe_plan(calibrated)
     assert calibrated.generation_seconds is not None
     assert calibrated.generation_seconds.basis == "measured"
     assert GenerationPlan.load(Run(values["storage"]).plan) == calibrated
     with_speed = Recipe.model_validate(values | {"teacher": values["teacher"] | {"tokens_per_second": 1000}})
-    estimated = plan.plan_generation(with_speed)
+    estimated = plan.plan_generation(with_speed, engine_actor=NoEngine)
     assert estimated.generation_seconds is not None
     assert estimated.generation_seconds.basis == "assumed"
     assert not list((tmp_path / "planned").rglob("part-*"))
@@ -183,7 +225,7 @@ COMPLETIONS_OF_ALL_KINDS = {
     "красная лиса на снегу в лесу под луной": "wrong_script",
     "soft \ufffd\ufffd light over calm water at dawn": "garbled",
     "wide quiet harbor photo, wide quiet harbor photo, wide quiet harbor photo": "repetitive",
-    "bright city skyline photo " * 40_000: "malformed",
+    "bright city skyline photo " * 4_000: "malformed",
 }
 
 

@@ -1,7 +1,9 @@
 """Scoring a ledger on a local Ray: three passes, each of which resumes and gives the same rows wherever it was killed."""
 
 import json
+import math
 import shutil
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,19 +12,25 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from ray import cloudpickle
 
+from benchmarks.dummy_engine import DummyEngine
 from udrl import storage
+from udrl.context import StageContext
 from udrl.episodes import COMPLETIONS, EPISODES, REJECTS
 from udrl.errors import UserError
 from udrl.hashing import stable_id
 from udrl.policies.ledger import list_parts, part_name
-from udrl.recipe import Deduplicate, Rewards
+from udrl.recipe import Deduplicate, Rewards, RubricJudge
 from udrl.run import Manifest, ScoringPaths
-from udrl.scoring.filtering import filter_completions, filter_inputs, filter_shards, shard_file, start_deduplicator
+from udrl.scoring.filtering import FILTERED, filter_completions, filter_inputs, filter_shards, shard_file, start_deduplicator
+from udrl.scoring.rubric import judge_relevance
 from udrl.scoring.score import ScoringResult, score
 from udrl.tasks import Example, Format, Task
 
 pytestmark = pytest.mark.usefixtures("local_ray")
+# Ray's workers cannot import the module of the engines below.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 EXAMPLES = [Example(intent=f"thing {i}", prompt=f"a thing number {i} in light") for i in range(3)]
 TASKS = [
@@ -223,3 +231,42 @@ def test_when_the_deduplicator_dies_finished_shards_are_kept(tmp_path: Path) -> 
     filter_completions(ledger, cut, TASKS, config)
     assert {p: p.stat().st_mtime_ns for p in finished} == before
     assert table_of(cut.filtered).equals(table_of(whole.filtered))
+
+
+class Undecided(DummyEngine):
+    """A judge that says 9 with a tenth of probability for each owl, and something else with a probability of 0.4."""
+
+    async def answer(self, row: dict[str, Any]) -> dict[str, Any]:
+        nine = int(row["intent"].split()[3]) / 10
+        answer = await super().answer(row)
+        return answer | {"top_tokens": ["9", " 1", "x"], "top_logprobs": [math.log(nine), math.log(0.6 - nine), math.log(0.4)]}
+
+
+class NoEngine(DummyEngine):
+    """Fail when it starts."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise AssertionError("an engine was started")
+
+
+def test_a_rubric_judge_scores_each_candidate_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """With a dummy engine; test_judging.py has the same judge with vLLM."""
+    filtered, out = str(tmp_path / "filtered"), str(tmp_path / "out")
+    for shard in range(2):
+        table = [
+            {f.name: {"string": "", "int64": 0, "int32": 0}[str(f.type)] for f in FILTERED}
+            | {"episode_id": 10 * shard + i, "intent": f"a poster of {i} owls", "task": TASKS[0].name}
+            | {"prompt": f"{i} owls on a branch, moonlight, woodcut", "reason": "" if i else "echo"}
+            for i in range(4)
+        ]
+        storage.write_table(storage.join(filtered, f"part-{shard:08d}.parquet"), pa.Table.from_pylist(table, schema=FILTERED))
+    judge_relevance(filtered, out, RubricJudge(), TASKS, StageContext(engine_actor=Undecided))
+    scored = {name: storage.read_table(storage.join(out, name)) for name in storage.list_files(out)}
+    assert [table["episode_id"].to_pylist() for table in scored.values()] == [[1, 2, 3], [11, 12, 13]]
+    for table in scored.values():
+        # Expectations over 9 and 1, mapped to 0..1, not samples.
+        assert table["relevance"].to_pylist() == pytest.approx([1 / 6, 2 / 6, 3 / 6])
+    assert "6 judgments; parse failures 0.0%" in capfd.readouterr().err
+    storage.remove(storage.join(out, "part-00000001.parquet"))
+    judge_relevance(filtered, out, RubricJudge(), TASKS, StageContext(engine_actor=NoEngine))
+    assert storage.read_table(storage.join(out, "part-00000001.parquet")).equals(scored["part-00000001.parquet"])

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import yaml
 from fakes.fake_episodes import fill_with_episodes
-from fakes.killable_job import Killable, gone, wait
+from fakes.killable_job import NOTICE_LOST_NODES_AT_ONCE, Killable, gone, wait
 
 from udrl.run import Run, TrainingSummary
 from udrl.train import checkpoint
@@ -125,7 +125,7 @@ def test_a_lost_node_s_worker_is_replaced_or_the_training_continues_without_it(
     more = {"min_workers": 1} if elastic else {}
     killed = make_training(workers=2, placement_strategy="STRICT_SPREAD", threads=1, **more)
     killed.fault("after-hold-16")
-    for name, value in killed.environment().items():
+    for name, value in (killed.environment() | NOTICE_LOST_NODES_AT_ONCE).items():
         monkeypatch.setenv(name, value)
     # Ray Train first waits for the old number of workers, because it does not know of the loss yet.
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")

@@ -182,7 +182,7 @@ def test_serve_reads_the_interval_of_metrics_from_a_deprecated_field_only() -> N
     assert "autoscaling_config.metrics_interval_s" in (folder / "replica.py").read_text()
 
 
-# ---- Ray Serve LLM; tests/integration/test_serve.py looks at the processes of a real engine
+# ---- Ray Serve LLM; tests/integration/serving/test_serve.py looks at the processes of a real engine
 
 
 def test_ray_calls_the_override_of_its_engine_config_when_an_engine_starts() -> None:

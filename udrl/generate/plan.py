@@ -48,11 +48,11 @@ class Rates:
     startup_seconds: Figure
 
 
-def plan_generation(recipe: Recipe) -> GenerationPlan:
+def plan_generation(recipe: Recipe, engine_actor: type | None = None) -> GenerationPlan:
     """Plan the stage and write ``plan.json``, with which the finished job compares its time.
 
     Unless the recipe gives ``teacher.tokens_per_second``, one replica of the engine completes a few hundred requests, whose
-    completions are deleted.
+    completions are deleted. ``engine_actor`` replaces the engine (see :class:`~udrl.context.StageContext`).
 
     Raises:
         UserError: as in :func:`~udrl.generate.stage.prepare_generation`; or the engine can't be placed.
@@ -65,7 +65,7 @@ def plan_generation(recipe: Recipe) -> GenerationPlan:
     if teacher.tokens_per_second:
         rates = assumed_rates(prepared.policy, prepared.requests, prepared.tasks, teacher.tokens_per_second)
     else:
-        rates = _calibrate(recipe, prepared)
+        rates = _calibrate(recipe, prepared, engine_actor)
     plan = estimate_plan(teacher, recipe.rewards, prepared.requests, prepared.n_prompts, prepared.n_intents, rates)
     plan = plan.model_copy(update={"ledger": prepared.manifest.fingerprint})
     plan.save(prepared.run.plan)
@@ -213,7 +213,7 @@ def steady_rate_of_points(points: Sequence[tuple[float, int, int]], capacity: in
     return sum(tokens for _, tokens in window[1:]) / (window[-1][0] - window[0][0])
 
 
-def _calibrate(recipe: Recipe, prepared: PreparedGeneration) -> Rates:
+def _calibrate(recipe: Recipe, prepared: PreparedGeneration, engine_actor: type | None) -> Rates:
     """Complete a sample of the requests with one replica, and return its rates."""
     teacher, ledger = recipe.teacher, Run(recipe.storage).calibration
     # Four times the engine's capacity keep it full for half of them. Shards of a quarter of the capacity give the steady rate
@@ -225,7 +225,7 @@ def _calibrate(recipe: Recipe, prepared: PreparedGeneration) -> Rates:
     policy = dataclasses.replace(prepared.policy, placement=one_replica)
     storage.remove(ledger)
     cluster.connect()
-    statistics = complete(policy, requests, ledger, "plan", context=StageContext.of(recipe))
+    statistics = complete(policy, requests, ledger, "plan", context=StageContext.of(recipe, engine_actor))
     rates = measured_rates(statistics, teacher, ledger)
     storage.remove(ledger)
     return rates

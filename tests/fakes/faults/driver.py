@@ -57,6 +57,8 @@ def main(argv: list[str]) -> None:
     from udrl.generate import stage as generate
     from udrl.policies.stage import complete
 
+    if argv[1] != "vllm":  # Ray's builder of the stage would import it for a class of errors: eight seconds
+        sys.modules["vllm"] = None  # type: ignore[assignment]
     recipe, engine = load(argv[0]), ENGINES[argv[1]]()
     if "all" in argv:
         generate.run(recipe, engine_actor=engine)

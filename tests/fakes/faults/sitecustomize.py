@@ -2,7 +2,8 @@
 
 A fault is a file in $UDRL_FAULTS, named ``<when>-<action>-<n>``: before or after the n-th file of a ledger appears, or the
 note that completes the checkpoint of step n, ``kill`` the process that writes it, or ``hold`` it until the fault is removed.
-The first process that reaches a fault claims it by renaming it, so that it strikes once.
+The first process that reaches a fault claims it by renaming it, so that it strikes once; ``block`` holds every process that
+reaches it.
 """
 
 import os
@@ -26,6 +27,10 @@ def _strike(when: str, target: str) -> None:
             continue
         _, action, at = fault.split("-")
         if number < int(at):
+            continue
+        if action == "block":
+            while os.path.exists(os.path.join(_folder, fault)):
+                time.sleep(0.05)
             continue
         struck = os.path.join(_folder, f"{fault}.struck")
         try:

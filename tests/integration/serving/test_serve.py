@@ -1,13 +1,10 @@
-"""Serving end to end: a tiny GPT-2 from an object store, real Ray Serve, real vLLM on CPU, real HTTP.
-
-The module shares one deployment, because starting the engine takes most of the time.
-"""
+"""Serving end to end: a tiny GPT-2 from an object store, real Ray Serve, real vLLM on CPU, real HTTP."""
 
 import json
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,22 +12,11 @@ import httpx
 import openai
 import psutil
 import pytest
-from fakes.tiny_student import MAX_WORDS, TASKS, export_tiny_student, find_free_port, in_object_store
+from fakes.tiny_student import MAX_WORDS, TASKS
 
 from serve import app
-from udrl import cluster
+from serving.deployment import MAX_TOKENS, Deployment
 from udrl.text import count_words
-
-SETTINGS = {
-    "require_keys": False,
-    "redraft": {"rounds": 1},  # an untrained student hardly ever ends a prompt
-    "sampling": {"max_tokens": 96},
-    "engine": {"max_num_seqs": 8, "eager": True},  # a queue that a test can fill
-    "target_ongoing_requests": 8,
-    "queue": 8,
-    "max_replicas": 1,
-    "limits": {"concurrent": 1000, "per_minute": 1_000_000, "prompts": 64},
-}
 
 
 class ServedStudent:
@@ -55,26 +41,8 @@ class ServedStudent:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedStudent]:
-    import ray
-    from ray import serve as ray_serve
-
-    run = tmp_path_factory.mktemp("run")
-    revision = export_tiny_student(run / "student")
-    recipe = run / "recipe.yaml"
-    text = {"name": "tiny", "storage": str(run), "tasks": TASKS, "intents": {"limit": 9}, "serve": SETTINGS}
-    recipe.write_text(json.dumps(text))
-    port = find_free_port()
-    with in_object_store(run / "student") as uri:
-        cluster.connect(num_cpus=2)
-        try:
-            ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
-            # The recipe's context is 256 tokens, the student has 128 positions: the engine must use 128.
-            ray_serve.run(app.build({"recipe": str(recipe), "model": uri}), name=app.APPLICATION_NAME)
-            yield ServedStudent(f"http://127.0.0.1:{port}", revision)
-        finally:
-            ray_serve.shutdown()
-            ray.shutdown()
+def served(deployment: Deployment) -> ServedStudent:
+    return ServedStudent(deployment.url, deployment.revisions[0])
 
 
 def test_the_model_runs_in_the_engines_own_process(served: ServedStudent) -> None:
@@ -99,7 +67,7 @@ def test_n_prompts_are_returned_with_their_achieved_length(served: ServedStudent
         assert "<|" not in prompt["text"]
     assert len({prompt["text"] for prompt in body["prompts"]}) == 3
     assert body["usage"]["prompt_tokens"] > 3
-    assert 3 <= body["usage"]["completion_tokens"] <= body["usage"]["drafts"] * 96
+    assert 3 <= body["usage"]["completion_tokens"] <= body["usage"]["drafts"] * MAX_TOKENS
 
 
 def test_a_seed_reproduces_the_prompts(served: ServedStudent) -> None:
@@ -159,7 +127,7 @@ def test_control_tokens_in_an_intent_are_only_text(served: ServedStudent) -> Non
 
 
 def test_an_intent_that_exceeds_the_context_is_refused(served: ServedStudent) -> None:
-    limit = 128 - 96
+    limit = 128 - MAX_TOKENS
     longest = next(n for n in range(limit, 0, -1) if served.post(intent="é" * n).status_code == 200)
     refused = served.post(intent="é" * (longest + 1))
     assert (refused.status_code, refused.json()["error"]["param"]) == (422, "intent")
