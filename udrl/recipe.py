@@ -191,8 +191,8 @@ class Student(Section):
         " byte-level BPE; the student then starts from their embeddings in the teacher, reduced to its width",
     )
     context: int = Field(256, ge=32, le=4096, description="tokens of intent, command and prompt: the model's positions")
-    positions: Literal["random", "sinusoids"] = Field(
-        "random", description="position embeddings at the start; sinusoids let a small student learn to copy sooner"
+    start: Literal["random", "copying"] = Field(
+        "random", description="weights of a new student: random, or with heads that continue a sequence read before"
     )
     lowercase: bool = Field(False, description="the tokenizer folds case: a smaller vocabulary, less to learn")
     dropout: float = Field(0.0, ge=0, lt=1, description="of the network")

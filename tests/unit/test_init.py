@@ -223,12 +223,36 @@ def test_a_teacher_without_a_byte_level_vocabulary_is_a_user_error(tmp_path: Pat
         tokenizer.load_pretrained_tokenizer(str(tmp_path / "bare"))
 
 
-def test_the_same_distance_is_the_same_rotation_at_every_sinusoidal_position(extended: Any) -> None:
-    network = gpt2.build_network(
-        Student(depth=1, width=64, heads=2, context=96, positions="sinusoids"), Train(), extended, seed=1
+# ---- the copying circuit
+
+
+@pytest.mark.parametrize(("depth", "width", "heads"), [(2, 192, 3), (3, 384, 6), (6, 384, 6)])
+def test_a_network_that_starts_copying_continues_a_sequence_that_it_has_read(depth: int, width: int, heads: int) -> None:
+    torch.manual_seed(0)
+    network = GPT2LMHeadModel(GPT2Config(vocab_size=2000, n_positions=128, n_embd=width, n_layer=depth, n_head=heads)).eval()
+    read = torch.randint(0, 2000, (4, 50))
+    with torch.no_grad():
+        before = network(torch.cat([read, read], dim=1)).logits[:, 50:-1].argmax(-1)
+        initial_weights.wire_copying(network)
+        after = network(torch.cat([read, read], dim=1)).logits[:, 50:-1].argmax(-1)
+    assert float((before == read[:, 1:]).float().mean()) < 0.05
+    assert float((after == read[:, 1:]).float().mean()) > 0.9
+
+
+def test_a_new_student_starts_copying_with_the_teachers_embeddings(teacher: str, cut: Any, tmp_path: Path) -> None:
+    shape = Student(depth=2, width=48, heads=3, context=64, start="copying")
+    width = initial_weights.token_width(48, 3)
+    ids, embeddings = initial_weights.teacher_embeddings(
+        teacher, None, tokenizer.load_pretrained_tokenizer(teacher), cut, width
     )
-    table = network.transformer.wpe.weight.detach()
-    products = table @ table.T
-    for distance in (1, 7, 40):
-        assert torch.allclose(products.diagonal(distance), products[0, distance], atol=1e-5)
-    assert float(table.square().mean().sqrt()) == pytest.approx(initial_weights.POSITION_STD)
+    save_file({"ids": ids, "embeddings": embeddings}, tmp_path / "embeddings.safetensors")
+    network = gpt2.build_network(shape, Train(), cut, seed=1, embeddings=str(tmp_path / "embeddings.safetensors"))
+    assert torch.equal(network.lm_head.weight[ids, -width:], embeddings)
+    assert not network.lm_head.weight[:, :-width].any()
+    assert network.transformer.wpe.weight[:, :16].std() > 0
+
+
+def test_a_network_too_small_to_copy_is_a_user_error() -> None:
+    for small in (Student(depth=1, width=192, start="copying"), Student(depth=3, width=128, start="copying")):
+        with pytest.raises(UserError, match=r"student\.start: copying takes two layers and three heads"):
+            gpt2.build_network(small, Train(), LOADED[0], seed=1)

@@ -39,7 +39,7 @@ OPERATIONAL = (
 
 # (section, key, default) of keys that came after the first fingerprints. A default leaves the fingerprint as it was, so that
 # students of earlier versions are found.
-ADDED_KEYS = (("student", "vocabulary", "episodes"), ("student", "positions", "random"), ("train", "row_tokens", None))
+ADDED_KEYS = (("student", "vocabulary", "episodes"), ("student", "start", "random"), ("train", "row_tokens", None))
 
 
 @dataclass(frozen=True)

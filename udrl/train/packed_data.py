@@ -191,7 +191,8 @@ def _save_embeddings(recipe: Recipe, tokenizer: Any, paths: PackedDataPaths) -> 
     """Save the teacher's embeddings of the student's pieces under the run's storage, where every worker reads them."""
     from safetensors.torch import save
 
-    teacher, width = recipe.teacher, Shape.of(recipe.student, recipe.train).width
+    teacher, shape = recipe.teacher, Shape.of(recipe.student, recipe.train)
+    width = initial_weights.token_width(shape.width, shape.heads) if recipe.student.start == "copying" else shape.width
     pretrained = tokenizers.load_pretrained_tokenizer(teacher.model, teacher.revision)
     ids, embeddings = initial_weights.teacher_embeddings(teacher.model, teacher.revision, pretrained, tokenizer, width)
     storage.write_bytes(paths.embeddings, save({"ids": ids, "embeddings": embeddings.contiguous()}))
