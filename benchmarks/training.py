@@ -159,7 +159,7 @@ def gpu_part(bench: Bench) -> dict[str, Any] | None:
     arms = {"stage": partial(bench.stage, recipe, data)} | bare_loops
     rates = bench.in_turns(arms)
     command = ["-m", "benchmarks.training_flops", f"{recipe.storage}/student", "--target-share", str(data.target_share)]
-    command += ["--lengths", str(recipe.student.context), str(data.example_length)]
+    command += ["--lengths", str(recipe.row_tokens()), str(data.example_length)]
     roofline = json.loads(child(*command).splitlines()[-1])
     speed = rates["stage"]["tokens_per_second"]
     full_attention, within_examples = (speed * flops for flops in roofline["flops_per_token"])

@@ -74,7 +74,7 @@ class Bench:
         result = self._run_child("training_stage", with_train(recipe, epochs=1e-9), "--describe")
         print(
             f"{result['examples']:,} examples, {result['mean_tokens']:.0f} tokens each, in {result['rows']:,} rows of"
-            f" {recipe.student.context}; {result['padding']:.1%} padding; {result['rows_per_step']} rows per step;"
+            f" {recipe.row_tokens()}; {result['padding']:.1%} padding; {result['rows_per_step']} rows per step;"
             f" {result['parameters'] / 1e6:.1f}M parameters",
             flush=True,
         )
@@ -90,12 +90,12 @@ class Bench:
         batch_ratio = train.get("batch_tokens", batch) / batch
         result = self._run_child("training_stage", with_train(recipe, epochs=recipe.train.epochs * batch_ratio, **train))
         result["losses"] = [loss for _, loss in result["history"]]
-        return self._measure(result, result["rows_per_step"] * recipe.student.context * (1 - data.padding))
+        return self._measure(result, result["rows_per_step"] * recipe.row_tokens() * (1 - data.padding))
 
     def bare(self, recipe: Recipe, data: Data, precision: str) -> Measurement:
         """Train by the plain PyTorch loop."""
         result = self._run_child("bare_loop", recipe, data.folder, "--precision", precision)
-        return self._measure(result, result["rows_per_step"] * recipe.student.context * (1 - data.padding))
+        return self._measure(result, result["rows_per_step"] * recipe.row_tokens() * (1 - data.padding))
 
     def trainer(self, recipe: Recipe, data: Data, grouped: bool) -> Measurement:
         """Train by Hugging Face's Trainer."""

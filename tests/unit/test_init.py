@@ -223,7 +223,16 @@ def test_a_teacher_without_a_byte_level_vocabulary_is_a_user_error(tmp_path: Pat
         tokenizer.load_pretrained_tokenizer(str(tmp_path / "bare"))
 
 
-# ---- the copying circuit
+# ---- positions and the copying circuit
+
+
+def test_the_same_distance_is_the_same_rotation_at_every_position(extended: Any) -> None:
+    network = gpt2.build_network(Student(depth=1, width=64, heads=2, context=96), Train(), extended, seed=1)
+    table = network.transformer.wpe.weight.detach()
+    products = table @ table.T
+    for distance in (1, 7, 40):
+        assert torch.allclose(products.diagonal(distance), products[0, distance], atol=1e-5)
+    assert float(table.square().mean().sqrt()) == pytest.approx(initial_weights.POSITION_STD)
 
 
 @pytest.mark.parametrize(("depth", "width", "heads"), [(2, 192, 3), (3, 384, 6), (6, 384, 6)])

@@ -7,7 +7,7 @@ from typing import Any
 from udrl import models, storage
 from udrl.errors import UserError
 from udrl.recipe import Student, Train
-from udrl.train.initial_weights import wire_copying
+from udrl.train.initial_weights import sinusoids, wire_copying
 
 # Peak learning rate that was tuned on a 6 x 320 student. It scales with the inverse of the width (muP's rule for hidden
 # matrices under Adam, arXiv 2203.03466): 4.2e-4 at the full width of 768.
@@ -116,6 +116,7 @@ def build_network(
             **settings,
         )
     )
+    network.transformer.wpe.weight.data.copy_(sinusoids(student.context, shape.width))
     if student.start == "copying":
         wire_copying(network)
     if embeddings:

@@ -7,6 +7,7 @@ from typing import Any
 from udrl import models
 from udrl.errors import UserError
 
+POSITION_STD = 0.02  # of position embeddings: GPT-2's
 TOKEN_STD = 0.04  # of token embeddings; twice GPT-2's, because they start informed
 # Sizes of the copying circuit's parts. The first two stand in the residual stream next to token embeddings of TOKEN_STD.
 POSITION_SCALE = 0.11  # amplitude of the sinusoids
@@ -14,6 +15,20 @@ NOTE_SCALE = 0.05  # of the note of the token before
 MATCH_SCALE = 1.5  # sharpens the match of a token with the notes
 COPY_SCALE = 0.1  # of the token that is copied
 _EMBEDDING_NAMES = ("embed_tokens.weight", "wte.weight")  # of Llama and most others, of GPT-2
+
+
+def sinusoids(positions: int, width: int) -> Any:
+    """Return sinusoidal position embeddings, float32 (positions, width), with a standard deviation of :data:`POSITION_STD`.
+
+    A shift by k positions is the same rotation everywhere (Vaswani et al. 2017, arXiv 1706.03762, section 3.5). So positions
+    that no training example reaches differ from the trained ones as those do from each other; random rows would be noise.
+    """
+    import torch
+
+    frequencies = torch.exp(torch.arange(0, width, 2) * (-math.log(10_000.0) / width))
+    angles = torch.arange(positions)[:, None] * frequencies
+    table = torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width]
+    return table * (POSITION_STD / table.square().mean().sqrt())
 
 
 def wire_copying(network: Any) -> None:
