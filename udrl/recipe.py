@@ -484,6 +484,9 @@ class Recipe(Section):
             raise ValueError(
                 f"evaluate.reward: {reward} is not a reward bin; use 0..{commands.reward_bins - 1} (commands.reward_bins)"
             )
+        for key, default in (("start", "random"), ("vocabulary", "episodes")):
+            if self.student.init and (value := getattr(self.student, key)) != default:
+                raise ValueError(f"student.{key}: {value} is for a new student; remove it or student.init={self.student.init}")
         for judge in self.evaluate.judges:
             self._check_independence(judge)
         if (self.train.min_workers or 0) > self.train.workers:

@@ -264,4 +264,4 @@ def test_a_new_student_starts_copying_with_the_teachers_embeddings(teacher: str,
 def test_a_network_too_small_to_copy_is_a_user_error() -> None:
     for small in (Student(depth=1, width=192, start="copying"), Student(depth=3, width=128, start="copying")):
         with pytest.raises(UserError, match=r"student\.start: copying takes two layers and three heads"):
-            gpt2.build_network(small, Train(), LOADED[0], seed=1)
+            gpt2.Shape.of(small, Train())

@@ -201,6 +201,8 @@ def test_a_value_out_of_range_is_told_the_range(path: str, override: str, key: s
         ("train.batch_tokens=128", "train.batch_tokens: 128 is less than one row of 256 tokens"),
         ("serve.min_replicas=3", "serve.min_replicas: 3 is more than serve.max_replicas=2"),
         ("tasks=[a, a]", "tasks: a task is named twice"),
+        ("student={init: gpt2, start: copying}", "student.start: copying is for a new student"),
+        ("student={init: gpt2, vocabulary: teacher}", "student.vocabulary: teacher is for a new student"),
     ],
 )
 def test_values_that_contradict_each_other_are_named(path: str, override: str, words: str) -> None:

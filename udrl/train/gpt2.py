@@ -39,7 +39,8 @@ class Shape:
         the pretrained model's.
 
         Raises:
-            UserError: the number of heads does not divide the width, or the pretrained model is absent or unusable.
+            UserError: the number of heads does not divide the width, the network is too small for ``student.start``, or the
+                pretrained model is absent or unusable.
         """
         if student.init:
             config = _gpt2_config(_init_folder(student.init), f"student.init: {student.init}", student.context)
@@ -49,6 +50,11 @@ class Shape:
         heads = student.heads or max(1, width // 64)
         if width % heads:
             raise UserError(f"student.heads: {heads} does not divide the width {width}; set a divisor of it")
+        if student.start == "copying" and (student.depth < 2 or heads < 3 or width // heads % 2):
+            raise UserError(
+                "student.start: copying takes two layers and three heads of an even width"
+                f" ({student.depth} layers, {heads} heads of {width // heads}); use random, or raise student.depth"
+            )
         lr = train.lr or LR_AT_320 * 320 / width
         return cls(student.depth, width, heads, lr, train.batch_tokens or _batch_tokens(width))
 
