@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -30,7 +31,8 @@ def test_every_stage_shows_its_progress_and_the_table_ends_it(run: tuple[Path, s
     folder, said = run
     for words in ("generate: ", "score: ", "train: ", "evaluate student: ", "evaluate teacher: ", "episodes/s", " left"):
         assert words in said
-    assert "image_search" in said
+    assert re.search(r"^task +.*scorer +subject +clean +within2 +rejected$", said, re.MULTILINE)
+    assert re.search(r"^image_search ", said, re.MULTILINE)
     assert f"report: {folder}/evaluation/report.md" in said
     assert "python -m serve.app recipes/smoke.yaml" in said
 

@@ -423,3 +423,6 @@ def test_the_last_lines_of_the_job_fit_a_terminal_and_start_with_the_claim() -> 
     assert max(map(len, lines)) <= report.WIDTH
     assert lines[0].startswith("claim: open. Relevance is within 6%")
     assert "MISSED     80% of prompts land within two words: 71.0%" in lines
+    (header,) = (line for line in lines if line.startswith("task "))
+    assert header.split()[-5:] == ["scorer", "subject", "clean", "within2", "rejected"]
+    assert any(line.startswith("all tasks ") for line in lines)

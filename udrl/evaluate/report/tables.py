@@ -75,7 +75,15 @@ def claim_table(document: EvaluationDocument) -> str:
 
 
 def task_table(document: EvaluationDocument) -> str:
-    """By task: the student against the reference policy, by each deciding judge, the scorer and the main figures."""
+    return table(task_columns(document), task_rows(document))
+
+
+def task_rows(document: EvaluationDocument) -> list[Row]:
+    return [Row(task, "", scope) for task, scope in scopes(document)]
+
+
+def task_columns(document: EvaluationDocument) -> list[Column]:
+    """Return the student against the reference policy, by each deciding judge and the scorer, and the main figures."""
     reference = reference_policy(document) or TEACHER
 
     def ratio(get: Callable[[PolicyComparison], Interval | None]) -> Callable[[Row], str]:
@@ -97,7 +105,7 @@ def task_table(document: EvaluationDocument) -> str:
 
         return cell
 
-    columns = [
+    return [
         TASK,
         *map(by_judge, deciding_judges(document.judges)[:2]),
         Column("scorer's relevance: ratio", ratio(lambda one: one.relevance)),
@@ -106,7 +114,6 @@ def task_table(document: EvaluationDocument) -> str:
         Column("within 2 words", lambda row: percent(row.part.length.within_2.value)),
         Column("rejected", both(lambda scores: scores.rejected)),
     ]
-    return table(columns, [Row(task, "", scope) for task, scope in scopes(document)])
 
 
 def target_table(document: EvaluationDocument) -> str:

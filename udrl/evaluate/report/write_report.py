@@ -1,16 +1,20 @@
 """Write the report of an evaluation: ``report.html`` and ``report.md``, which say the same, and the data behind them."""
 
+import re
 import textwrap
 
 import pyarrow as pa
 
 from udrl import storage
 from udrl.evaluate.document import EvaluationDocument
-from udrl.evaluate.report import plots, render
+from udrl.evaluate.report import plots, render, tables
 from udrl.evaluate.report.selection import validated_judges
 from udrl.run import EvaluationPaths
+from udrl.text import text_table
 
-WIDTH = 110  # columns of the job's last lines
+WIDTH = 120  # columns of the job's last lines
+# Titles of the report's columns by task in a terminal, after the task and the judges.
+SHORT_TITLES = ("scorer", "subject", "clean", "within2", "rejected")
 VERDICTS = {True: "met", False: "MISSED", None: "open"}
 # Files of earlier versions, which would be taken for this report's.
 OBSOLETE = ("pairwise.parquet", "relevance.png", "quality_cost.png", "training_loss.png")
@@ -41,7 +45,20 @@ def write_report(paths: EvaluationPaths, outputs: pa.Table, document: Evaluation
 
 
 def verdict_lines(document: EvaluationDocument) -> str:
-    """Return the claim and the targets as plain text of at most :data:`WIDTH` columns."""
-    lines = [f"claim: {VERDICTS[document.claim.met]}. {document.claim.text}"]
-    lines += [f"{VERDICTS[target.met]:<10} {target.name}: {target.measured}" for target in document.targets]
-    return "\n".join(piece for line in lines for piece in textwrap.wrap(line, WIDTH, subsequent_indent=" " * 11))
+    """Return the claim, the table by task and the targets as plain text; running text has at most :data:`WIDTH` columns."""
+    claim = f"claim: {VERDICTS[document.claim.met]}. {document.claim.text}"
+    targets = [f"{VERDICTS[target.met]:<10} {target.name}: {target.measured}" for target in document.targets]
+    return "\n".join([_wrap(claim), task_lines(document), *map(_wrap, targets)])
+
+
+def task_lines(document: EvaluationDocument) -> str:
+    """Return the report's table by task for a terminal: ratios and pairs are student / teacher."""
+    columns = tables.task_columns(document)
+    n_judges = len(columns) - len(SHORT_TITLES) - 1
+    header = ["task", *(column.title.split(":")[0] for column in columns[1 : n_judges + 1]), *SHORT_TITLES]
+    rows = [[re.sub(r"[`*\\]", "", column.cell(row)) for column in columns] for row in tables.task_rows(document)]
+    return text_table(header, rows)
+
+
+def _wrap(line: str) -> str:
+    return "\n".join(textwrap.wrap(line, WIDTH, subsequent_indent=" " * 11))
