@@ -148,7 +148,7 @@ def test_a_killed_preparation_is_started_over(prepared: tuple[str, Path], tmp_pa
     ("rows_hash", "options"),
     [
         ("109f3848efa8049c", {}),
-        ("43098762371cb8fb", {"train": {"swapped_copies": 1}}),
+        ("a5a96924cb4631e9", {"train": {"swapped_copies": 1}}),
         ("79f9f8d0c1456d28", {"train": {"objective": "sft_top", "top_share": 0.3}}),
         ("668037bf9c00830e", {"keep": (1.0, 0.4), "commands": {"rank_within": "intent"}}),
     ],

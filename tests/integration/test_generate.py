@@ -243,11 +243,14 @@ class Weak(DummyEngine):
 
 
 def weak_run(tmp_path: Path, **teacher: Any) -> dict[str, Any]:
+    # All of a length at which the dummy engine's good answers are accepted.
+    source = tmp_path / "intents.txt"
+    source.write_text("\n".join(f"watercolor poster of a red fox in scene {i}" for i in range(40)))
     return {
         "name": "weak",
         "storage": str(tmp_path / "run"),
         "tasks": ["text_to_image"],
-        "intents": {"limit": 40, "heldout": 0},
+        "intents": {"source": str(source), "heldout": 0},
         "teacher": {"samples": 10, "shard_size": 50, **teacher},
     }
 
