@@ -67,7 +67,7 @@ def test_a_student_loads_in_plain_transformers_and_is_not_trained_twice(
 def test_two_workers_under_zero_3_have_the_losses_of_one_worker(run_with_episodes: str) -> None:
     """The kill tests use ZeRO 1 on two workers, the memory part of the benchmark 0 and 2."""
     settings = {"precision": "fp32", "checkpoint_every": 10, "epochs": 3, "row_tokens": 96}
-    student = {"vocabulary": "teacher", "start": "copying", "width": 96, "heads": 3}
+    student = {"vocabulary": "teacher"}
     one = train(run_with_episodes, train=settings, student=student)
     packed = Run(run_with_episodes).packed_data(one.fingerprint)
     assert PackedDataSummary.load(packed.summary).context == 96
